@@ -1,0 +1,43 @@
+"""Duotone: weights stored as INT4, arithmetic in FP8, outputs in BF16.
+
+import duotone
+report = duotone.quantize("meta-llama/Llama-3.2-1B", "Llama-3.2-1B-W4AFP8")
+model = duotone.load("Llama-3.2-1B-W4AFP8")          # a transformers model whose linears are W4A8
+duotone.evaluate("Llama-3.2-1B-W4AFP8", ["held_out.txt"], reference="meta-llama/Llama-3.2-1B")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from duotone.evaluation import evaluate
+    from duotone.pipeline import Progress, QuantizeReport
+    from duotone.runtime.load import load
+
+__all__ = ["DuotoneError", "evaluate", "load", "quantize"]
+
+_LAZY = {"evaluate": "duotone.evaluation", "load": "duotone.runtime.load", "DuotoneError": "duotone.errors"}
+
+
+def quantize(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any) -> QuantizeReport:
+    """Quantize a model folder or hub id into the folder `out`.
+
+    options: the fields of `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration,
+    samples, seq_len, damping_frac, order, seed, device, strict). Raises DuotoneError; then `out` is as it was before.
+    """
+    from duotone.pipeline import quantize as run
+    from duotone.plan import QuantizeConfig
+
+    return run(model, out, QuantizeConfig(**options), progress)
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when they are needed."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'duotone' has no attribute {name!r}")
