@@ -1,0 +1,5 @@
+"""The one exception a user meets: a sentence that names the file or layer, what was found and what was expected."""
+
+
+class DuotoneError(Exception):
+    """Bad input or an impossible request. The command line prints the sentence and exits with 2."""
