@@ -1,0 +1,167 @@
+# Shapes: N out_features, K in_features, G groups along K.
+"""The methods: one function each, (weight, statistics, scheme, options) -> (QuantizedWeight, LayerReport)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from duotone.errors import DuotoneError
+from duotone.qweight import QuantizedWeight, dequantize
+from duotone.scheme import Scheme
+from duotone.solver.reorder import ORDERS
+from duotone.solver.scales import (
+    Scales,
+    fit_paper_scales,
+    fit_scales,
+    fit_single_level,
+    nearest_code,
+    nearest_entry,
+    round_to_nearest,
+    single_level,
+    split_single_level,
+)
+from duotone.solver.solve import Factor, factorize, output_loss, solve
+from duotone.solver.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """What a user may set of the solver. `order`: gar, act or none. `damping_frac`: share of the Hessian's mean diagonal."""
+
+    order: str = "gar"
+    damping_frac: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise DuotoneError(f"--order: found {self.order!r}, expected one of {', '.join(ORDERS)}")
+        if not 0 < self.damping_frac < 1:
+            raise DuotoneError(f"--damping: found {self.damping_frac}, expected a share between 0 and 1 (0.01 is usual)")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one linear: relative squared error of its weights and of its outputs, and how it was solved."""
+
+    layer: str
+    method: str
+    weight_error: float
+    output_error: float | None = None
+    tokens: int = 0
+    damping_frac: float | None = None
+    dead_columns: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One weight to quantize, float32 [N, K]; statistics and factor are shared by the linears that read the same input."""
+
+    layer: str
+    weight: Tensor
+    statistics: Statistics | None
+    factor: Factor | None
+    scheme: Scheme
+    options: SolverOptions
+
+
+Method = Callable[[Problem], tuple[QuantizedWeight, LayerReport]]
+
+
+def rtn(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+    """Round to nearest on the target's own scales; needs no calibration."""
+    scales = fit_scales(problem.weight, problem.scheme)
+    return _finish("rtn", problem, round_to_nearest(problem.weight, scales, problem.scheme), scales)
+
+
+def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+    """GPTQ on a single-level INT4 grid, then the runtime's rounding to FP8 on top: what other tools and vLLM do together.
+
+    With act-order the scales are those of the original weights (`static`); otherwise each group's scale is taken from
+    the error-updated weights when the group is reached, as in the original GPTQ.
+    """
+    scheme, factor = problem.scheme, _factor(problem)
+    step_NG, zero_NG = fit_single_level(problem.weight, scheme)
+    step_GN = step_NG.T.contiguous()
+    zero_GN = None if zero_NG is None else zero_NG.T.contiguous()
+
+    def refresh_group(group: int, updated_BN: Tensor) -> None:
+        step_GN[group], zero_N = single_level(updated_BN.T, scheme)
+        if zero_GN is not None and zero_N is not None:
+            zero_GN[group] = zero_N
+
+    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        zero_N = None if zero_GN is None else zero_GN[group]
+        code_N = nearest_code(w_N, step_GN[group], zero_N, scheme)
+        level_N = code_N + scheme.levels[0]
+        return code_N, (level_N if zero_N is None else level_N - zero_N) * step_GN[group]
+
+    refresh = None if problem.options.order == "act" else refresh_group
+    codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, refresh, problem.options.block_size)
+    step_NG, zero_NG = step_GN.T.contiguous(), None if zero_GN is None else zero_GN.T.contiguous()
+    return _finish("gptq", problem, codes_NK, split_single_level(step_NG, zero_NG, scheme))
+
+
+def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+    """DPQ as published (arXiv 2505.14638): the propagated error is against the value after INT4 *and* FP8 rounding.
+
+    Each column is rounded to INT4, then to FP8; scales are fitted once, on FP8-rounded weights, and frozen (DPQ.md section 2).
+    """
+    scheme, factor = problem.scheme, _factor(problem)
+    scales = fit_paper_scales(problem.weight, scheme)
+    columns = scales.columns()
+
+    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        code_N = nearest_code(w_N, columns[group].step, columns[group].zero_point, scheme)
+        return code_N, columns[group].value(code_N, scheme)
+
+    codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
+    return _finish("dpq-paper", problem, codes_NK, scales)
+
+
+def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+    """DPQ with each column rounded straight to the nearest of the 16 values that the hardware can multiply.
+
+    Differs from the published recipe in that and in scales fitted on the weights themselves (docs/LOG.md has the figures).
+    """
+    scheme, factor = problem.scheme, _factor(problem)
+    scales = fit_scales(problem.weight, scheme)
+    columns = scales.columns()
+
+    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        return nearest_entry(w_N, columns[group], scheme)
+
+    codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
+    return _finish("dpq", problem, codes_NK, scales)
+
+
+METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "dpq-paper": dpq_paper, "dpq": dpq}
+#: act for gptq is llm-compressor's default, gar for dpq the paper's
+DEFAULT_ORDER = {"rtn": "none", "gptq": "act", "dpq-paper": "gar", "dpq": "gar"}
+
+
+def shared_factor(statistics: Statistics, scheme: Scheme, options: SolverOptions, layer: str) -> Factor:
+    """Order and factorize one Hessian for all linears that read the same input."""
+    order_K = ORDERS[options.order](statistics.hessian.diagonal(), scheme.group_size)
+    return factorize(statistics, order_K, options.damping_frac, layer)
+
+
+def _factor(problem: Problem) -> Factor:
+    if problem.factor is None:
+        raise ValueError(f"{problem.layer}: this method needs calibration statistics")
+    return problem.factor
+
+
+def _finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> tuple[QuantizedWeight, LayerReport]:
+    weight = QuantizedWeight(codes_NK, scales.group_scale, scales.outer_scale, problem.scheme, scales.zero_point)
+    v_NK, w_NK, statistics, factor = dequantize(weight), problem.weight, problem.statistics, problem.factor
+    report = LayerReport(
+        layer=problem.layer,
+        method=method,
+        weight_error=float((w_NK - v_NK).square().sum() / w_NK.square().sum().clamp(min=1e-30)),
+        output_error=None if statistics is None else output_loss(w_NK, v_NK, statistics),
+        tokens=0 if statistics is None else statistics.tokens,
+        damping_frac=None if factor is None else factor.damping_frac,
+        dead_columns=0 if factor is None else factor.dead_columns,
+    )
+    return weight, report

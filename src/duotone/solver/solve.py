@@ -1,0 +1,116 @@
+# Shapes: N out_features, K in_features, B columns of a block. Symbols of GPTQ (arXiv 2210.17323) and of its reading as
+# Babai's nearest plane (arXiv 2507.18553): H = R R^T with R upper triangular, x = w - q.
+"""The column loop that GPTQ and DPQ share: one Cholesky factor, no inverse, errors pushed to later columns.
+
+The loss of a row is |x R|^2 = sum_j (x_j R_jj + sum_{k<j} x_k R_kj)^2. Visiting columns in order, column j is free to
+cancel what earlier ones left: it rounds w_j + sum_{k<j} x_k R_kj / R_jj. That is GPTQ's update (U = R^-1 is the Cholesky
+factor of H^-1), read from the left: each block gathers all earlier errors in one matrix product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duotone.errors import DuotoneError
+from duotone.solver.statistics import Statistics
+
+#: (error-corrected column w_N, its group) -> (codes_N as float, the value_N that stands in for w_N)
+RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+#: (group, error-updated weights [columns of the group, N]): fit that group's scale before its first column is rounded
+RefreshGroup = Callable[[int, Tensor], None]
+
+#: Rank-1 updates inside a block touch this many columns; beyond, one small matrix product does.
+_INNER_COLUMNS = 32
+#: Damping is raised by this factor, at most this often, when the Hessian does not factorize.
+_DAMPING_STEP, _DAMPING_TRIES = 10.0, 4
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Column-normalized R of the damped, reordered Hessian (unit diagonal), its diagonal, and the damping it took."""
+
+    unit_KK: Tensor
+    diagonal_K: Tensor
+    order_K: Tensor
+    damping_frac: float
+    dead_columns: int
+
+
+def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, layer: str) -> Factor:
+    """Factor H = R R^T after reordering and damping by a share of the mean diagonal.
+
+    A channel that calibration never excited gets a unit diagonal: its weights are rounded to nearest, not set to zero.
+    Raises DuotoneError naming the layer when the Hessian does not factorize even with damping raised 1000-fold.
+    """
+    h_KK = statistics.hessian[order_K][:, order_K]
+    diagonal = h_KK.diagonal()
+    dead = diagonal <= 0
+    diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
+    mean = diagonal.mean().clone()
+    added, damping = 0.0, damping_frac
+    for _ in range(_DAMPING_TRIES):
+        diagonal += (damping - added) * mean
+        flipped_KK, failed = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
+        if not int(failed):
+            r_KK = flipped_KK.flip(0, 1)
+            r_K = r_KK.diagonal().clone()
+            return Factor(r_KK / r_K, r_K, order_K, damping, int(dead.sum()))
+        added, damping = damping, max(damping, 1e-4) * _DAMPING_STEP
+    raise DuotoneError(f"{layer}: the Hessian does not factorize with damping {added:g}, expected a positive definite matrix")
+
+
+def solve(
+    w_NK: Tensor,
+    factor: Factor,
+    group_size: int,
+    round_column: RoundColumn,
+    refresh_group: RefreshGroup | None = None,
+    block_size: int = 128,
+) -> Tensor:
+    """Codes uint8 [N, K] in original column order.
+
+    With `refresh_group`, columns of a group must be contiguous in the order (GAR or none) and blocks follow groups.
+    The result does not depend on `block_size` (to float32 rounding).
+    """
+    w_KN = w_NK.T[factor.order_K].contiguous()
+    group_of_K = (factor.order_K // group_size).tolist()
+    x_KN, codes_KN = torch.empty_like(w_KN), torch.empty_like(w_KN)
+    for start, stop in _spans(group_of_K, block_size if refresh_group is None else None):
+        unit_BB = factor.unit_KK[start:stop, start:stop]
+        pushed_BN = factor.unit_KK[:start, start:stop].T @ x_KN[:start]
+        if refresh_group is not None:
+            # The weights that would cancel all error so far if the group were free: what its scale has to cover.
+            free_BN = torch.linalg.solve_triangular(unit_BB.T, pushed_BN, upper=False, unitriangular=True)
+            refresh_group(group_of_K[start], w_KN[start:stop] + free_BN)
+        corrected_BN = w_KN[start:stop] + pushed_BN
+        for inner in range(0, stop - start, _INNER_COLUMNS):
+            end = min(inner + _INNER_COLUMNS, stop - start)
+            corrected_BN[inner:end] += unit_BB[:inner, inner:end].T @ x_KN[start : start + inner]
+            for j in range(inner, end):
+                k = start + j
+                codes_KN[k], value_N = round_column(corrected_BN[j], group_of_K[k])
+                torch.sub(w_KN[k], value_N, out=x_KN[k])
+                corrected_BN[j + 1 : end].addr_(unit_BB[j, j + 1 : end], x_KN[k])
+    codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
+    codes_NK[:, factor.order_K] = codes_KN.T.to(torch.uint8)
+    return codes_NK
+
+
+def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int]]:
+    """Column blocks: of a fixed size, or (None) one for each run of columns of the same group."""
+    columns = len(group_of_K)
+    if block_size is not None:
+        return [(start, min(start + block_size, columns)) for start in range(0, columns, block_size)]
+    starts = [k for k in range(columns) if k == 0 or group_of_K[k] != group_of_K[k - 1]]
+    return list(zip(starts, [*starts[1:], columns], strict=True))
+
+
+def output_loss(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> float:
+    """Relative output error |X (W - V)^T|^2 / |X W^T|^2 under the layer's undamped Hessian."""
+
+    def energy(e_NK: Tensor) -> float:
+        return float(((e_NK @ statistics.hessian) * e_NK).sum(dtype=torch.float64))
+
+    return energy(w_NK - v_NK) / max(energy(w_NK), 1e-30)
