@@ -1,0 +1,165 @@
+# Shapes: N out_features, K in_features, G groups along K.
+"""The layout vLLM and transformers read: compressed-tensors `pack-quantized` (FORMATS.md section 1), and its `gaudi` variant.
+
+`hopper`: the file holds the one BF16 product of group and outer scale; every reader splits it back bit for bit.
+`gaudi`: the file holds the BF16 group scale alone; outer scale and static activation scale live in duotone.json. A reader
+that ignored them would compute garbage, so the variant carries a `quant_method` of its own that such a reader refuses.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.checkpoint.headers import TensorSpec
+from duotone.checkpoint.packing import pack_int4, unpack_int4
+from duotone.contract import join_scale, split_scale
+from duotone.errors import DuotoneError
+from duotone.qweight import QuantizedWeight
+from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+
+#: Version of compressed-tensors whose config this is; informative in the file.
+_FORMAT_VERSION = "0.19.0"
+_METHOD_OF_TARGET = {HOPPER.name: "compressed-tensors", GAUDI.name: "duotone"}
+_ZERO_CODE = 8
+
+
+@dataclass(frozen=True)
+class SideScales:
+    """What the one file scale cannot hold (gaudi): the power-of-two outer scale and the static activation scale."""
+
+    outer_scale: float
+    input_scale: float
+
+
+def tensor_specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes that `to_tensors` will give for a weight [N, K]; no arithmetic."""
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    specs = {
+        f"{layer}.weight_packed": TensorSpec("I32", (rows, groups * scheme.group_size // 8)),
+        f"{layer}.weight_scale": TensorSpec("BF16", (rows, groups)),
+        f"{layer}.weight_shape": TensorSpec("I64", (2,)),
+    }
+    if not scheme.symmetric:
+        specs[f"{layer}.weight_zero_point"] = TensorSpec("I32", (-(-rows // 8), groups))
+    return specs
+
+
+def to_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The file's tensors of one weight. K is padded with zeros to whole groups; `weight_shape` keeps the logical shape."""
+    rows, columns = weight.shape
+    padding = weight.group_scale.shape[1] * weight.scheme.group_size - columns
+    codes = torch.nn.functional.pad(weight.codes, (0, padding), value=_ZERO_CODE)
+    if weight.scheme.target.channel_outer_scale:
+        scale = join_scale(weight.group_scale, weight.outer_scale)
+    else:
+        scale = weight.group_scale.to(torch.bfloat16)
+    tensors = {
+        f"{layer}.weight_packed": pack_int4(codes),
+        f"{layer}.weight_scale": scale,
+        f"{layer}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+    }
+    if weight.zero_point is not None:
+        stored = (weight.zero_point - weight.scheme.levels[0]).to(torch.uint8)
+        stored = torch.nn.functional.pad(stored, (0, 0, 0, -rows % 8), value=_ZERO_CODE)
+        tensors[f"{layer}.weight_zero_point"] = pack_int4(stored.T.contiguous()).T.contiguous()
+    return tensors
+
+
+def from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Scheme, side: SideScales | None = None) -> QuantizedWeight:
+    """The quantized weight a file describes. Raises DuotoneError naming the layer when tensors are missing or do not fit."""
+    try:
+        packed, scale = tensors[f"{layer}.weight_packed"], tensors[f"{layer}.weight_scale"]
+        rows, columns = (int(size) for size in tensors[f"{layer}.weight_shape"])
+        stored_zero = None if scheme.symmetric else tensors[f"{layer}.weight_zero_point"]
+    except (KeyError, ValueError) as error:
+        raise DuotoneError(f"{layer}: the checkpoint lacks {error}, expected a pack-quantized weight") from None
+    expected = tensor_specs(layer, (rows, columns), scheme)
+    for suffix, tensor in (("weight_packed", packed), ("weight_scale", scale), ("weight_zero_point", stored_zero)):
+        if tensor is not None and tuple(tensor.shape) != expected[f"{layer}.{suffix}"].shape:
+            wanted = list(expected[f"{layer}.{suffix}"].shape)
+            raise DuotoneError(
+                f"{layer}.{suffix}: found shape {list(tensor.shape)}, expected {wanted} for a [{rows}, {columns}] weight"
+            )
+    zero = None
+    if stored_zero is not None:
+        zero = unpack_int4(stored_zero.T.contiguous(), rows).T.contiguous().float() + scheme.levels[0]
+    input_scale = None
+    if scheme.target.channel_outer_scale:
+        group, outer = split_scale(scale, scheme)
+    elif side is None:
+        raise DuotoneError(f"{layer}: duotone.json has no scales for it, expected them for target {scheme.target.name}")
+    else:
+        group, outer, input_scale = scale.float(), torch.tensor([side.outer_scale]), torch.tensor(side.input_scale)
+    try:
+        return QuantizedWeight(unpack_int4(packed, columns), group, outer, scheme, zero, input_scale)
+    except ValueError as error:
+        raise DuotoneError(f"{layer}: the checkpoint's scales are not valid: {error}") from None
+
+
+def side_scales(weight: QuantizedWeight) -> dict[str, float]:
+    """The entries of duotone.json without which this weight could not be read back; empty for `hopper`."""
+    if weight.scheme.target.channel_outer_scale:
+        return {}
+    if weight.input_scale is None:
+        raise ValueError("input_scale: must be calibrated before a static target is written")
+    return {"outer_scale": float(weight.outer_scale), "input_scale": float(weight.input_scale)}
+
+
+def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. Both `format` keys and the status are needed: FORMATS.md 1.2."""
+    dynamic = scheme.target.dynamic_activations
+    strategy = "token" if dynamic else "tensor"
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": scheme.group_size, "dynamic": False}
+    activations = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": dynamic, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": weights | {"symmetric": scheme.symmetric, "actorder": None},
+        "input_activations": activations,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": _METHOD_OF_TARGET[scheme.target.name],
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "version": _FORMAT_VERSION,
+    }
+
+
+def scheme_from_config(config: dict[str, Any]) -> Scheme:
+    """The scheme a `quantization_config` describes. Raises DuotoneError for any layout other than W4A8 pack-quantized."""
+    target = _target_of_method(config.get("quant_method"))
+    try:
+        group = config["config_groups"]["group_0"]
+        weights, activations = group["weights"], group["input_activations"]
+        found = (
+            group.get("format", config.get("format")),
+            weights["num_bits"],
+            weights["type"],
+            weights["strategy"],
+            activations["num_bits"],
+            activations["type"],
+            activations["strategy"],
+        )
+        size, symmetric = int(weights["group_size"]), bool(weights["symmetric"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DuotoneError(
+            f"config.json: quantization_config is not W4A8 pack-quantized ({error!r} is missing or wrong)"
+        ) from None
+    expected = ("pack-quantized", 4, "int", "group", 8, "float", "token" if target.dynamic_activations else "tensor")
+    if found != expected:
+        raise DuotoneError(f"config.json: quantization_config is {found}, expected {expected}")
+    return Scheme(target, size, symmetric)
+
+
+def _target_of_method(method: object) -> Target:
+    for target in (HOPPER, GAUDI):
+        if method == _METHOD_OF_TARGET[target.name]:
+            return target
+    raise DuotoneError(f"config.json: found quant_method {method!r}, expected one of {sorted(_METHOD_OF_TARGET.values())}")

@@ -1,0 +1,40 @@
+"""duotone.json: what the checkpoint is, how it was made, and the scales other files cannot hold.
+
+No times and no paths: the same run gives the same bytes.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from duotone.checkpoint.compressed_tensors import SideScales
+from duotone.checkpoint.source import read_json
+from duotone.errors import DuotoneError
+
+SIDECAR = "duotone.json"
+FORMAT_VERSION = 1
+
+
+def read_sidecar(folder: Path) -> dict[str, Any] | None:
+    """The sidecar of a checkpoint, or None when it was not made by Duotone. Raises DuotoneError for a newer format."""
+    if not (folder / SIDECAR).is_file():
+        return None
+    sidecar = read_json(folder / SIDECAR)
+    version = sidecar.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DuotoneError(f"{folder / SIDECAR}: found format_version {version!r}, expected {FORMAT_VERSION}: update duotone")
+    return sidecar
+
+
+def layer_scales(sidecar: dict[str, Any] | None, layer: str) -> SideScales | None:
+    """A layer's outer and activation scale, None when the sidecar holds none. Raises DuotoneError for what is no scale."""
+    layers = cast("dict[str, Any]", (sidecar or {}).get("layers", {}))
+    entry = layers.get(layer, {})
+    if "outer_scale" not in entry:
+        return None
+    try:
+        scales = SideScales(float(entry["outer_scale"]), float(entry["input_scale"]))
+    except (KeyError, TypeError, ValueError):
+        raise DuotoneError(f"{SIDECAR}: the scales of {layer} are {entry}, expected two numbers") from None
+    if not (0 < scales.outer_scale < float("inf") and 0 < scales.input_scale < float("inf")):
+        raise DuotoneError(f"{SIDECAR}: the scales of {layer} are {entry}, expected two positive numbers")
+    return scales

@@ -1,0 +1,139 @@
+"""Writing a checkpoint as it is made: shards planned from shapes, filled in any order, and never seen half-written.
+
+All tensors' shapes are known before any work is done, so each shard is laid out first, its bytes reserved on the disk
+(a full disk is found before the first hour of work), and every tensor goes straight to its place.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.checkpoint.headers import TORCH_NAMES, TensorSpec, encode_header
+from duotone.errors import DuotoneError
+
+_MAX_SHARD_BYTES = 5_000_000_000
+
+
+def plan_shards(tensors: dict[str, TensorSpec], max_bytes: int = _MAX_SHARD_BYTES) -> dict[str, dict[str, TensorSpec]]:
+    """Cut tensors, in their given order, into shards of at most `max_bytes` (a larger tensor gets a shard of its own)."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in tensors.items():
+        if shards[-1] and size + spec.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+class CheckpointWriter:
+    """Writes the planned tensors into a folder, each shard renamed to its real name once its last tensor is there."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorSpec], max_bytes: int = _MAX_SHARD_BYTES) -> None:
+        """Reserve the disk for all shards. Raises DuotoneError when it does not hold them."""
+        self._folder = folder
+        self._shards = plan_shards(tensors, max_bytes)
+        self._file_of = {name: file for file, members in self._shards.items() for name in members}
+        self._pending = {file: dict(members) for file, members in self._shards.items()}
+        self._offset_of: dict[str, int] = {}
+        for file, members in self._shards.items():
+            header, offsets = encode_header(members)
+            self._offset_of.update(offsets)
+            total = len(header) + sum(spec.nbytes for spec in members.values())
+            with reporting_full_disk(folder, total), self._partial(file).open("wb") as shard:
+                os.posix_fallocate(shard.fileno(), 0, total)
+                shard.write(header)
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors in their places. Raises ValueError for one that was not planned or differs from its plan."""
+        by_file: dict[str, list[str]] = {}
+        for name in tensors:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        for file, names in by_file.items():
+            with reporting_full_disk(self._folder), self._partial(file).open("r+b") as shard:
+                for name in names:
+                    spec, tensor = self._pending[file].pop(name), tensors[name].detach().cpu().contiguous()
+                    if (TORCH_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (spec.dtype, spec.shape):
+                        raise ValueError(
+                            f"{name}: found {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
+                        )
+                    shard.seek(self._offset_of[name])
+                    shard.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                if not self._pending[file]:
+                    shard.flush()
+                    os.fsync(shard.fileno())
+            if not self._pending[file]:
+                self._partial(file).rename(self._folder / file)
+
+    def finish(self) -> int:
+        """Write the index of a sharded checkpoint; returns the bytes of all tensors. Raises ValueError if any is missing."""
+        missing = [name for pending in self._pending.values() for name in pending]
+        if missing:
+            raise ValueError(f"{missing[0]}: planned but never written ({len(missing)} in all)")
+        total = sum(spec.nbytes for members in self._shards.values() for spec in members.values())
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+            write_json(self._folder / "model.safetensors.index.json", index)
+        return total
+
+    def _partial(self, file: str) -> Path:
+        return self._folder / f"{file}.partial"
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A staging folder beside `out` that becomes `out` when the work ends well, and vanishes when it does not.
+
+    Raises DuotoneError when `out` exists and is not an empty folder, or cannot be made.
+    """
+    check_output(out)
+    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    with reporting_full_disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    try:
+        yield staging
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(out: Path) -> None:
+    """Raise DuotoneError unless `out` is absent or an empty folder."""
+    if out.exists() and not out.is_dir():
+        raise DuotoneError(f"{out}: is a file, expected a folder to write to, or none yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise DuotoneError(f"{out}: the output folder is not empty, expected a new or empty one")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file, keys in the given order."""
+    with reporting_full_disk(path.parent):
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def reporting_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a full disk, a quota or a read-only folder into one sentence that says how much is needed and how much is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            existing = next(place for place in (path, *path.parents) if place.exists())
+            wanted = f"{needed / 1e6:.1f} MB" if needed else "more"
+            free = shutil.disk_usage(existing).free / 1e6
+            raise DuotoneError(f"{path}: the disk is full: needs {wanted}, found {free:.1f} MB free") from None
+        raise DuotoneError(f"{error.filename or path}: cannot be written ({error.strerror})") from None
