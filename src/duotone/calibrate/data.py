@@ -1,0 +1,203 @@
+"""Text to token windows of equal length, the same for calibration and for evaluation."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duotone.errors import DuotoneError
+
+#: What llm-compressor's examples calibrate on; used when no text is named and the model folder brings none.
+DEFAULT_DATASET = "HuggingFaceH4/ultrachat_200k:train_sft"
+#: A model folder may bring its own calibration text under this name.
+OWN_TEXT = "calibration.txt"
+#: Characters read from a hub data set for each window asked for and each token of it; English has about four a token.
+_CHARACTERS_PER_TOKEN = 8
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Token windows int64 [count, seq_len], where they came from, and the hash and size in bytes of the text they cover."""
+
+    tokens: Tensor
+    sources: tuple[str, ...]
+    sha256: str
+    text_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def calibration_sources(given: Sequence[str], model: Path) -> tuple[str, ...]:
+    """The texts to calibrate on: those named, else the model folder's own, else the default hub data set."""
+    if given:
+        return tuple(given)
+    own = model / OWN_TEXT
+    return (str(own),) if own.is_file() else (DEFAULT_DATASET,)
+
+
+def draw_windows(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], seq_len: int, count: int | None, seed: int
+) -> TokenWindows:
+    """`count` windows of `seq_len` tokens, in equal shares from each source, drawn by `seed` and kept in text order.
+
+    Each window begins with BOS when the tokenizer has one. count=None takes every whole window. Raises DuotoneError when
+    a source is missing, or shorter than one window.
+    """
+    if seq_len < 2:
+        raise DuotoneError(f"--seq-len: found {seq_len}, expected at least 2 tokens")
+    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    shares = _shares(count, len(sources))
+    parts: list[Tensor] = []
+    notes: list[str] = []
+    digest, text_bytes = hashlib.sha256(), 0
+    for source, share in zip(sources, shares, strict=True):
+        text = read_text(source, tokenizer, None if share is None else share * seq_len * _CHARACTERS_PER_TOKEN)
+        digest.update(text.encode("utf-8"))
+        if share is not None:
+            text = _thin(text, 2 * share * seq_len * _CHARACTERS_PER_TOKEN, seq_len * _CHARACTERS_PER_TOKEN, seed)
+        windows, offsets = _cut(tokenizer, text, seq_len - len(bos))
+        if not len(windows):
+            found = _token_count(tokenizer, text)
+            raise DuotoneError(
+                f"{source}: found {found} tokens of text, expected at least one sequence of {seq_len} (--seq-len)"
+            )
+        if share is not None and share < len(windows):
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(windows), generator=generator)[:share].sort().values
+            windows, offsets = windows[chosen], offsets[chosen]
+        elif share is not None and share > len(windows):
+            notes.append(f"{source}: holds {len(windows)} windows of {seq_len} tokens, {share} were asked for")
+        text_bytes += sum(len(text[start:stop].encode("utf-8")) for start, stop in offsets.tolist())
+        parts.append(torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(windows), -1), windows], dim=1))
+    return TokenWindows(torch.cat(parts), tuple(sources), digest.hexdigest(), text_bytes, tuple(notes))
+
+
+def read_text(source: str, tokenizer: PreTrainedTokenizerBase, max_characters: int | None = None) -> str:
+    """The text of a file (.jsonl: one object a line), or of a hub data set `owner/name[:split]`.
+
+    `FILE.jsonl#question,answer` names the fields to join; without it, `text`, or `messages` through the chat template.
+    """
+    name, _, fields = source.partition("#")
+    path = Path(name)
+    if path.is_file():
+        if path.suffix == ".jsonl":
+            return "\n\n".join(_render(row, fields, source, tokenizer) for row in _json_lines(path))
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DuotoneError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    if name.count("/") != 1 or path.suffix in {".txt", ".jsonl", ".json"} or name.startswith((".", "/", "~")):
+        raise DuotoneError(f"{name}: found no such file, expected a text file, a .jsonl file or a hub data set (--calibration)")
+    return _hub_text(name, fields, tokenizer, max_characters)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DuotoneError(f"{path}:{number}: is not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise DuotoneError(f"{path}:{number}: found a JSON {type(row).__name__}, expected an object")
+            yield row
+
+
+def _render(row: dict[str, Any], fields: str, source: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One document from a row of a data set."""
+    names = fields.split(",") if fields else ["text"] if "text" in row else ["messages"]
+    if names == ["messages"] and isinstance(row.get("messages"), list):
+        if tokenizer.chat_template:
+            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        return "\n".join(str(message.get("content", "")) for message in row["messages"])
+    missing = [name for name in names if not isinstance(row.get(name), str)]
+    if missing:
+        example = f"{source.partition('#')[0]}#{next(iter(row), 'text')}"
+        raise DuotoneError(
+            f"{source}: found the fields {sorted(row)}, expected text in {missing[0]!r}; name them as in {example}"
+        )
+    return "\n".join(row[name] for name in names)
+
+
+def _hub_text(name: str, fields: str, tokenizer: PreTrainedTokenizerBase, max_characters: int | None) -> str:
+    """Text streamed from a hub data set, as much as is needed."""
+    try:
+        from datasets import load_dataset  # an extra: heavy, and needed for hub data only
+    except ImportError:
+        raise DuotoneError(
+            f"{name}: a hub data set needs the datasets package (pip install 'duotone[datasets]'); "
+            "or name a text file with --calibration FILE"
+        ) from None
+    identifier, _, split = name.partition(":")
+    try:
+        rows = load_dataset(identifier, split=split or "train", streaming=True)
+        documents: list[str] = []
+        length = 0
+        for row in itertools.islice(rows, 1_000_000):
+            documents.append(_render(row, fields, name, tokenizer))
+            length += len(documents[-1])
+            if max_characters is not None and length >= max_characters:
+                break
+    except DuotoneError:
+        raise
+    except Exception as error:  # the hub client raises many kinds: offline, missing, gated, wrong split
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DuotoneError(
+            f"{name}: the hub data set cannot be read ({reason}); name a text file with --calibration FILE"
+        ) from None
+    return "\n\n".join(documents)
+
+
+def _thin(text: str, characters: int, span: int, seed: int) -> str:
+    """A random choice of the text's lines in runs of about `span` characters, `characters` in all: enough to draw from.
+
+    Tokenizing a whole large file to keep a thousandth of it would take longer than quantizing.
+    """
+    if len(text) <= 2 * characters:
+        return text
+    runs: list[str] = []
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + span) + 1 or len(text)
+        runs.append(text[start:end])
+        start = end
+    order = torch.randperm(len(runs), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths = itertools.accumulate(len(runs[i]) for i in order)
+    chosen = [i for i, length in zip(order, lengths, strict=True) if length - len(runs[i]) < characters]
+    return "".join(runs[i] for i in sorted(chosen))
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple[Tensor, Tensor]:
+    """Every whole run of `length` tokens [windows, length], and the characters [windows, 2] each covers."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids = encoded["input_ids"]
+    count = len(ids) // length
+    windows = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    if not count:
+        return windows, torch.empty(0, 2, dtype=torch.int64)
+    if not tokenizer.is_fast:  # no offsets: each window's own text
+        ends = list(itertools.accumulate(len(tokenizer.decode(window)) for window in windows))
+        return windows, torch.tensor(list(zip([0, *ends[:-1]], ends, strict=True)))
+    starts = [offset[0] for offset in encoded["offset_mapping"][: count * length : length]]
+    return windows, torch.tensor(
+        list(zip(starts, [*starts[1:], encoded["offset_mapping"][count * length - 1][1]], strict=True))
+    )
+
+
+def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _shares(count: int | None, sources: int) -> list[int | None]:
+    """`count` cut into equal shares, the first ones larger by one where it does not divide."""
+    if count is None:
+        return [None] * sources
+    if count < sources:
+        raise DuotoneError(f"--samples: found {count}, expected at least one for each of the {sources} texts")
+    return [count // sources + (i < count % sources) for i in range(sources)]

@@ -1,0 +1,1 @@
+"""Tables that describe architectures, and the empty model they describe. No arithmetic."""

@@ -1,0 +1,84 @@
+"""A transformers model without its weights: parameters on the meta device, buffers real, filled block by block.
+
+Code of the model comes from the installed transformers; code that lies in a model folder is never run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from duotone.errors import DuotoneError
+
+
+def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a config, parameters on meta. Raises DuotoneError when transformers cannot build it."""
+    plain = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
+    try:
+        model_config = AutoConfig.for_model(**plain)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Put tensors in the places of parameters and buffers, by full name. Raises DuotoneError naming a wrong shape."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        current = getattr(module, leaf)
+        if tuple(current.shape) != tuple(tensor.shape):
+            raise DuotoneError(f"{name}: found shape {list(tensor.shape)}, expected {list(current.shape)} from config.json")
+        value = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        if isinstance(current, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        else:
+            module.register_buffer(leaf, value)
+
+
+def release(module: nn.Module) -> None:
+    """Send a module's parameters back to meta; their memory is free again."""
+    for child in module.modules():
+        for leaf, parameter in child.named_parameters(recurse=False):
+            setattr(child, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Full names of the tensors a checkpoint has to bring: parameters and persistent buffers, tied ones once."""
+    persistent = set(model.state_dict(keep_vars=True))
+    seen: set[int] = set()
+    names: list[str] = []
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if name in persistent and id(tensor) not in seen:
+            seen.add(id(tensor))
+            names.append(name)
+    return names
+
+
+def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear of the model by full name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Register every new parameter on the meta device. Buffers stay real: rotary tables have no tensor in the checkpoint."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # pyright: ignore[reportAttributeAccessIssue]
