@@ -1,0 +1,44 @@
+# Shapes: M tokens, N out_features, K in_features.
+"""The W4A8 linear in plain torch, on any device: the specification every fast kernel is tested against.
+
+The FP8 operand is kept in BF16, which holds every E4M3 value exactly; products are exact in float32 and summed there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duotone.contract import quantize_activations
+from duotone.qweight import QuantizedWeight, fp8_values
+from duotone.scheme import Target
+
+NAME = "torch"
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """FP8 weights [N, K] held in BF16, outer scale [N] or [1], static activation scale or None."""
+
+    values: Tensor
+    outer_scale: Tensor
+    input_scale: Tensor | None
+    target: Target
+
+
+def refuses(weight: QuantizedWeight) -> str | None:
+    """Why this backend cannot run the weight, or None. It runs everything."""
+    del weight
+    return None
+
+
+def prepack(weight: QuantizedWeight) -> Packed:
+    """The form this backend multiplies."""
+    return Packed(fp8_values(weight).to(torch.bfloat16), weight.outer_scale, weight.input_scale, weight.scheme.target)
+
+
+def linear(x: Tensor, packed: Packed) -> Tensor:
+    """Y = ((sum_k x8 * w8) * outer_scale * s_x) rounded to x's dtype; x [..., K] -> [..., N]."""
+    x8, input_scale = quantize_activations(x, packed.target, packed.input_scale)
+    total = torch.nn.functional.linear(x8, packed.values.float())
+    return (total * packed.outer_scale * input_scale).to(x.dtype)
