@@ -1,0 +1,5 @@
+"""`python -m duotone` is the command `duotone`."""
+
+from duotone.cli import main
+
+main()

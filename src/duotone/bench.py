@@ -1,0 +1,183 @@
+"""Measurements that append rows to bench/records/*.jsonl (columns: ARCHITECTURE.md section 4)."""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from duotone.calibrate.data import TokenWindows, draw_windows
+from duotone.checkpoint.hub import locate_model
+from duotone.contract import quantize_activations
+from duotone.errors import DuotoneError
+from duotone.evaluation import evaluate_windows
+from duotone.models.tokenizer import load_tokenizer
+from duotone.runtime.linear import QuantizedLinear
+from duotone.runtime.load import load
+from duotone.version import VERSION
+
+
+@dataclass(frozen=True)
+class AccuracyBench:
+    """One accuracy comparison: a model, the text it is calibrated on, the text it is judged on."""
+
+    model: str
+    text: tuple[str, ...]
+    calibration: tuple[str, ...]
+    methods: tuple[str, ...] = ("rtn", "gptq", "dpq")
+    targets: tuple[str, ...] = ("hopper", "gaudi")
+    group_size: int = 128
+    samples: int = 128
+    seq_len: int = 256
+    eval_samples: int | None = 128
+    seed: int = 0
+
+
+def accuracy_rows(bench: AccuracyBench) -> Iterator[dict[str, Any]]:
+    """Quantize with every method and target, each in a process of its own (its peak memory is its own), and measure."""
+    folder = locate_model(bench.model)
+    reference = load(folder, torch.float32, "cpu")
+    windows = draw_windows(load_tokenizer(folder), bench.text, bench.seq_len, bench.eval_samples, seed=0)
+    for target in bench.targets:
+        for method in bench.methods:
+            with tempfile.TemporaryDirectory() as scratch:
+                report = _quantize_in_a_process(bench, method, target, Path(scratch) / "out")
+                yield _accuracy_row(bench, report, windows, reference, Path(scratch) / "out")
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """The columns every record has: where, when and with what it was measured."""
+    return {
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": f"{platform.machine()} {_processor()}",
+        "threads": torch.get_num_threads(),
+        "versions": {"duotone": VERSION, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers")},
+        "seed": seed,
+    }
+
+
+def append_records(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append rows to a records file, one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "duotone", "quantize", bench.model, str(out), "--json", "--method", method]
+    command += ["--target", target, "--group-size", str(bench.group_size), "--samples", str(bench.samples)]
+    command += ["--seq-len", str(bench.seq_len), "--seed", str(bench.seed), "--device", "cpu"]
+    for text in bench.calibration:
+        command += ["--calibration", text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DuotoneError(f"{method} on {target}: {done.stderr.strip() or 'ended without a word'}")
+    return json.loads(done.stdout)
+
+
+def _accuracy_row(
+    bench: AccuracyBench, report: dict[str, Any], windows: TokenWindows, reference: PreTrainedModel, out: Path
+) -> dict[str, Any]:
+    device = torch.device("cpu")
+    model = load(out, torch.float32, "cpu")
+    result = asdict(evaluate_windows(model, windows, reference, device))
+    floor_model = load(locate_model(bench.model), torch.float32, "cpu")
+    with _activations_only(floor_model, model):
+        floor = evaluate_windows(floor_model, windows, reference, device)
+    config = report["config"]
+    calibration = report["calibration"]
+    return provenance(bench.seed) | {
+        "model": Path(bench.model).name,
+        "text": [_text_name(text) for text in bench.text],
+        "tokens": result["tokens"],
+        "tool": "duotone",
+        "method": config["method"],
+        "effort": "default",
+        "target": config["target"],
+        "scheme": "w4a8" if config["symmetric"] else "w4a8 asymmetric",
+        "group_size": config["group_size"],
+        "calibration": calibration and {"text": calibration["text"], "tokens": calibration["tokens"], "seed": bench.seed},
+        "arithmetic": "contract",
+        "bits_per_weight": report["bits_per_weight"],
+        "quantized_macs_share": report["quantized_macs_share"],
+        "kl": result["kl"],
+        "kl_stderr": result["kl_stderr"],
+        "kl_activation_floor": floor.kl,
+        "perplexity": result["perplexity"],
+        "reference_perplexity": result["reference_perplexity"],
+        "bits_per_byte": result["bits_per_byte"],
+        "top1_agreement": result["top1_agreement"],
+        "tasks": {},
+        "quantize_seconds": sum(report["seconds"].values()),
+        "peak_bytes": report["peak_bytes"],
+        "refused": None,
+    }
+
+
+@contextmanager
+def _activations_only(original: nn.Module, quantized: nn.Module) -> Iterator[None]:
+    """Original weights, but the FP8 activations of the quantized model: the floor no weight format can get below."""
+
+    def hook(layer: QuantizedLinear) -> Any:
+        target, static = layer.scheme.target, layer.input_scale
+
+        def requantize(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            x8, scale = quantize_activations(inputs[0], target, static)
+            return ((x8 * scale).to(inputs[0].dtype), *inputs[1:])
+
+        return requantize
+
+    handles = [
+        original.get_submodule(name).register_forward_pre_hook(hook(module))
+        for name, module in quantized.named_modules()
+        if isinstance(module, QuantizedLinear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _text_name(source: str) -> str:
+    return Path(source.partition("#")[0]).name
+
+
+def _commit() -> str:
+    """The commit of the source tree this package runs from, `+` when it has uncommitted changes; `installed` outside one."""
+    tree = Path(__file__).resolve().parents[2]
+    if not (tree / ".git").exists():
+        return "installed"
+    head = subprocess.run(
+        ["git", "-C", str(tree), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run(
+        ["git", "-C", str(tree), "status", "--porcelain", "--untracked-files=no", "src"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

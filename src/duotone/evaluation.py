@@ -1,0 +1,135 @@
+# Shapes: T tokens of a window, V vocabulary.
+"""How good a model is on a text, and how far it is from another one: perplexity, KL divergence, agreement."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from duotone.calibrate.data import TokenWindows, draw_windows
+from duotone.checkpoint.hub import locate_model
+from duotone.device import resolve_device
+from duotone.errors import DuotoneError
+from duotone.models.tokenizer import load_tokenizer
+from duotone.runtime.load import load
+
+#: (windows done, windows in all)
+Progress = Callable[[int, int], None]
+#: Logits of one pass: tokens times vocabulary in float32 stay near 256 MB.
+_BATCH_LOGITS = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over all predicted tokens.
+
+    perplexity: exp of the mean negative log-likelihood. bits_per_byte: the same in bits over the UTF-8 bytes of the text.
+    kl: mean KL(reference || model) in nats a token; kl_stderr: its standard error, windows taken as the independent units.
+    top1_agreement: share of positions where both models' likeliest token is the same. The last three need a reference.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+    reference_perplexity: float | None = None
+    nll_difference: float | None = None
+    nll_difference_stderr: float | None = None
+
+
+def evaluate(
+    model: str | Path,
+    text: Sequence[str],
+    *,
+    reference: str | Path | None = None,
+    seq_len: int = 512,
+    samples: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model folder on text files, against a reference model if one is given.
+
+    dtype: of everything but the quantized linears; float32 leaves quantization as the only difference. samples: windows
+    drawn in equal shares from the texts, all of them when None. Raises DuotoneError for a missing file, a text shorter than
+    one window, or a reference with another vocabulary.
+    """
+    folder = locate_model(model)
+    quantized = load(folder, dtype, device)
+    windows = draw_windows(load_tokenizer(folder), text, seq_len, samples, seed=0)
+    original = None if reference is None else load(locate_model(reference), dtype, device)
+    return evaluate_windows(quantized, windows, original, resolve_device(device), progress)
+
+
+@torch.no_grad()
+def evaluate_windows(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    reference: PreTrainedModel | None,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a loaded model on token windows; see `evaluate`."""
+    vocabulary = model.config.vocab_size
+    if reference is not None and reference.config.vocab_size != vocabulary:
+        raise DuotoneError(
+            f"--reference: has a vocabulary of {reference.config.vocab_size}, expected {vocabulary} as in the model"
+        )
+    count, length = windows.tokens.shape
+    batch = max(1, _BATCH_LOGITS // (vocabulary * length))
+    nll_W, kl_W, agree_W, reference_nll_W = ([] for _ in range(4))
+    for tokens in windows.tokens.split(batch):
+        tokens = tokens.to(device)
+        logp = _log_probabilities(model, tokens)
+        nll_W.append(_nll(logp, tokens))
+        if reference is not None:
+            logq = _log_probabilities(reference, tokens)
+            reference_nll_W.append(_nll(logq, tokens))
+            kl_W.append((logq.exp() * (logq - logp)).sum(-1).mean(-1))
+            agree_W.append((logp.argmax(-1) == logq.argmax(-1)).float().mean(-1))
+        if progress is not None:
+            progress(min(len(nll_W) * batch, count), count)
+    nll = torch.cat(nll_W)
+    result = Evaluation(
+        perplexity=math.exp(float(nll.mean())),
+        bits_per_byte=float(nll.sum()) * (length - 1) / math.log(2) / windows.text_bytes,
+        tokens=count * (length - 1),
+    )
+    if reference is None:
+        return result
+    kl, difference = torch.cat(kl_W), nll - torch.cat(reference_nll_W)
+    return Evaluation(
+        result.perplexity,
+        result.bits_per_byte,
+        result.tokens,
+        kl=float(kl.mean()),
+        kl_stderr=_standard_error(kl),
+        top1_agreement=float(torch.cat(agree_W).mean()),
+        reference_perplexity=math.exp(float(torch.cat(reference_nll_W).mean())),
+        nll_difference=float(difference.mean()),
+        nll_difference_stderr=_standard_error(difference),
+    )
+
+
+def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Float32 log-probabilities of the token after each position, [windows, T - 1, V]."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _nll(logp: Tensor, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each window in nats, float64."""
+    return -logp.gather(-1, tokens[:, 1:, None]).squeeze(-1).double().mean(-1)
+
+
+def _standard_error(values_W: Tensor) -> float:
+    """Of the mean over windows; NaN-free: one window has no spread to measure and gives infinity."""
+    if len(values_W) < 2:
+        return math.inf
+    return float(values_W.double().std() / math.sqrt(len(values_W)))

@@ -1,0 +1,88 @@
+"""What is inside a model folder, from its headers, config and sidecar alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duotone.checkpoint.compressed_tensors import scheme_from_config, tensor_specs
+from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.sidecar import read_sidecar
+from duotone.checkpoint.source import SourceFolder, open_source
+from duotone.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One matrix: [rows, columns], scheme (`w4a8 hopper g128`) or dtype, bytes on disk, error if known, why it was kept."""
+
+    layer: str
+    shape: tuple[int, ...]
+    scheme: str
+    nbytes: int
+    output_error: float | None = None
+    kept_because: str | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The layers of a folder and their totals. bits_per_weight is over the quantized layers; 0 when there is none."""
+
+    path: str
+    model_type: str
+    layers: list[LayerFacts]
+    total_bytes: int
+    quantized_bytes: int
+    bits_per_weight: float
+    calibration: dict[str, Any] | None
+    notes: list[str]
+
+
+def inspect_model(model: str | Path) -> Inspection:
+    """Read a checkpoint or an ordinary model folder without loading it. Raises DuotoneError for a damaged one."""
+    source = open_source(locate_model(model))
+    sidecar = read_sidecar(source.path) or {}
+    quantization = source.config.get("quantization_config")
+    scheme = None if quantization is None else scheme_from_config(quantization)
+    layers = [] if scheme is None else _quantized_layers(source, scheme, sidecar)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    quantized_bytes = sum(layer.nbytes for layer in layers)
+    return Inspection(
+        path=str(source.path),
+        model_type=source.config["model_type"],
+        layers=layers + _other_layers(source, sidecar, quantization),
+        total_bytes=source.weight_bytes,
+        quantized_bytes=quantized_bytes,
+        bits_per_weight=8 * quantized_bytes / weights if weights else 0.0,
+        calibration=sidecar.get("calibration"),
+        notes=list(sidecar.get("notes", [])),
+    )
+
+
+def _quantized_layers(source: SourceFolder, scheme: Scheme, sidecar: dict[str, Any]) -> list[LayerFacts]:
+    kind = f"w4a8 {scheme.target.name} g{scheme.group_size}" + ("" if scheme.symmetric else " asymmetric")
+    shapes = source.load(name for name in source.tensors if name.endswith(".weight_shape"))
+    layers: list[LayerFacts] = []
+    for name, shape in shapes.items():
+        layer, (rows, columns) = name.removesuffix(".weight_shape"), (int(size) for size in shape)
+        nbytes = sum(
+            source.tensors[part].nbytes for part in tensor_specs(layer, (rows, columns), scheme) if part in source.tensors
+        )
+        error = sidecar.get("layers", {}).get(layer, {}).get("output_error")
+        layers.append(LayerFacts(layer, (rows, columns), kind, nbytes, error))
+    return layers
+
+
+def _other_layers(source: SourceFolder, sidecar: dict[str, Any], quantization: dict[str, Any] | None) -> list[LayerFacts]:
+    """Matrices that are stored as floats, with the reason where one is known."""
+    reasons: dict[str, str] = sidecar.get("kept", {})
+    ignored = set((quantization or {}).get("ignore", []))
+    layers: list[LayerFacts] = []
+    for name, spec in source.tensors.items():
+        if len(spec.shape) != 2 or not spec.is_float or not name.endswith(".weight"):
+            continue
+        layer = name.removesuffix(".weight")
+        reason = reasons.get(layer, "in the ignore list" if layer in ignored else None)
+        if reason is None and quantization is not None:
+            reason = "an embedding table, not a linear" if "embed" in layer else "not a quantized linear"
+        layers.append(LayerFacts(layer, spec.shape, spec.dtype, spec.nbytes, kept_because=reason))
+    return layers

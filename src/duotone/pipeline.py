@@ -1,0 +1,272 @@
+# Shapes: N out_features, K in_features.
+"""The story: open, plan, and for each block: load, observe, solve, pass on, pack, write.
+
+Only the current block's weights and the calibration activations are in memory; a block's tensors are on disk before the
+next block is read. The output folder appears when everything in it is whole.
+"""
+
+import dataclasses
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
+from duotone.calibrate.stream import BlockStream, start_stream
+from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
+from duotone.checkpoint.hub import copy_companions, locate_model
+from duotone.checkpoint.sidecar import FORMAT_VERSION, SIDECAR
+from duotone.checkpoint.source import open_source
+from duotone.checkpoint.writer import CheckpointWriter, check_output, output_folder, write_json
+from duotone.contract import static_activation_scale
+from duotone.device import resolve_device
+from duotone.errors import DuotoneError
+from duotone.loadability import vllm_warnings
+from duotone.models.skeleton import build_skeleton, fill, release
+from duotone.models.tokenizer import load_tokenizer
+from duotone.phases import Phases
+from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
+from duotone.qweight import QuantizedWeight, dequantize
+from duotone.solver.methods import METHODS, LayerReport, Problem, shared_factor
+from duotone.solver.statistics import Statistics
+from duotone.version import VERSION
+
+#: (blocks done, blocks in all, what is being done)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class QuantizeReport:
+    """What a run did: facts for the user, the sidecar and the records."""
+
+    model: str
+    out: str
+    config: QuantizeConfig
+    calibration: dict[str, Any] | None
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    weight_bytes: int = 0
+    original_bytes: int = 0
+    bits_per_weight: float = 0.0
+    quantized_macs_share: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class _Run:
+    """What the steps of one run share."""
+
+    plan: Plan
+    device: torch.device
+    phases: Phases
+    report: QuantizeReport
+    sidecar_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progress: Progress | None = None) -> QuantizeReport:
+    """Quantize a model folder or hub id into the folder `out`. Raises DuotoneError; then `out` is as it was before."""
+    phases = Phases()
+    tell = progress or _silent
+    with phases("read"):
+        folder, out = locate_model(model), Path(out)
+        check_output(out)
+        device = resolve_device(config.device)
+        plan = make_plan(open_source(folder), config)
+        windows = _calibration_windows(plan) if config.needs_calibration else None
+    report = QuantizeReport(
+        str(model), str(out), config, _calibration_facts(windows), kept=plan.kept, notes=_notes(plan, windows)
+    )
+    report.original_bytes = plan.source.weight_bytes
+    report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
+    run = _Run(plan, device, phases, report)
+    with output_folder(out) as staging:
+        with phases("write"):
+            writer = CheckpointWriter(staging, plan.outputs)
+            _copy_through(run, writer, plan.outside)
+        skeleton = build_skeleton(plan.source.config, _compute_dtype(device))
+        stream = _open_stream(run, skeleton, windows) if windows is not None else None
+        for index, block in enumerate(plan.blocks):
+            tell(index, len(plan.blocks), block.path)
+            weights = _quantize_block(run, index, block, skeleton, stream)
+            with phases("write"):
+                _write_block(run, writer, block, weights)
+        tell(len(plan.blocks), len(plan.blocks), "writing")
+        with phases("write"):
+            report.weight_bytes = writer.finish()
+            _write_companions(run, staging)
+    report.seconds = dict(phases.seconds)
+    report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """Tell nobody."""
+
+
+def _quantize_block(
+    run: _Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
+) -> dict[str, QuantizedWeight]:
+    """Load one block, observe its inputs, solve its linears, pass the hidden states on through the quantized block."""
+    with run.phases("read"):
+        originals = _load_finite(run.plan, block.tensors)
+    module = skeleton.get_submodule(block.path)
+    statistics: dict[str, Statistics] = {}
+    if stream is not None:
+        fill(skeleton, originals, _compute_dtype(run.device), run.device)
+        if run.plan.config.needs_statistics:
+            first = {group[0]: skeleton.get_submodule(group[0]) for group in block.shared_inputs}
+            statistics = stream.observe(index, module, first)
+    weights: dict[str, QuantizedWeight] = {}
+    for group in block.shared_inputs:
+        weights |= _solve_group(run, group, originals, statistics.pop(group[0], None))
+    if stream is not None:
+        for layer, weight in weights.items():
+            linear = skeleton.get_submodule(layer)
+            linear.weight.data = dequantize(weight).to(_compute_dtype(run.device))  # pyright: ignore[reportAttributeAccessIssue]
+        first = {group[0]: skeleton.get_submodule(group[0]) for group in block.shared_inputs}
+        absmax = stream.advance(index, module, first)
+        release(module)
+        if not run.plan.config.scheme.target.dynamic_activations:
+            weights = _with_input_scales(block, weights, absmax)
+    return weights
+
+
+def _solve_group(
+    run: _Run, group: tuple[str, ...], originals: dict[str, Tensor], statistics: Statistics | None
+) -> dict[str, QuantizedWeight]:
+    """Quantize the linears that read one input: one Hessian, one factorization."""
+    config = run.plan.config
+    factor = None
+    if statistics is not None:
+        with run.phases("factorize"):
+            factor = shared_factor(statistics, config.scheme, config.solver, group[0])
+    weights: dict[str, QuantizedWeight] = {}
+    for layer in group:
+        with run.phases("solve"):
+            w_NK = originals[f"{layer}.weight"].to(run.device, torch.float32)
+            problem = Problem(layer, w_NK, statistics, factor, config.scheme, config.solver)
+            weights[layer], layer_report = METHODS[config.method](problem)
+        run.report.layers.append(layer_report)
+    return weights
+
+
+def _with_input_scales(
+    block: BlockPlan, weights: dict[str, QuantizedWeight], absmax: dict[str, Tensor]
+) -> dict[str, QuantizedWeight]:
+    """Add the static activation scale of each shared input, measured on the quantized block (activation scales come last)."""
+    scaled: dict[str, QuantizedWeight] = {}
+    for group in block.shared_inputs:
+        for layer in group:
+            scale = static_activation_scale(absmax[group[0]], weights[layer].scheme.target)
+            scaled[layer] = dataclasses.replace(weights[layer], input_scale=scale)
+    return scaled
+
+
+def _write_block(run: _Run, writer: CheckpointWriter, block: BlockPlan, weights: dict[str, QuantizedWeight]) -> None:
+    """Pack a block's weights, copy its other tensors, and put all of them on disk."""
+    for layer, weight in weights.items():
+        writer.write(to_tensors(layer, weight))
+        run.sidecar_layers[layer] = dict(side_scales(weight))
+    replaced = {f"{layer}.weight" for layer in weights}
+    _copy_through(run, writer, tuple(name for name in block.tensors if name not in replaced))
+
+
+def _copy_through(run: _Run, writer: CheckpointWriter, names: tuple[str, ...]) -> None:
+    """Copy tensors that are not quantized, floats as BF16, one at a time."""
+    for name in names:
+        tensor = _load_finite(run.plan, (name,))[name]
+        writer.write({name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor})
+
+
+def _load_finite(plan: Plan, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tensors of the source. Raises DuotoneError naming one that holds NaN or infinity."""
+    tensors = plan.source.load(names)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise DuotoneError(
+                f"{plan.source.path / plan.source.tensors[name].file}: {name} holds {bad} NaN or infinite values"
+            )
+    return tensors
+
+
+def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
+    """Load what lies before the first block and compute the hidden states at its entrance."""
+    heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
+    names = [name for name in run.plan.outside if name not in heads and _is_parameter(skeleton, name)]
+    with run.phases("read"):
+        fill(skeleton, _load_finite(run.plan, tuple(names)), _compute_dtype(run.device), run.device)
+        skeleton.tie_weights()
+    with run.phases("forward"):
+        blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
+        return start_stream(skeleton, blocks, windows.tokens, run.phases)
+
+
+def _is_parameter(skeleton: nn.Module, name: str) -> bool:
+    try:
+        skeleton.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _calibration_windows(plan: Plan) -> TokenWindows:
+    config, folder = plan.config, plan.source.path
+    sources = calibration_sources(config.calibration, folder)
+    return draw_windows(load_tokenizer(folder), sources, plan.seq_len, config.samples, config.seed)
+
+
+def _calibration_facts(windows: TokenWindows | None) -> dict[str, Any] | None:
+    if windows is None:
+        return None
+    files = [Path(source.partition("#")[0]) for source in windows.sources]
+    names = [file.name if file.is_file() else source for file, source in zip(files, windows.sources, strict=True)]
+    return {"text": names, "tokens": windows.tokens.numel(), "windows": len(windows.tokens), "sha256": windows.sha256}
+
+
+def _notes(plan: Plan, windows: TokenWindows | None) -> list[str]:
+    notes = list(windows.notes) if windows is not None else []
+    if windows is not None and plan.seq_len < plan.config.seq_len:
+        notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
+    if plan.converted:
+        notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
+    return notes + vllm_warnings(plan.config.scheme, plan.shapes)
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Calibration runs in float32 on a CPU (few have fast BF16) and in BF16 on an accelerator."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _write_companions(run: _Run, staging: Path) -> None:
+    """config.json, duotone.json, tokenizer and the rest: what makes weights a model."""
+    plan, report = run.plan, run.report
+    config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
+    config["quantization_config"] = quantization_config(plan.config.scheme, sorted(plan.kept))
+    write_json(staging / "config.json", config)
+    copy_companions(plan.source.path, staging)
+    for layer in report.layers:
+        run.sidecar_layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
+    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device"}}
+    sidecar = {
+        "format_version": FORMAT_VERSION,
+        "producer": f"duotone {VERSION}",
+        "settings": settings | {"order": plan.config.solver.order},
+        "calibration": report.calibration,
+        "bits_per_weight": report.bits_per_weight,
+        "quantized_macs_share": report.quantized_macs_share,
+        "layers": run.sidecar_layers,
+        "kept": plan.kept,
+        "notes": report.notes,
+    }
+    write_json(staging / SIDECAR, sidecar)

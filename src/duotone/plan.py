@@ -1,0 +1,260 @@
+# Shapes: N out_features, K in_features.
+"""What will be done, decided from config and headers alone: which linears, which tensors, how long, how much."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from duotone.checkpoint.compressed_tensors import tensor_specs
+from duotone.checkpoint.source import SourceFolder, TensorSpec
+from duotone.errors import DuotoneError
+from duotone.models.adapter import find_adapter
+from duotone.models.skeleton import build_skeleton, find_linears, parameter_names
+from duotone.models.table import Adapter
+from duotone.scheme import TARGETS, Scheme, check_rules, matches
+from duotone.solver.methods import DEFAULT_ORDER, METHODS, SolverOptions
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Everything a user may ask of `quantize`; field names are the command line's.
+
+    order None: the method's own default. calibration empty: the model folder's own text, else the default hub data set.
+    ignore: names or `re:` patterns of linears left in BF16. strict: a linear that must stay BF16 is an error.
+    """
+
+    method: str = "dpq"
+    target: str = "hopper"
+    group_size: int = 128
+    symmetric: bool = True
+    ignore: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    samples: int = 128
+    seq_len: int = 2048
+    damping_frac: float = 0.01
+    order: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("method", self.method, METHODS), ("target", self.target, TARGETS)):
+            if value not in known:
+                raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
+        if self.samples < 1:
+            raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
+        check_rules(self.ignore)
+
+    @property
+    def scheme(self) -> Scheme:
+        """Target, group size and symmetry as one value."""
+        return Scheme(TARGETS[self.target], self.group_size, self.symmetric)
+
+    @property
+    def solver(self) -> SolverOptions:
+        """The solver's share of the options."""
+        return SolverOptions(self.order or DEFAULT_ORDER[self.method], self.damping_frac)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Does the method look at Hessians?"""
+        return self.method != "rtn"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Is text needed: for Hessians, or for static activation scales?"""
+        return self.needs_statistics or not self.scheme.target.dynamic_activations
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its path, the full names of linears to quantize grouped by shared input, and every tensor it holds."""
+
+    path: str
+    shared_inputs: tuple[tuple[str, ...], ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job.
+
+    kept: linears left in BF16 with their reason. quantized_macs_share: of all linears' multiply-accumulates, the share that
+    will run quantized. outputs: every tensor of the new checkpoint, in order. converted: those whose floats become BF16.
+    """
+
+    config: QuantizeConfig
+    source: SourceFolder
+    adapter: Adapter
+    blocks: tuple[BlockPlan, ...]
+    outside: tuple[str, ...]
+    kept: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+    quantized_macs_share: float
+    outputs: dict[str, TensorSpec]
+    converted: tuple[str, ...]
+
+    @property
+    def layers(self) -> list[str]:
+        """Full names of all linears to quantize, in order."""
+        return [layer for block in self.blocks for group in block.shared_inputs for layer in group]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all tensors of the new checkpoint."""
+        return sum(spec.nbytes for spec in self.outputs.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk of codes, scales and zero points for each weight that is quantized."""
+        stored = [
+            spec for layer, shape in self.shapes.items() for spec in tensor_specs(layer, shape, self.config.scheme).values()
+        ]
+        return 8 * sum(spec.nbytes for spec in stored) / sum(n * k for n, k in self.shapes.values())
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a calibration window: what was asked for, or the model's own limit if that is smaller."""
+        return min(self.config.seq_len, int(self.source.config.get("max_position_embeddings", self.config.seq_len)))
+
+
+def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
+    """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method", "unknown")
+        raise DuotoneError(f"{source.path}: is already quantized ({method}), expected original weights")
+    adapter = find_adapter(source.config)
+    model = build_skeleton(source.config, torch.float32)
+    linears = find_linears(model)
+    kept = _kept_linears(adapter, list(linears), config)
+    wanted = parameter_names(model)
+    _check_source(source, {name: tuple(model.get_parameter(name).shape) for name in wanted})
+    blocks: list[BlockPlan] = []
+    for index in range(len(model.get_submodule(adapter.blocks))):  # pyright: ignore[reportArgumentType]
+        path = f"{adapter.blocks}.{index}"
+        groups = (tuple(f"{path}.{name}" for name in group) for group in adapter.shared_inputs)
+        groups = (tuple(name for name in group if name in linears and name not in kept) for group in groups)
+        tensors = tuple(name for name in wanted if name.startswith(f"{path}."))
+        blocks.append(BlockPlan(path, tuple(group for group in groups if group), tensors))
+    shapes = {
+        layer: (linears[layer].out_features, linears[layer].in_features)
+        for block in blocks
+        for group in block.shared_inputs
+        for layer in group
+    }
+    if not shapes:
+        raise DuotoneError(f"{source.path}: every linear is left in BF16, expected at least one to quantize (see --ignore)")
+    in_blocks = {name for block in blocks for name in block.tensors}
+    outside = tuple(name for name in source.tensors if name not in in_blocks)
+    outputs, converted = _outputs(source, blocks, outside, shapes, config.scheme)
+    share = sum(n * k for n, k in shapes.values()) / sum(linear.weight.numel() for linear in linears.values())
+    return Plan(config, source, adapter, tuple(blocks), outside, kept, shapes, share, outputs, converted)
+
+
+def _kept_linears(adapter: Adapter, linears: list[str], config: QuantizeConfig) -> dict[str, str]:
+    """Linears that stay BF16, each with its reason. Raises DuotoneError for a rule that matches nothing, or under strict."""
+    for rule in config.ignore:
+        if not any(matches(name, rule) for name in linears):
+            raise DuotoneError(f"--ignore {rule}: matches no linear of this model; names look like {linears[0]!r}")
+    known = {name for group in adapter.shared_inputs for name in group}
+    usual = dict(adapter.keep)
+    kept: dict[str, str] = {}
+    for name in linears:
+        rule = next((rule for rule in config.ignore if matches(name, rule)), None)
+        inside = name.removeprefix(f"{adapter.blocks}.").partition(".")[2] if name.startswith(f"{adapter.blocks}.") else None
+        if rule is not None:
+            kept[name] = f"ignored by the rule {rule}"
+        elif name in usual:
+            kept[name] = usual[name]
+        elif inside not in known:
+            kept[name] = "not in the architecture's table" if inside else "outside the blocks"
+            if config.strict:
+                raise DuotoneError(f"{name}: must stay BF16 ({kept[name]}), which --strict forbids; name it with --ignore")
+    return kept
+
+
+def _check_source(source: SourceFolder, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Every tensor the architecture needs is there, with its shape, as floats."""
+    for name, shape in shapes.items():
+        spec = source.tensors.get(name)
+        if spec is None:
+            raise DuotoneError(f"{source.path}: found no tensor {name!r}, expected it for this architecture")
+        if spec.shape != shape:
+            raise DuotoneError(
+                f"{source.path / spec.file}: {name} has shape {list(spec.shape)}, expected {list(shape)} from config.json"
+            )
+        if not spec.is_float:
+            raise DuotoneError(f"{source.path / spec.file}: {name} is {spec.dtype}, expected BF16, F16 or F32 weights")
+
+
+def _outputs(
+    source: SourceFolder,
+    blocks: list[BlockPlan],
+    outside: tuple[str, ...],
+    shapes: dict[str, tuple[int, int]],
+    scheme: Scheme,
+) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
+    """Specs of all tensors to write, and the names of those whose float dtype becomes BF16."""
+    outputs: dict[str, TensorSpec] = {}
+    converted: list[str] = []
+    for name in (*outside, *(name for block in blocks for name in block.tensors)):
+        layer = name.removesuffix(".weight")
+        spec = source.tensors[name]
+        if layer in shapes:
+            outputs |= tensor_specs(layer, shapes[layer], scheme)
+            continue
+        if spec.is_float and spec.dtype != "BF16":
+            converted.append(name)
+        outputs[name] = TensorSpec("BF16" if spec.is_float else spec.dtype, spec.shape)
+    return outputs, tuple(converted)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take on this machine, from shapes and one short measurement of its matrix products."""
+
+    seconds: float
+    peak_bytes: int
+    disk_bytes: int
+
+
+#: Interpreter, torch and transformers before any weight.
+_BASE_BYTES = 500_000_000
+#: Share of the measured matrix-product speed that mixed work reaches; and seconds a column of the solver's Python loop.
+_EFFICIENCY, _COLUMN_SECONDS = 0.6, 1.5e-4
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Seconds, peak memory and disk of a plan. An estimate: within about a factor of two."""
+    config = plan.config
+    tokens = config.samples * plan.seq_len if config.needs_calibration else 0
+    weights = sum(n * k for n, k in plan.shapes.values())
+    flops, columns, hessian_bytes = 4.0 * tokens * weights, 0, 0
+    if config.needs_statistics:
+        for block in plan.blocks:
+            widths = [plan.shapes[group[0]][1] for group in block.shared_inputs]
+            flops += sum(2.0 * tokens * k**2 + k**3 for k in widths)
+            hessian_bytes = max(hessian_bytes, 4 * (sum(k**2 for k in widths) + 4 * max(widths) ** 2))
+        flops += sum(4.0 * n * k**2 for n, k in plan.shapes.values())
+        columns = sum(k for _, k in plan.shapes.values())
+    block_bytes = 4 * max(
+        sum(n * k for g in block.shared_inputs for n, k in (plan.shapes[x] for x in g)) for block in plan.blocks
+    )
+    largest = 4 * max(n * k for n, k in plan.shapes.values())
+    outside_bytes = 4 * sum(spec.nbytes // 2 for name, spec in plan.outputs.items() if name in plan.outside)
+    hidden_bytes = 4 * tokens * int(plan.source.config.get("hidden_size", 0))
+    peak = _BASE_BYTES + 2 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + 2 * hidden_bytes
+    seconds = flops / (_EFFICIENCY * _measured_flops()) + columns * _COLUMN_SECONDS + weights * 2e-8
+    return Estimate(seconds, peak, plan.disk_bytes)
+
+
+def _measured_flops(size: int = 768) -> float:
+    """FLOP/s of a float32 matrix product here, best of a few."""
+    a = torch.ones(size, size)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best

@@ -1,0 +1,138 @@
+"""Results as a person reads them: rich tables from the plain values that `--json` prints."""
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def megabytes(nbytes: float) -> str:
+    """Bytes as MB or GB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def quantize_summary(report: dict[str, Any]) -> RenderableType:
+    """What `duotone quantize` did."""
+    config, seconds = report["config"], report["seconds"]
+    errors = [layer["output_error"] for layer in report["layers"] if layer["output_error"] is not None]
+    table = _facts()
+    table.add_row("checkpoint", Text(report["out"], style="bold"))
+    table.add_row("method", f"{config['method']}, target {config['target']}, group size {config['group_size']}")
+    table.add_row("weights", f"{megabytes(report['original_bytes'])} -> {megabytes(report['weight_bytes'])}")
+    table.add_row("bits per weight", f"{report['bits_per_weight']:.3f} in {len(report['layers'])} linears")
+    table.add_row("quantized", f"{100 * report['quantized_macs_share']:.1f} % of the linears' multiply-accumulates")
+    if errors:
+        table.add_row("output error", f"{sum(errors) / len(errors):.5f} mean, {max(errors):.5f} worst (relative, squared)")
+    if report["calibration"]:
+        calibration = report["calibration"]
+        table.add_row("calibration", f"{calibration['tokens']} tokens of {', '.join(calibration['text'])}")
+    phases = ", ".join(f"{phase} {duration(spent)}" for phase, spent in seconds.items())
+    table.add_row("time", f"{duration(sum(seconds.values()))} ({phases})")
+    table.add_row("peak memory", megabytes(report["peak_bytes"]))
+    return Group(table, *_kept(report["kept"]), *_notes(report["notes"]))
+
+
+def plan_summary(plan: dict[str, Any]) -> RenderableType:
+    """What `duotone quantize --dry-run` foresees."""
+    table = _facts()
+    table.add_row(
+        "linears to quantize", f"{plan['linears']} ({100 * plan['quantized_macs_share']:.1f} % of multiply-accumulates)"
+    )
+    table.add_row("bits per weight", f"{plan['bits_per_weight']:.3f}")
+    table.add_row("time", f"about {duration(plan['seconds'])}")
+    table.add_row("peak memory", f"about {megabytes(plan['peak_bytes'])}")
+    table.add_row("disk", megabytes(plan["disk_bytes"]))
+    return Group(table, *_kept(plan["kept"]), *_notes(plan["notes"]))
+
+
+def evaluation_summary(result: dict[str, Any]) -> RenderableType:
+    """What `duotone eval` measured."""
+    table = _facts()
+    table.add_row("tokens", str(result["tokens"]))
+    reference = result["reference_perplexity"]
+    table.add_row("perplexity", f"{result['perplexity']:.4f}" + (f" (reference {reference:.4f})" if reference else ""))
+    table.add_row("bits per byte", f"{result['bits_per_byte']:.4f}")
+    if result["kl"] is not None:
+        table.add_row("KL to reference", f"{result['kl']:.5f} ± {result['kl_stderr']:.5f} nats a token")
+        table.add_row("top-1 agreement", f"{100 * result['top1_agreement']:.2f} %")
+    return table
+
+
+def inspection_summary(facts: dict[str, Any]) -> RenderableType:
+    """What `duotone inspect` found."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for column, justify in (("layer", "left"), ("shape", "right"), ("scheme", "left"), ("bytes", "right"), ("error", "right")):
+        table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
+    table.add_column("why not quantized")
+    for layer in facts["layers"]:
+        error = "" if layer["output_error"] is None else f"{layer['output_error']:.5f}"
+        shape = " x ".join(str(size) for size in layer["shape"])
+        table.add_row(layer["layer"], shape, layer["scheme"], f"{layer['nbytes']:,}", error, layer["kept_because"] or "")
+    totals = _facts()
+    totals.add_row("all tensors", megabytes(facts["total_bytes"]))
+    if facts["quantized_bytes"]:
+        totals.add_row(
+            "quantized linears", f"{megabytes(facts['quantized_bytes'])}, {facts['bits_per_weight']:.3f} bits per weight"
+        )
+    return Group(table, "", totals, *_notes(facts["notes"]))
+
+
+def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Accuracy records side by side."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    columns = ("model", "target", "method", "bits", "perplexity", "KL", "above floor", "top-1", "seconds", "peak")
+    for column in columns:
+        table.add_column(column, justify="left" if column in {"model", "target", "method"} else "right")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            row["target"],
+            row["method"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}",
+            f"{row['kl'] - row['kl_activation_floor']:.5f}",
+            f"{100 * row['top1_agreement']:.2f} %",
+            f"{row['quantize_seconds']:.1f}",
+            megabytes(row["peak_bytes"]),
+        )
+    return table
+
+
+def show(renderable: RenderableType) -> None:
+    """Print to standard output; a pipe gets lines wide enough for a table."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(renderable)
+
+
+def _facts() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _kept(kept: dict[str, str]) -> list[RenderableType]:
+    """Layers left in BF16, those with the same reason on one line."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in kept.items():
+        by_reason.setdefault(reason, []).append(layer)
+    lines: list[RenderableType] = []
+    for reason, layers in by_reason.items():
+        names = layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more"
+        lines.append(Text(f"left in BF16: {names}: {reason}", style="yellow"))
+    return lines
+
+
+def _notes(notes: list[str]) -> list[RenderableType]:
+    return [Text(f"note: {note}", style="yellow") for note in notes]
