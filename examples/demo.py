@@ -4,6 +4,7 @@ Writes build/demo/summary.json and leaves the checkpoints in build/demo. Run by 
 """
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,19 +22,22 @@ METHODS = ("rtn", "gptq", "dpq")
 PROMPT = "To install the package, "
 
 
-def main() -> None:
-    """Quantize, evaluate, print one table, a sample of each model and the path of the checkpoint."""
+def main(build: Path = BUILD, samples: int = 128) -> None:
+    """Quantize, evaluate, print one table, a sample of each model and the path of the checkpoint.
+
+    samples: windows of 256 tokens, to calibrate on and to judge on.
+    """
     console = Console()
-    shutil.rmtree(BUILD, ignore_errors=True)
-    BUILD.mkdir(parents=True)
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir(parents=True)
     text = (str(MODEL / "evaluation.txt"),)
     measured = {}
     original_bytes, original_perplexity = 0, 0.0
     for method in METHODS:
-        out = BUILD / f"duotone-10m-{method}"
+        out = build / f"duotone-10m-{method}"
         with console.status(f"{method}: quantizing"):
             start = time.perf_counter()
-            report = duotone.quantize(MODEL, out, method=method, samples=128, seq_len=256)
+            report = duotone.quantize(MODEL, out, method=method, samples=samples, seq_len=256)
             seconds = time.perf_counter() - start
         with console.status(f"{method}: measuring on held-out text"):
             result = duotone.evaluate(out, text, reference=MODEL, seq_len=256, samples=128)
@@ -47,18 +51,18 @@ def main() -> None:
             "bytes": report.weight_bytes,
             "seconds": seconds,
         }
-    checkpoint = BUILD / f"duotone-10m-{METHODS[-1]}"
+    checkpoint = build / f"duotone-10m-{METHODS[-1]}"
     summary = {
         "original": {"perplexity": original_perplexity, "bytes": original_bytes},
         "methods": measured,
-        "checkpoint": str(checkpoint.relative_to(ROOT)),
+        "checkpoint": os.path.relpath(checkpoint, ROOT),
     }
-    (BUILD / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (build / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.print(_table(summary))
     for name, folder in (("original", MODEL), (METHODS[-1], checkpoint)):
         console.print(f"\n[bold]{name}[/bold]: {PROMPT}", end="")
         console.print(generate(folder, PROMPT, max_new_tokens=48).text, markup=False, highlight=False)
-    console.print(f"\ncheckpoint: {summary['checkpoint']}\nsummary:    {(BUILD / 'summary.json').relative_to(ROOT)}")
+    console.print(f"\ncheckpoint: {summary['checkpoint']}\nsummary:    {os.path.relpath(build / 'summary.json', ROOT)}")
 
 
 def _table(summary: dict) -> Table:
@@ -67,7 +71,9 @@ def _table(summary: dict) -> Table:
     for column in ("model", "weights", "bits per weight", "perplexity", "KL to original (nats)", "top-1 agreement", "seconds"):
         table.add_column(column, justify="left" if column == "model" else "right")
     original = summary["original"]
-    table.add_row("original, BF16", f"{original['bytes'] / 1e6:.1f} MB", "16", f"{original['perplexity']:.3f}", "0", "100 %", "")
+    table.add_row(
+        "original, BF16", f"{original['bytes'] / 1e6:.1f} MB", "16", f"{original['perplexity']:.3f}", "0", "100 %", ""
+    )
     for method, row in summary["methods"].items():
         table.add_row(
             method,

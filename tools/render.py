@@ -30,36 +30,93 @@ def latest_accuracy() -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table of the columns in `head`."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def distance(row: dict[str, Any]) -> str:
+    """KL with its standard error."""
+    return f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}"
+
+
 def demo_table() -> str:
     """The bundled model, `hopper`, by method."""
     rows = [row for row in latest_accuracy() if row["model"] == "duotone-10m" and row["target"] == "hopper"]
-    lines = ["| weights | bits per weight | perplexity | KL to the original (nats a token) | top-1 agreement |", "|---|---|---|---|---|"]
-    lines.append(f"| BF16, the original | 16 | {rows[0]['reference_perplexity']:.3f} | 0 | 100 % |")
-    for row in rows:
-        lines.append(
-            f"| {row['method']} | {row['bits_per_weight']:.3f} | {row['perplexity']:.3f} | {row['kl']:.5f} ± {row['kl_stderr']:.5f} "
-            f"| {100 * row['top1_agreement']:.2f} % |"
-        )
-    return "\n".join(lines) + "\n"
+    head = ("weights", "bits per weight", "perplexity", "KL to the original (nats a token)", "top-1 agreement")
+    original = ("BF16, the original", "16", f"{rows[0]['reference_perplexity']:.3f}", "0", "100 %")
+    return markdown(
+        head,
+        [original]
+        + [
+            (
+                row["method"],
+                f"{row['bits_per_weight']:.3f}",
+                f"{row['perplexity']:.3f}",
+                distance(row),
+                f"{100 * row['top1_agreement']:.2f} %",
+            )
+            for row in rows
+        ],
+    )
 
 
 def accuracy_table() -> str:
     """Every accuracy record's newest row."""
-    lines = [
-        "| model | judged on | calibrated on | target | method | KL | above the activations' floor | perplexity (original) | top-1 | seconds | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(latest_accuracy(), key=lambda row: (row["model"], row["text"], row["target"] != "hopper")):
-        lines.append(
-            f"| {row['model']} | {', '.join(row['text'])} | {', '.join(row['calibration_text']) or 'none'} | {row['target']} "
-            f"| {row['method']} | {row['kl']:.5f} ± {row['kl_stderr']:.5f} | {row['kl'] - row['kl_activation_floor']:.5f} "
-            f"| {row['perplexity']:.3f} ({row['reference_perplexity']:.3f}) | {100 * row['top1_agreement']:.2f} % "
-            f"| {row['quantize_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} MB |"
-        )
-    return "\n".join(lines) + "\n"
+    head = (
+        "model",
+        "judged on",
+        "calibrated on",
+        "target",
+        "method",
+        "KL",
+        "above floor",
+        "perplexity",
+        "top-1",
+        "seconds",
+        "peak",
+    )
+    rows = sorted(latest_accuracy(), key=lambda row: (row["model"], row["text"], row["target"] != "hopper"))
+    return markdown(
+        head,
+        [
+            (
+                row["model"],
+                ", ".join(row["text"]),
+                ", ".join(row["calibration_text"]) or "none",
+                row["target"],
+                row["method"],
+                distance(row),
+                f"{row['kl'] - row['kl_activation_floor']:.5f}",
+                f"{row['perplexity']:.3f} ({row['reference_perplexity']:.3f})",
+                f"{100 * row['top1_agreement']:.2f} %",
+                f"{row['quantize_seconds']:.1f}",
+                f"{row['peak_bytes'] / 1e6:.0f} MB",
+            )
+            for row in rows
+        ],
+    )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo_table, "accuracy": accuracy_table}
+def layer_error_table() -> str:
+    """Output error of each recipe, newest row of each, order `gar` and `act` side by side."""
+    newest = {
+        (row["recipe"], row["order"], row["target"]): row["geometric_mean_output_error"] for row in records("layer_error")
+    }
+    recipes = dict.fromkeys(recipe for recipe, _, _ in newest)
+    columns = [(target, order) for target in ("hopper", "gaudi") for order in ("gar", "act")]
+    head = ("recipe", *(f"{target}, {order}" for target, order in columns))
+    return markdown(
+        head, [(recipe, *(f"{newest[recipe, order, target]:.5f}" for target, order in columns)) for recipe in recipes]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "accuracy": accuracy_table,
+    "layer-error": layer_error_table,
+}
 
 
 def render(text: str) -> str:

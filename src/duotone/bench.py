@@ -35,7 +35,7 @@ class AccuracyBench:
     model: str
     text: tuple[str, ...]
     calibration: tuple[str, ...]
-    methods: tuple[str, ...] = ("rtn", "gptq", "dpq")
+    methods: tuple[str, ...] = ("rtn", "gptq", "dpq-paper", "dpq")
     targets: tuple[str, ...] = ("hopper", "gaudi")
     group_size: int = 128
     samples: int = 128

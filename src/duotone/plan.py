@@ -10,7 +10,7 @@ from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.source import SourceFolder, TensorSpec
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
-from duotone.models.skeleton import build_skeleton, find_linears, parameter_names
+from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
 from duotone.models.table import Adapter
 from duotone.scheme import TARGETS, Scheme, check_rules, matches
 from duotone.solver.methods import DEFAULT_ORDER, METHODS, SolverOptions
@@ -45,6 +45,7 @@ class QuantizeConfig:
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_rules(self.ignore)
+        _ = self.scheme, self.solver  # their own checks, before any work
 
     @property
     def scheme(self) -> Scheme:
@@ -128,8 +129,8 @@ def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
     model = build_skeleton(source.config, torch.float32)
     linears = find_linears(model)
     kept = _kept_linears(adapter, list(linears), config)
-    wanted = parameter_names(model)
-    _check_source(source, {name: tuple(model.get_parameter(name).shape) for name in wanted})
+    wanted = expected_tensors(model)
+    _check_source(source, wanted)
     blocks: list[BlockPlan] = []
     for index in range(len(model.get_submodule(adapter.blocks))):  # pyright: ignore[reportArgumentType]
         path = f"{adapter.blocks}.{index}"

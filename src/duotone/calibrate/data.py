@@ -72,7 +72,7 @@ def draw_windows(
             chosen = torch.randperm(len(windows), generator=generator)[:share].sort().values
             windows, offsets = windows[chosen], offsets[chosen]
         elif share is not None and share > len(windows):
-            notes.append(f"{source}: holds {len(windows)} windows of {seq_len} tokens, {share} were asked for")
+            notes.append(f"{Path(source).name}: holds {len(windows)} windows of {seq_len} tokens, {share} were asked for")
         text_bytes += sum(len(text[start:stop].encode("utf-8")) for start, stop in offsets.tolist())
         parts.append(torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(windows), -1), windows], dim=1))
     return TokenWindows(torch.cat(parts), tuple(sources), digest.hexdigest(), text_bytes, tuple(notes))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -21,8 +22,8 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
         model_config = AutoConfig.for_model(**plain)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
     model.requires_grad_(False)
     return model.eval()
@@ -50,16 +51,15 @@ def release(module: nn.Module) -> None:
             setattr(child, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def parameter_names(model: nn.Module) -> list[str]:
-    """Full names of the tensors a checkpoint has to bring: parameters and persistent buffers, tied ones once."""
-    persistent = set(model.state_dict(keep_vars=True))
+def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors a checkpoint has to bring: parameters and persistent buffers, tied ones once."""
     seen: set[int] = set()
-    names: list[str] = []
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if name in persistent and id(tensor) not in seen:
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
             seen.add(id(tensor))
-            names.append(name)
-    return names
+            expected[name] = tuple(tensor.shape)
+    return expected
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:

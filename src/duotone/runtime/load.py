@@ -12,7 +12,7 @@ from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
-from duotone.models.skeleton import build_skeleton, fill, find_linears, parameter_names
+from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
 from duotone.runtime.linear import QuantizedLinear
 
 
@@ -28,7 +28,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
     model = build_skeleton(source.config, dtype)
     if "quantization_config" in source.config:
         _place_quantized(model, source)
-    wanted = parameter_names(model)
+    wanted = expected_tensors(model)
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
         raise DuotoneError(

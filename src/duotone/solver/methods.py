@@ -71,7 +71,7 @@ Method = Callable[[Problem], tuple[QuantizedWeight, LayerReport]]
 def rtn(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     """Round to nearest on the target's own scales; needs no calibration."""
     scales = fit_scales(problem.weight, problem.scheme)
-    return _finish("rtn", problem, round_to_nearest(problem.weight, scales, problem.scheme), scales)
+    return finish("rtn", problem, round_to_nearest(problem.weight, scales, problem.scheme), scales)
 
 
 def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
@@ -99,7 +99,7 @@ def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     refresh = None if problem.options.order == "act" else refresh_group
     codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, refresh, problem.options.block_size)
     step_NG, zero_NG = step_GN.T.contiguous(), None if zero_GN is None else zero_GN.T.contiguous()
-    return _finish("gptq", problem, codes_NK, split_single_level(step_NG, zero_NG, scheme))
+    return finish("gptq", problem, codes_NK, split_single_level(step_NG, zero_NG, scheme))
 
 
 def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
@@ -116,7 +116,7 @@ def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
         return code_N, columns[group].value(code_N, scheme)
 
     codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
-    return _finish("dpq-paper", problem, codes_NK, scales)
+    return finish("dpq-paper", problem, codes_NK, scales)
 
 
 def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
@@ -132,7 +132,7 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
         return nearest_entry(w_N, columns[group], scheme)
 
     codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
-    return _finish("dpq", problem, codes_NK, scales)
+    return finish("dpq", problem, codes_NK, scales)
 
 
 METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "dpq-paper": dpq_paper, "dpq": dpq}
@@ -152,7 +152,8 @@ def _factor(problem: Problem) -> Factor:
     return problem.factor
 
 
-def _finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> tuple[QuantizedWeight, LayerReport]:
+def finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> tuple[QuantizedWeight, LayerReport]:
+    """The quantized weight of codes and scales, with its errors measured on what will really run."""
     weight = QuantizedWeight(codes_NK, scales.group_scale, scales.outer_scale, problem.scheme, scales.zero_point)
     v_NK, w_NK, statistics, factor = dequantize(weight), problem.weight, problem.statistics, problem.factor
     report = LayerReport(

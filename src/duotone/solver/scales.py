@@ -56,11 +56,13 @@ def fit_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
     final precision before any code is chosen: a scale rounded later would move the FP8 products (DPQ.md section 1).
     """
     if not scheme.target.channel_outer_scale:
-        return split_single_level(*fit_single_level(w_NK, scheme), scheme)
-    scale_NG, low_NG = _minmax(_grouped(w_NK, scheme), scheme)
+        step_NG, zero_NG = fit_single_level(w_NK, scheme)
+        outer = tensor_outer_scale(w_NK.abs().amax(), scheme.target)
+        return Scales(step_NG / outer, zero_NG, outer)
+    scale_NG, low_NG = _minmax(grouped(w_NK, scheme), scheme)
     # Only the row maximum goes to BF16 first (it is what the file keeps); the others reach the E4M3 grid in one step.
     row_max_N1 = scale_NG.amax(-1, keepdim=True)
-    group_NG, outer_N = split_scale(torch.where(scale_NG == row_max_N1, _bf16(row_max_N1), scale_NG), scheme)
+    group_NG, outer_N = split_scale(torch.where(scale_NG == row_max_N1, bf16(row_max_N1), scale_NG), scheme)
     return Scales(group_NG, _zero_point(low_NG, group_NG * outer_N[:, None], scheme), outer_N)
 
 
@@ -75,18 +77,18 @@ def fit_paper_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
     outer = tensor_outer_scale(w_NK.abs().amax(), scheme.target)
     protective = scheme.target.protective_range
     w8_NK = scheme.target.fp8.round((w_NK / outer).clamp(-protective, protective))
-    return Scales(*single_level(_grouped(w8_NK, scheme), scheme), outer)
+    return Scales(*single_level(grouped(w8_NK, scheme), scheme), outer)
 
 
 def fit_single_level(w_NK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """BF16 group scale and zero point [N, G] as a tool that knows only INT4 chooses them: what peers optimise against."""
-    return single_level(_grouped(w_NK, scheme), scheme)
+    return single_level(grouped(w_NK, scheme), scheme)
 
 
 def single_level(w_NGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """BF16 step and zero point (None if symmetric) of the values along the last axis: [..., g] -> [...]."""
     scale, low = _minmax(w_NGg, scheme)
-    step = _bf16(scale)
+    step = bf16(scale)
     return step, _zero_point(low, step, scheme)
 
 
@@ -95,8 +97,11 @@ def split_single_level(step_NG: Tensor, zero_NG: Tensor | None, scheme: Scheme) 
     if scheme.target.channel_outer_scale:
         group_NG, outer_N = split_scale(step_NG, scheme)
         return Scales(group_NG, zero_NG, outer_N)
-    # The largest step belongs to the group whose largest weight is 7.5 steps (symmetric min-max: 2 * amax / 15).
-    outer = tensor_outer_scale(step_NG.amax() * 7.5, scheme.target)
+    # Error-updated weights may have outgrown the original ones: the outer scale covers the farthest level of any group.
+    # 15/16 of it is the largest weight of a symmetric min-max group, which the protective range is about.
+    lowest, highest = scheme.levels[0], scheme.levels[-1]
+    widest_NG = torch.full_like(step_NG, -lowest) if zero_NG is None else torch.maximum(zero_NG - lowest, highest - zero_NG)
+    outer = tensor_outer_scale((step_NG * widest_NG).amax() * 15 / 16, scheme.target)
     return Scales(step_NG / outer, zero_NG, outer)
 
 
@@ -127,7 +132,7 @@ def round_to_nearest(w_NK: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
     return nearest_code(w_NK, step_NK, zero_NK, scheme).to(torch.uint8)
 
 
-def _grouped(w_NK: Tensor, scheme: Scheme) -> Tensor:
+def grouped(w_NK: Tensor, scheme: Scheme) -> Tensor:
     """[N, K] -> [N, G, g], the last group filled with zeros."""
     padding = scheme.groups(w_NK.shape[1]) * scheme.group_size - w_NK.shape[1]
     return torch.nn.functional.pad(w_NK, (0, padding)).view(w_NK.shape[0], -1, scheme.group_size)
@@ -151,6 +156,6 @@ def _zero_point(low_NG: Tensor, step_NG: Tensor, scheme: Scheme) -> Tensor | Non
     return torch.round(lowest - low_NG / step_NG).clamp(lowest, highest)
 
 
-def _bf16(x: Tensor) -> Tensor:
+def bf16(x: Tensor) -> Tensor:
     """BF16-exact float32; a group of zeros gets the smallest step that stays normal in BF16 and E4M3 alike."""
     return x.to(torch.bfloat16).float().clamp(min=2.0**-24)

@@ -1,0 +1,99 @@
+"""What each part of DPQ is worth: output error of every linear of a model under variations of the recipe, unquantized prefix.
+
+Usage: python bench/layer_error.py MODEL --calibration TEXT [--samples N]. Appends to bench/records/layer_error.jsonl.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from duotone.bench import append_records, provenance
+from duotone.calibrate.data import draw_windows
+from duotone.calibrate.stream import start_stream
+from duotone.checkpoint.source import open_source
+from duotone.models.skeleton import find_linears
+from duotone.models.tokenizer import load_tokenizer
+from duotone.phases import Phases
+from duotone.plan import QuantizeConfig, make_plan
+from duotone.runtime.load import load
+from duotone.scheme import GAUDI, HOPPER, Scheme
+from duotone.solver import methods
+from duotone.solver.methods import Problem, SolverOptions, shared_factor
+from duotone.solver.scales import fit_scales, nearest_code
+from duotone.solver.solve import solve
+from duotone.solver.statistics import Statistics
+
+RECORDS = Path(__file__).resolve().parent / "records" / "layer_error.jsonl"
+
+
+def frozen_scales_round_then_round(problem: Problem) -> float | None:
+    """Between dpq-paper and dpq: scales fitted on the weights themselves, codes still rounded to INT4 and then to FP8."""
+    scales, factor = fit_scales(problem.weight, problem.scheme), problem.factor
+    assert factor is not None
+    columns = scales.columns()
+
+    def round_column(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        code = nearest_code(w, columns[group].step, columns[group].zero_point, problem.scheme)
+        return code, columns[group].value(code, problem.scheme)
+
+    codes = solve(problem.weight, factor, problem.scheme.group_size, round_column)
+    return methods.finish("ablation", problem, codes, scales)[1].output_error
+
+
+RECIPES = {
+    "gptq, then FP8": lambda problem: methods.gptq(problem)[1].output_error,
+    "dpq-paper": lambda problem: methods.dpq_paper(problem)[1].output_error,
+    "scales fitted on the weights": frozen_scales_round_then_round,
+    "and the nearest FP8 value (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
+}
+
+
+def layer_statistics(folder: Path, texts: list[str], samples: int, seq_len: int) -> list[tuple[str, torch.Tensor, Statistics]]:
+    """Name, weight and input statistics of every linear that `quantize` would take."""
+    plan = make_plan(open_source(folder), QuantizeConfig())
+    model = load(folder, torch.float32, "cpu")
+    windows = draw_windows(load_tokenizer(folder), texts, seq_len, samples, seed=0)
+    linears = find_linears(model)
+    stream = start_stream(model, [model.get_submodule(block.path) for block in plan.blocks], windows.tokens, Phases())
+    found = []
+    for index, block in enumerate(plan.blocks):
+        module = model.get_submodule(block.path)
+        statistics = stream.observe(index, module, {group[0]: linears[group[0]] for group in block.shared_inputs})
+        stream.advance(index, module, {})
+        found += [(name, linears[name].weight.data, statistics[group[0]]) for group in block.shared_inputs for name in group]
+    return found
+
+
+def main() -> None:
+    """Measure every recipe, order and target, and append one row each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", action="append", required=True)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=256)
+    arguments = parser.parse_args()
+    layers = layer_statistics(arguments.model, arguments.calibration, arguments.samples, arguments.seq_len)
+    for target in (HOPPER, GAUDI):
+        for order in ("gar", "act"):
+            for recipe, run in RECIPES.items():
+                scheme, options = Scheme(target), SolverOptions(order)
+                problems = (Problem(n, w, s, shared_factor(s, scheme, options, n), scheme, options) for n, w, s in layers)
+                errors = [run(problem) or 0.0 for problem in problems]
+                row = provenance(0) | {
+                    "model": arguments.model.name,
+                    "calibration": {"text": [Path(text).name for text in arguments.calibration], "windows": arguments.samples},
+                    "target": target.name,
+                    "order": order,
+                    "recipe": recipe,
+                    "linears": len(errors),
+                    "geometric_mean_output_error": math.exp(sum(math.log(error) for error in errors) / len(errors)),
+                    "mean_output_error": sum(errors) / len(errors),
+                }
+                append_records(RECORDS, [row])
+                print(f"{target.name:7} {order:4} {recipe:32} {row['geometric_mean_output_error']:.5f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The module that replaces nn.Linear, and loading."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import duotone
+from duotone.device import resolve_device
+from duotone.errors import DuotoneError
+from duotone.kernels import reference
+from duotone.runtime.generate import generate
+from duotone.runtime.linear import QuantizedLinear
+from duotone.runtime.load import load
+from duotone.scheme import HOPPER, Scheme
+from tests.kernels.test_reference import make_weight
+
+ModelMaker = Callable[..., Path]
+
+
+def test_dtype_casts_leave_the_contract_alone() -> None:
+    """`.to(bfloat16)`, `.half()` and `.float()` change the bias only, never scales or FP8 values."""
+    weight = make_weight(8, 64, Scheme(HOPPER, 32))
+    linear = QuantizedLinear(weight, torch.randn(8))
+    x = torch.randn(3, 64)
+    for cast in (torch.bfloat16, torch.float16, torch.float32):
+        linear.to(cast)
+        assert linear.bias is not None and linear.bias.dtype == cast
+        assert linear._packed.outer_scale.dtype == torch.float32
+    assert torch.equal(reference.linear(x, linear._packed), reference.linear(x, reference.prepack(weight)))
+
+
+def test_repr_names_scheme_and_backend() -> None:
+    """`print(model)` says what runs."""
+    text = repr(QuantizedLinear(make_weight(8, 64, Scheme(HOPPER, 32)), None))
+    assert "in_features=64, out_features=8, bias=False, w4a8 hopper g32, backend=torch" in text
+
+
+def test_ordinary_folder_loads_as_transformers_loads_it(tiny_model: ModelMaker) -> None:
+    """Logits of our loader and of from_pretrained are bit for bit the same, tied embeddings included."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(40)[None]
+    for tied in (False, True):
+        folder = tiny_model(tie_word_embeddings=tied)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        with torch.no_grad():
+            assert torch.equal(load(folder, torch.float32, "cpu")(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runtime") / "out"
+    duotone.quantize(tiny_model("qwen2"), out, method="rtn", device="cpu")
+    return out
+
+
+def test_generate_streams_what_it_returns(checkpoint: Path) -> None:
+    """Greedy text is deterministic, and the streamed pieces are the returned text; biases (qwen2) survive."""
+    pieces: list[str] = []
+    first = generate(checkpoint, "The red fox", 12, device="cpu", on_text=pieces.append)
+    again = generate(checkpoint, "The red fox", 12, device="cpu")
+    assert first.text == again.text == "".join(pieces)
+    assert first.new_tokens <= 12 and first.tokens_per_second > 0
+    sampled = {generate(checkpoint, "The red fox", 12, 1.0, seed, "cpu").text for seed in (0, 0, 1)}
+    assert len(sampled) == 2
+
+
+@pytest.fixture(scope="module")
+def llama_checkpoint(tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runtime") / "llama"
+    duotone.quantize(tiny_model(), out, method="rtn", device="cpu")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c["quantization_config"].update(quant_method="gptq"), "found quant_method 'gptq'"),
+        (
+            lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=8),
+            "quantization_config is",
+        ),
+        (lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=64), "expected"),
+        (lambda c: c.update(intermediate_size=384), r"mlp\.\w+_proj: found shape"),
+        (lambda c: c.update(num_hidden_layers=1), "found no such linear"),
+        (lambda c: c.update(num_hidden_layers=3), "found no tensor"),
+        (lambda c: c.update(dtype="int8"), "found dtype 'int8'"),
+        (lambda c: c.update(hidden_size="wide"), "transformers cannot build model_type 'llama'"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused(
+    llama_checkpoint: Path, tmp_path: Path, damage: Callable[[dict], None], message: str
+) -> None:
+    """A config that contradicts the tensors is one sentence, not a model with random weights."""
+    shutil.copytree(llama_checkpoint, tmp_path / "bad")
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    damage(config)
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DuotoneError, match=message):
+        load(tmp_path / "bad", device="cpu")
+
+
+def test_unused_tensors_are_warned_of(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """A tensor no module takes is not dropped in silence."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model(), tmp_path / "extra")
+    path = tmp_path / "extra" / "model.safetensors"
+    save_file(load_file(path) | {"stray.weight": torch.zeros(2, 2)}, path, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 tensors are not used by the model, first stray\.weight"):
+        load(tmp_path / "extra", device="cpu")
+
+
+def test_devices_that_are_not_there() -> None:
+    """A wish that cannot be met is a sentence with the way out."""
+    with pytest.raises(DuotoneError, match="expected auto, cpu, cuda"):
+        resolve_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(DuotoneError, match="use --device cpu"):
+            resolve_device("cuda")

@@ -1,0 +1,44 @@
+"""Records are whole, and no page shows a number that they do not hold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+#: ARCHITECTURE section 4.
+COMMON = {"commit", "date", "machine", "threads", "versions", "seed"}
+ACCURACY = COMMON | {
+    "model", "text", "tokens", "tool", "method", "effort", "target", "scheme", "group_size", "calibration", "arithmetic",
+    "bits_per_weight", "quantized_macs_share", "kl", "kl_stderr", "kl_activation_floor", "perplexity", "bits_per_byte",
+    "top1_agreement", "tasks", "quantize_seconds", "peak_bytes", "refused",
+}  # fmt: skip
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "bench" / "records" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_pages_show_the_records() -> None:
+    """README and docs are what tools/render.py makes of the committed records."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "render.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_accuracy_rows_are_whole() -> None:
+    """Every row has every column, and says what it was measured with."""
+    for row in rows("accuracy"):
+        assert row.keys() >= ACCURACY, ACCURACY - row.keys()
+        assert row["commit"] and not row["commit"].endswith("+"), "measured on a tree with uncommitted changes"
+
+
+@pytest.mark.parametrize("model", ["wiki-6m", "duotone-10m"])
+@pytest.mark.parametrize("target", ["hopper", "gaudi"])
+def test_dpq_is_nearest_to_the_original(model: str, target: str) -> None:
+    """The claim of the README, in the records: KL of dpq < gptq < rtn for each model and target."""
+    newest = {row["method"]: row["kl"] for row in rows("accuracy") if (row["model"], row["target"]) == (model, target)}
+    assert newest["dpq"] < newest["gptq"] < newest["rtn"]
