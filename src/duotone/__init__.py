@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from duotone.errors import DuotoneError
     from duotone.evaluation import evaluate
     from duotone.pipeline import Progress, QuantizeReport
     from duotone.runtime.load import load

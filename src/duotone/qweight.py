@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duotone.contract import fp8_product
+from duotone.contract import fp8_product, join_scale, split_scale
 from duotone.scheme import Scheme
 
 
@@ -28,39 +28,55 @@ class QuantizedWeight:
     input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.codes.dim() != 2:
+            raise ValueError(f"codes: found shape {tuple(self.codes.shape)}, expected [N, K]")
         rows, columns = self.codes.shape
         target = self.scheme.target
-        expected_outer = rows if target.channel_outer_scale else 1
         _expect("codes", self.codes, (rows, columns), torch.uint8)
         _expect("group_scale", self.group_scale, (rows, self.scheme.groups(columns)), torch.float32)
-        _expect("outer_scale", self.outer_scale, (expected_outer,), torch.float32)
-        if (self.zero_point is None) != self.scheme.symmetric:
-            raise ValueError("zero_point: must be given exactly when the scheme is asymmetric")
-        if self.zero_point is not None:
-            _expect("zero_point", self.zero_point, tuple(self.group_scale.shape), torch.float32)
-            low, high = self.scheme.levels[0], self.scheme.levels[-1]
-            if bool(((self.zero_point < low) | (self.zero_point > high) | (self.zero_point % 1 != 0)).any()):
-                raise ValueError(f"zero_point: expected integers in [{low:g}, {high:g}]")
-        if self.input_scale is not None and (target.dynamic_activations or self.input_scale.numel() != 1):
-            raise ValueError("input_scale: expected one value, and only for a target with static activations")
+        _expect("outer_scale", self.outer_scale, (rows if target.channel_outer_scale else 1,), torch.float32)
         if self.codes.numel() and int(self.codes.max()) > 15:
             raise ValueError(f"codes: found {int(self.codes.max())}, expected 0..15")
-        for name, scale in (("group_scale", self.group_scale), ("outer_scale", self.outer_scale)):
-            if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise ValueError(f"{name}: expected finite positive values")
-        if target.channel_outer_scale:
-            self._check_canonical()
+        _expect_scale("group_scale", self.group_scale)
+        _expect_scale("outer_scale", self.outer_scale)
+        self._check_zero_point()
+        self._check_input_scale()
+        self._check_canonical()
+
+    def _check_zero_point(self) -> None:
+        if (self.zero_point is None) != self.scheme.symmetric:
+            raise ValueError("zero_point: must be given exactly when the scheme is asymmetric")
+        if self.zero_point is None:
+            return
+        _expect("zero_point", self.zero_point, tuple(self.group_scale.shape), torch.float32)
+        low, high = self.scheme.levels[0], self.scheme.levels[-1]
+        if not bool(((self.zero_point >= low) & (self.zero_point <= high) & (self.zero_point % 1 == 0)).all()):
+            raise ValueError(f"zero_point: expected integers in [{low:g}, {high:g}]")
+
+    def _check_input_scale(self) -> None:
+        if self.input_scale is None:
+            return
+        if self.scheme.target.dynamic_activations:
+            raise ValueError("input_scale: must not be given, activations of this target are scaled per token")
+        _expect("input_scale", self.input_scale, (), torch.float32)
+        _expect_scale("input_scale", self.input_scale)
 
     def _check_canonical(self) -> None:
-        """A channel-scaled target has one legal split: row maximum at the peak, or the clamped outer scale."""
-        peak = self.scheme.peak_group_scale
-        if not torch.equal(self.scheme.target.fp8.round(self.group_scale), self.group_scale):
-            raise ValueError(f"group_scale: expected {self.scheme.target.fp8.name} values")
-        clamped = torch.tensor(self.scheme.smallest_outer_scale, dtype=torch.float32)
-        row_max_N = self.group_scale.amax(-1)
-        clamped_N = self.outer_scale == clamped.to(self.outer_scale.device)
-        if bool(((row_max_N != peak) & ~clamped_N).any()) or bool((row_max_N > peak).any()):
-            raise ValueError(f"group_scale: expected each row's largest to be exactly {peak:g} (canonical form)")
+        """Each target has one legal pair of scales: the one that a reader of the file gets back bit for bit."""
+        if self.scheme.target.channel_outer_scale:
+            group, outer = split_scale(join_scale(self.group_scale, self.outer_scale), self.scheme)
+            if not torch.equal(group, self.group_scale):
+                peak = self.scheme.peak_group_scale
+                raise ValueError(
+                    f"group_scale: expected {self.scheme.target.fp8.name} values, each row's largest exactly {peak:g}"
+                )
+            if not torch.equal(outer, self.outer_scale):
+                raise ValueError("outer_scale: expected a BF16 row maximum over the peak group scale (canonical form)")
+            return
+        if not torch.equal(self.group_scale.to(torch.bfloat16).float(), self.group_scale):
+            raise ValueError("group_scale: expected BF16 values")
+        if float(torch.frexp(self.outer_scale).mantissa) != 0.5:
+            raise ValueError(f"outer_scale: found {float(self.outer_scale):g}, expected a power of two")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,6 +94,11 @@ class QuantizedWeight:
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ValueError(f"{name}: found {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
+
+
+def _expect_scale(name: str, scale: Tensor) -> None:
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"{name}: expected finite positive values")
 
 
 def expand_groups(group_NG: Tensor, group_size: int, in_features: int) -> Tensor:

@@ -29,7 +29,7 @@ def make_weight(rows: int, columns: int, scheme: Scheme, input_scale: float = 0.
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_float64(rows: int, columns: int, tokens: int, target: Target, symmetric: bool) -> None:
-    """Any shape: within a float32 sum and its three last multiplications and roundings of the float64 product of the same FP8 operands."""
+    """Any shape: within the error of a float32 sum and its last three roundings of the float64 product of the same operands."""
     weight = make_weight(rows, columns, Scheme(target, 32, symmetric))
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
     x8, scale = quantize_activations(x, target, weight.input_scale)

@@ -51,7 +51,7 @@ def draw_windows(
     """
     if seq_len < 2:
         raise DuotoneError(f"--seq-len: found {seq_len}, expected at least 2 tokens")
-    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     shares = _shares(count, len(sources))
     parts: list[Tensor] = []
     notes: list[str] = []
@@ -128,7 +128,7 @@ def _render(row: dict[str, Any], fields: str, source: str, tokenizer: PreTrained
 def _hub_text(name: str, fields: str, tokenizer: PreTrainedTokenizerBase, max_characters: int | None) -> str:
     """Text streamed from a hub data set, as much as is needed."""
     try:
-        from datasets import load_dataset  # an extra: heavy, and needed for hub data only
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra: heavy, and for hub data only
     except ImportError:
         raise DuotoneError(
             f"{name}: a hub data set needs the datasets package (pip install 'duotone[datasets]'); "
@@ -175,7 +175,7 @@ def _thin(text: str, characters: int, span: int, seed: int) -> str:
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple[Tensor, Tensor]:
     """Every whole run of `length` tokens [windows, length], and the characters [windows, 2] each covers."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast), verbose=False)
     ids = encoded["input_ids"]
     count = len(ids) // length
     windows = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)

@@ -1,3 +1,5 @@
+# safetensors and JSON come without types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Reading a Hugging Face model folder: its config, its index, its safetensors shards, all of it distrusted.
 
 Tensors are read one at a time through safetensors' memory map; nothing is unpickled and no path leaves the folder.
@@ -76,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DuotoneError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise DuotoneError(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value  # pyright: ignore[reportUnknownVariableType]
+    return value
 
 
 def _read_tensors(path: Path) -> dict[str, TensorSpec]:
@@ -91,12 +93,12 @@ def _read_tensors(path: Path) -> dict[str, TensorSpec]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise DuotoneError(f"{index_path}: found no 'weight_map', expected a table from tensor names to shard files")
     tensors: dict[str, TensorSpec] = {}
-    for file in sorted({_plain_name(index_path, value) for value in weight_map.values()}):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    for file in sorted({_plain_name(index_path, value) for value in weight_map.values()}):
         if not (path / file).is_file():
             raise DuotoneError(f"{path / file}: found no such shard, expected it because {_INDEX} names it")
         header = read_header(path / file)
-        tensors.update({name: spec for name, spec in header.items() if weight_map.get(name) == file})  # pyright: ignore[reportUnknownMemberType]
-    missing = sorted(str(name) for name in weight_map if name not in tensors)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        tensors.update({name: spec for name, spec in header.items() if weight_map.get(name) == file})
+    missing = sorted(str(name) for name in weight_map if name not in tensors)
     if missing:
         raise DuotoneError(f"{index_path}: names {missing[0]!r} in {weight_map[missing[0]]!r}, found no such tensor there")
     return tensors

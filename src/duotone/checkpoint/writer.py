@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class CheckpointWriter:
                             f"{name}: found {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
                         )
                     shard.seek(self._offset_of[name])
-                    shard.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                    shard.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 if not self._pending[file]:
                     shard.flush()
                     os.fsync(shard.fileno())
@@ -92,7 +92,7 @@ class CheckpointWriter:
 
 
 @contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
+def output_folder(out: Path) -> Generator[Path]:
     """A staging folder beside `out` that becomes `out` when the work ends well, and vanishes when it does not.
 
     Raises DuotoneError when `out` exists and is not an empty folder, or cannot be made.
@@ -126,7 +126,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def reporting_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+def reporting_full_disk(path: Path, needed: int | None = None) -> Generator[None]:
     """Turn a full disk, a quota or a read-only folder into one sentence that says how much is needed and how much is free."""
     try:
         yield

@@ -42,7 +42,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
         warnings.warn(
             f"{source.path}: {len(unexpected)} tensors are not used by the model, first {unexpected[0]}", stacklevel=2
         )
-    model.to(place)
+    nn.Module.to(model, place)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.path))
     return model

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from duotone.errors import DuotoneError
@@ -36,6 +37,8 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise DuotoneError(f"--order: found {self.order!r}, expected one of {', '.join(ORDERS)}")
+        if self.block_size < 1:
+            raise DuotoneError(f"block_size: found {self.block_size}, expected at least 1 column")
         if not 0 < self.damping_frac < 1:
             raise DuotoneError(f"--damping: found {self.damping_frac}, expected a share between 0 and 1 (0.01 is usual)")
 
@@ -63,6 +66,10 @@ class Problem:
     factor: Factor | None
     scheme: Scheme
     options: SolverOptions
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.weight).all()):
+            raise DuotoneError(f"{self.layer}: the weight holds NaN or infinite values, expected finite ones")
 
 
 Method = Callable[[Problem], tuple[QuantizedWeight, LayerReport]]

@@ -1,4 +1,6 @@
 # Shapes: N out_features, K in_features, B columns of a block.
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """After the column loop: coordinate descent over the codes, with scales fixed and the exact objective.
 
 The column loop never looks back: a column rounded early cannot answer for what later ones left. Here each column in turn is

@@ -1,4 +1,6 @@
 # Shapes: K in_features; perm[new] = old throughout.
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """In which order a solver visits columns. The order is undone inside the method: no file or kernel ever sees it."""
 
 from collections.abc import Callable

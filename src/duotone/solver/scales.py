@@ -60,9 +60,11 @@ def fit_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
         outer = tensor_outer_scale(w_NK.abs().amax(), scheme.target)
         return Scales(step_NG / outer, zero_NG, outer)
     scale_NG, low_NG = _minmax(grouped(w_NK, scheme), scheme)
-    # Only the row maximum goes to BF16 first (it is what the file keeps); the others reach the E4M3 grid in one step.
-    row_max_N1 = scale_NG.amax(-1, keepdim=True)
-    group_NG, outer_N = split_scale(torch.where(scale_NG == row_max_N1, bf16(row_max_N1), scale_NG), scheme)
+    # Only the row maximum goes to BF16 first (it is what the file keeps); the others reach the E4M3 grid in one step, and
+    # none may pass it where it rounds down.
+    largest_N1 = scale_NG.amax(-1, keepdim=True)
+    kept_N1 = bf16(largest_N1)
+    group_NG, outer_N = split_scale(torch.where(scale_NG == largest_N1, kept_N1, scale_NG.minimum(kept_N1)), scheme)
     return Scales(group_NG, _zero_point(low_NG, group_NG * outer_N[:, None], scheme), outer_N)
 
 
@@ -75,8 +77,7 @@ def fit_paper_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
     if scheme.target.channel_outer_scale:
         return fit_scales(w_NK, scheme)
     outer = tensor_outer_scale(w_NK.abs().amax(), scheme.target)
-    protective = scheme.target.protective_range
-    w8_NK = scheme.target.fp8.round((w_NK / outer).clamp(-protective, protective))
+    w8_NK = scheme.target.fp8.round(w_NK / outer)
     return Scales(*single_level(grouped(w8_NK, scheme), scheme), outer)
 
 

@@ -1,5 +1,7 @@
 # Shapes: N out_features, K in_features, B columns of a block. Symbols of GPTQ (arXiv 2210.17323) and of its reading as
 # Babai's nearest plane (arXiv 2507.18553): H = R R^T with R upper triangular, x = w - q.
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The column loop that GPTQ and DPQ share: one Cholesky factor, no inverse, errors pushed to later columns.
 
 The loss of a row is |x R|^2 = sum_j (x_j R_jj + sum_{k<j} x_k R_kj)^2. Visiting columns in order, column j is free to

@@ -1,0 +1,420 @@
+# Shapes: N out_features, K in_features, G groups along K.
+"""The methods: what they solve, against OBQ on the contract's own grid; what they promise to each other."""
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from duotone.errors import DuotoneError
+from duotone.formats import E4M3, FloatFormat
+from duotone.qweight import QuantizedWeight, dequantize
+from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+from duotone.solver.methods import (
+    DEFAULT_ORDER,
+    METHODS,
+    LayerReport,
+    Problem,
+    SolverOptions,
+    dpq,
+    dpq_paper,
+    gptq,
+    rtn,
+    shared_factor,
+)
+from duotone.solver.reorder import ORDERS
+from duotone.solver.scales import Scales, fit_paper_scales, fit_scales, fit_single_level, round_to_nearest, split_single_level
+from duotone.solver.statistics import Statistics
+from tests.oracles.obq import correlated_layer, damped, loss, obq
+
+ORDER = pytest.mark.parametrize("order", ORDERS.keys())
+CASES = pytest.mark.parametrize(
+    ("target", "symmetric"),
+    [(HOPPER, True), (HOPPER, False), (GAUDI, True), (GAUDI, False)],
+    ids=["hopper-symmetric", "hopper-asymmetric", "gaudi-symmetric", "gaudi-asymmetric"],
+)
+#: (K, g): 20 leaves a short last group
+SHAPES = pytest.mark.parametrize(("columns", "group_size"), [(16, 8), (20, 8), (64, 16)])
+FP8_OF = {"hopper": (ml_dtypes.float8_e4m3fn, 448), "gaudi": (ml_dtypes.float8_e4m3, 240)}
+
+
+def problem(w_NK: Tensor, hessian: Tensor | None, scheme: Scheme, **options: Any) -> Problem:
+    """A layer with its factor, as the pipeline would put it together."""
+    settings = SolverOptions(**options)
+    if hessian is None:
+        return Problem("layer", w_NK, None, None, scheme, settings)
+    statistics = Statistics(hessian, 8 * len(hessian))
+    return Problem("layer", w_NK, statistics, shared_factor(statistics, scheme, settings, "layer"), scheme, settings)
+
+
+def to_fp8(product: np.ndarray, target: Target) -> np.ndarray:
+    """Saturating FP8 cast by ml_dtypes."""
+    kind, largest = FP8_OF[target.name]
+    return np.clip(product, -largest, largest).astype(np.float32).astype(kind).astype(np.float64)
+
+
+class Rows:
+    """The oracle's rounding for a layer of N rows, noting how close each row ever came to a tie.
+
+    Production is float32 and OBQ float64: they may disagree where a value is within float32 error (a few 1e-5 steps) of
+    a tie, and then for the rest of that row. Rows that stayed 1e-3 away from every tie must agree to the last code.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.margin_N = np.full(rows, np.inf)
+
+    def _note(self, x_N: np.ndarray) -> None:
+        self.margin_N = np.minimum(self.margin_N, np.abs(x_N - np.floor(x_N) - 0.5))
+
+    def level(self, w_N: np.ndarray, step_N: np.ndarray, zero_N: np.ndarray) -> np.ndarray:
+        """Nearest INT4 level of w / step + zero."""
+        self._note(w_N / step_N)
+        return np.clip(np.round(w_N / step_N) + zero_N, -8, 7)
+
+    def entry(self, w_N: np.ndarray, table_16N: np.ndarray, step_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest of 16 values; the margin is the distance to the midpoint with the nearest other value."""
+        distance = np.abs(w_N - table_16N)
+        code_N = distance.argmin(0)
+        value_N = np.take_along_axis(table_16N, code_N[None], 0)[0]
+        others = np.where(table_16N == value_N, np.inf, distance)
+        self.margin_N = np.minimum(self.margin_N, (others.min(0) - distance.min(0)) / (2 * step_N))
+        return code_N, value_N
+
+    def minmax(self, w_Ng: np.ndarray, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+        """BF16 step and zero point of one group's weights."""
+        low, high = np.minimum(w_Ng.min(1), 0), np.maximum(w_Ng.max(1), 0)
+        step_N = (2 * np.maximum(-low, high) if symmetric else high - low) / 15
+        self._note(np.frexp(step_N)[0] * 256)
+        step_N = step_N.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+        if symmetric:
+            return step_N, np.zeros(len(step_N))
+        self._note(low / step_N)
+        return step_N, np.clip(np.round(-8 - low / step_N), -8, 7)
+
+    @property
+    def safe(self) -> np.ndarray:
+        """Rows on which float32 and float64 have to agree; most of them, or the comparison says little."""
+        safe_N = self.margin_N > 1e-3
+        assert safe_N.mean() > 0.6
+        return safe_N
+
+
+def zeros_of(zero_NG: Tensor | None, like_NG: Tensor) -> np.ndarray:
+    return np.zeros(like_NG.shape) if zero_NG is None else zero_NG.numpy()
+
+
+def order_of(hessian: Tensor, order: str, group_size: int) -> list[int]:
+    return ORDERS[order](hessian.diagonal(), group_size).tolist()
+
+
+# ---- equality with OBQ
+
+
+def table_of(scales: Scales, j: int, target: Target) -> np.ndarray:
+    """The 16 real values [16, N] that the hardware can multiply in group j: INT4, then FP8, then the outer scale."""
+    zero_NG = zeros_of(scales.zero_point, scales.group_scale)
+    level = np.arange(-8, 8)[:, None]
+    return to_fp8((level - zero_NG[:, j]) * scales.group_scale.numpy()[:, j], target) * scales.outer_scale.numpy()
+
+
+def assert_frozen(weight: QuantizedWeight, scales: Scales) -> None:
+    """The weight has these scales, fitted before any column was rounded."""
+    assert torch.equal(weight.group_scale, scales.group_scale)
+    assert torch.equal(weight.outer_scale, scales.outer_scale)
+    assert np.array_equal(zeros_of(weight.zero_point, scales.group_scale), zeros_of(scales.zero_point, scales.group_scale))
+
+
+@ORDER
+@CASES
+@SHAPES
+def test_published_dpq_equals_obq(order: str, target: Target, symmetric: bool, columns: int, group_size: int) -> None:
+    """Round to INT4, then to FP8; push on the error against that value; scales fitted once as published, then frozen."""
+    w_NK, hessian = correlated_layer(16, columns, seed=columns, dtype=torch.float32)
+    scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
+    weight, _ = dpq_paper(problem(w_NK, hessian, scheme, order=order))
+    scales, rows = fit_paper_scales(w_NK, scheme), Rows(16)
+    step_NG, zero_NG = scales.step.numpy(), zeros_of(scales.zero_point, scales.step)
+
+    def round_column(w_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        j = k // group_size
+        code_N = (rows.level(w_N, step_NG[:, j], zero_NG[:, j]) + 8).astype(int)
+        return code_N, np.take_along_axis(table_of(scales, j, target), code_N[None], 0)[0]
+
+    expected, value = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_of(hessian, order, group_size), round_column)
+    safe_N = rows.safe
+    assert np.array_equal(weight.codes.numpy()[safe_N], expected[safe_N])
+    assert np.allclose(dequantize(weight).numpy()[safe_N], value[safe_N], rtol=1e-6, atol=0)
+    assert_frozen(weight, scales)
+
+
+@ORDER
+@CASES
+@SHAPES
+def test_dpq_equals_obq(order: str, target: Target, symmetric: bool, columns: int, group_size: int) -> None:
+    """Round straight to the nearest of the 16 values that the hardware can multiply. Values, as two codes may share one."""
+    w_NK, hessian = correlated_layer(16, columns, seed=columns, dtype=torch.float32)
+    scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
+    weight, _ = dpq(problem(w_NK, hessian, scheme, order=order))
+    scales, rows = fit_scales(w_NK, scheme), Rows(16)
+
+    def round_column(w_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return rows.entry(w_N, table_of(scales, k // group_size, target), scales.step.numpy()[:, k // group_size])
+
+    _, value = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_of(hessian, order, group_size), round_column)
+    safe_N = rows.safe
+    assert np.allclose(dequantize(weight).numpy()[safe_N], value[safe_N], rtol=1e-6, atol=0)
+    assert_frozen(weight, scales)
+
+
+@CASES
+@SHAPES
+def test_gptq_act_order_equals_obq_on_static_scales(target: Target, symmetric: bool, columns: int, group_size: int) -> None:
+    """act: single-level INT4 scales of the original weights, OBQ without FP8, then the runtime's split of the same scales."""
+    w_NK, hessian = correlated_layer(16, columns, seed=columns, dtype=torch.float32)
+    scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
+    weight, _ = gptq(problem(w_NK, hessian, scheme, order="act"))
+    step_NG, zero_NG = fit_single_level(w_NK, scheme)
+    step, zero, rows = step_NG.numpy(), zeros_of(zero_NG, step_NG), Rows(16)
+
+    def round_column(w_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        j = k // group_size
+        level_N = rows.level(w_N, step[:, j], zero[:, j])
+        return level_N + 8, (level_N - zero[:, j]) * step[:, j]
+
+    expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_of(hessian, "act", group_size), round_column)
+    split, safe_N = split_single_level(step_NG, zero_NG, scheme), rows.safe
+    assert np.array_equal(weight.codes.numpy()[safe_N], expected[safe_N])
+    assert torch.equal(weight.group_scale, split.group_scale)
+    assert torch.equal(weight.outer_scale, split.outer_scale)
+    assert np.array_equal(zeros_of(weight.zero_point, step_NG), zero)
+
+
+@pytest.mark.parametrize("order", ["none", "gar"])
+@CASES
+@SHAPES
+def test_gptq_equals_obq_with_refreshed_scales(
+    order: str, target: Target, symmetric: bool, columns: int, group_size: int
+) -> None:
+    """none, gar: each group's min-max scale is that of OBQ's float64 weights when the group is reached."""
+    w_NK, hessian = correlated_layer(16, columns, seed=columns, dtype=torch.float32)
+    scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
+    weight, _ = gptq(problem(w_NK, hessian, scheme, order=order))
+    step, zero, rows = np.full((16, scheme.groups(columns)), np.nan), np.zeros((16, scheme.groups(columns))), Rows(16)
+
+    def before_column(k: int, updated_NK: np.ndarray) -> None:
+        j = k // group_size
+        if np.isnan(step[0, j]):
+            step[:, j], zero[:, j] = rows.minmax(updated_NK[:, j * group_size : (j + 1) * group_size], symmetric)
+
+    def round_column(w_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        j = k // group_size
+        level_N = rows.level(w_N, step[:, j], zero[:, j])
+        return level_N + 8, (level_N - zero[:, j]) * step[:, j]
+
+    order_K = order_of(hessian, order, group_size)
+    expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_K, round_column, before_column)
+    safe_N = rows.safe
+    found_step = (weight.group_scale * weight.outer_scale[:, None]).numpy()
+    original, _ = fit_single_level(w_NK, scheme)
+    assert np.array_equal(weight.codes.numpy()[safe_N], expected[safe_N])
+    assert np.array_equal(zeros_of(weight.zero_point, weight.group_scale)[safe_N], zero[safe_N])
+    assert (original.numpy() != step).mean() > 0.2, "scales hardly moved, so this test would not see a missing refresh"
+    if target.channel_outer_scale:
+        split = split_single_level(torch.from_numpy(step).float(), None, scheme)
+        assert np.array_equal(weight.group_scale.numpy()[safe_N], split.group_scale.numpy()[safe_N])
+        assert np.array_equal(weight.outer_scale.numpy()[safe_N], split.outer_scale.numpy()[safe_N])
+    else:
+        assert np.array_equal(found_step[safe_N], step[safe_N])
+
+
+# ---- what does not matter, and what is the same
+
+
+@ORDER
+@pytest.mark.parametrize("method", [dpq, dpq_paper, gptq])
+def test_block_size_does_not_matter(method: Any, order: str) -> None:
+    """Float32 for blocks that divide nothing: codes equal but for a tiny share, relative output error within 1e-5."""
+    w_NK, hessian = correlated_layer(64, 100, seed=3, dtype=torch.float32)
+    scheme = Scheme(group_size=16)
+    reference, expected = method(problem(w_NK, hessian, scheme, order=order, block_size=64))
+    for block_size in (1, 24, 1000):
+        weight, report = method(problem(w_NK, hessian, scheme, order=order, block_size=block_size))
+        assert (weight.codes != reference.codes).double().mean() < 1e-3
+        assert abs(report.output_error - expected.output_error) < 1e-5
+
+
+@ORDER
+@CASES
+def test_published_dpq_on_a_diagonal_hessian_is_round_to_nearest(order: str, target: Target, symmetric: bool) -> None:
+    """Uncorrelated inputs leave nothing to compensate, in any order; where rtn has the same scales, it is rtn."""
+    w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
+    scheme = Scheme(target, group_size=16, symmetric=symmetric)
+    solved, _ = dpq_paper(problem(w_NK, hessian.diagonal().diag(), scheme, order=order))
+    scales = fit_paper_scales(w_NK, scheme)
+    assert torch.equal(solved.codes, round_to_nearest(w_NK, scales, scheme))
+    assert_frozen(solved, scales)
+    if target is HOPPER:
+        assert torch.equal(dequantize(solved), dequantize(rtn(problem(w_NK, None, scheme))[0]))
+
+
+@ORDER
+@CASES
+def test_dpq_on_a_diagonal_hessian_takes_the_nearest_value(order: str, target: Target, symmetric: bool) -> None:
+    """Any order: each weight gets the nearest of its 16 values, on rtn's scales, so no weight is worse than rtn's."""
+    w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
+    scheme = Scheme(target, group_size=16, symmetric=symmetric)
+    solved, _ = dpq(problem(w_NK, hessian.diagonal().diag(), scheme, order=order))
+    nearest, _ = rtn(problem(w_NK, None, scheme))
+    scales = fit_scales(w_NK, scheme)
+    error_NK = (w_NK - dequantize(solved)).abs()
+    table_16NK = np.stack([table_of(scales, k // 16, target) for k in range(60)], axis=2)
+    assert np.array_equal(error_NK.numpy(), np.abs(w_NK.numpy() - table_16NK.astype(np.float32)).min(0))
+    assert (error_NK <= (w_NK - dequantize(nearest)).abs()).all()
+    assert not torch.equal(solved.codes, nearest.codes), "the nearest level always gave the nearest value: nothing was tested"
+    assert_frozen(solved, scales)
+    assert_frozen(nearest, scales)
+
+
+@CASES
+def test_gptq_on_a_diagonal_hessian_ignores_the_order(target: Target, symmetric: bool) -> None:
+    """Updated weights are the original ones: refreshed or static scales and any order give one result."""
+    w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
+    scheme = Scheme(target, group_size=16, symmetric=symmetric)
+    found = [gptq(problem(w_NK, hessian.diagonal().diag(), scheme, order=order))[0] for order in ("none", "gar", "act")]
+    for other in found[1:]:
+        assert torch.equal(found[0].codes, other.codes)
+        assert torch.equal(dequantize(found[0]), dequantize(other))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unrounded(FloatFormat):
+    """A format in which every number is exact."""
+
+    def round(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("method", [dpq, dpq_paper])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_dpq_without_fp8_rounding_is_gptq_with_static_scales(method: Any, symmetric: bool) -> None:
+    """FP8 replaced by the identity: either DPQ is plain GPTQ on static scales (DPQ.md section 8)."""
+    wide = _Unrounded("exact", E4M3.exponent_bits, E4M3.mantissa_bits, E4M3.has_infinity)
+    scheme = Scheme(Target("wide", wide, dynamic_activations=False, channel_outer_scale=False), 16, symmetric)
+    w_NK, hessian = correlated_layer(16, 64, seed=13, dtype=torch.float32)
+    w_NK = w_NK * (200 / w_NK.abs().max())
+    exact, _ = method(problem(w_NK, hessian, scheme, order="act"))
+    plain, _ = gptq(problem(w_NK, hessian, scheme, order="act"))
+    rounded, _ = method(problem(w_NK, hessian, Scheme(GAUDI, 16, symmetric), order="act"))
+    assert torch.equal(exact.codes, plain.codes)
+    assert torch.equal(exact.group_scale * exact.outer_scale, plain.group_scale * plain.outer_scale)
+    assert not torch.equal(exact.codes, rounded.codes), "FP8 rounding changes no code here, so this test would not see it"
+    if symmetric:
+        assert exact.outer_scale.tolist() == [1.0]
+
+
+# ---- quality
+
+
+@CASES
+@pytest.mark.parametrize("order", ["none", "gar"])
+def test_dpq_beats_gptq_beats_rtn_on_average(target: Target, symmetric: bool, order: str) -> None:
+    """Output error under the contract's arithmetic, geometric mean over correlated layers (not promised for each)."""
+    scheme = Scheme(target, group_size=16, symmetric=symmetric)
+    logs = []
+    for seed in range(6):
+        w_NK, hessian = correlated_layer(64, 64, seed=100 + seed, dtype=torch.float32)
+        given = problem(w_NK, hessian, scheme, order=order)
+        logs.append([np.log(method(given)[1].output_error) for method in (dpq, dpq_paper, gptq, rtn)])
+    of_dpq, of_paper, of_gptq, of_rtn = np.mean(logs, axis=0)
+    assert of_dpq < of_gptq - np.log(1.03)
+    assert of_dpq < of_paper < of_gptq
+    assert of_gptq < of_rtn - np.log(1.3)
+
+
+# ---- reports and refusals
+
+
+@pytest.mark.parametrize("name", METHODS.keys())
+@CASES
+def test_report(name: str, target: Target, symmetric: bool) -> None:
+    """Under its own name: errors are those of the weights that will run; the rest is what the factor took and saw."""
+    w_NK, hessian = correlated_layer(8, 40, seed=14, dtype=torch.float32)
+    hessian[3] = hessian[:, 3] = 0
+    given = problem(w_NK, hessian, Scheme(target, group_size=8, symmetric=symmetric), damping_frac=0.02)
+    weight, report = METHODS[name](given)
+    w, v, h = w_NK.numpy(), dequantize(weight).numpy(), hessian.numpy()
+    assert report == LayerReport("layer", name, report.weight_error, report.output_error, 320, 0.02, 1)
+    assert report.weight_error == pytest.approx(loss(w, v, np.eye(40)) / loss(w, 0 * w, np.eye(40)), rel=1e-5)
+    assert report.output_error == pytest.approx(loss(w, v, h) / loss(w, 0 * w, h), rel=1e-4)
+    assert report.weight_error < 0.1
+
+
+def test_raised_damping_reaches_the_report() -> None:
+    """A singular Hessian with next to no damping: the report tells what it took."""
+    x_K = torch.linspace(1, 2, 48)
+    w_NK, _ = correlated_layer(4, 48, seed=15, dtype=torch.float32)
+    _, report = dpq(problem(w_NK, torch.outer(x_K, x_K), Scheme(group_size=16), damping_frac=1e-9))
+    assert report.damping_frac == pytest.approx(1e-3)
+
+
+def test_rtn_needs_no_calibration_and_the_others_say_so() -> None:
+    """Without statistics rtn reports no output error; the others name the layer."""
+    w_NK, _ = correlated_layer(4, 24, seed=16, dtype=torch.float32)
+    given = problem(w_NK, None, Scheme(group_size=8))
+    _, report = rtn(given)
+    assert (report.output_error, report.tokens, report.damping_frac, report.dead_columns) == (None, 0, None, 0)
+    for method in (gptq, dpq_paper, dpq):
+        with pytest.raises(ValueError, match=r"^layer: .*statistics"):
+            method(given)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@CASES
+def test_zero_and_tiny_weights(method: Any, target: Target, symmetric: bool) -> None:
+    """All zeros stay zeros; a row a million times smaller than its neighbors stays finite and within 1e-6."""
+    w_NK, hessian = correlated_layer(4, 24, seed=17, dtype=torch.float32)
+    scheme = Scheme(target, group_size=8, symmetric=symmetric)
+    zeros, report = method(problem(torch.zeros_like(w_NK), hessian, scheme))
+    assert torch.equal(dequantize(zeros), torch.zeros_like(w_NK))
+    assert (report.weight_error, report.output_error) == (0, 0)
+    w_NK[1] *= 1e-6
+    w_NK[2, :8] = 0
+    values = dequantize(method(problem(w_NK, hessian, scheme))[0])
+    assert torch.isfinite(values).all()
+    assert (w_NK - values)[1].abs().max() < 1e-6
+    assert (w_NK - values)[0].square().sum() < 0.1 * w_NK[0].square().sum()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=["hopper", "gaudi"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_weights_are_an_error(method: Any, target: Target, bad: float) -> None:
+    """Whoever calls a method without the pipeline's check gets an error, never codes."""
+    w_NK, hessian = correlated_layer(4, 24, seed=18, dtype=torch.float32)
+    w_NK[2, 5] = bad
+    with pytest.raises((DuotoneError, ValueError), match=r"^\w+: "):
+        method(problem(w_NK, hessian, Scheme(target, group_size=8)))
+
+
+@pytest.mark.parametrize("order", ["", "GAR", "random"])
+def test_unknown_order(order: str) -> None:
+    """The message shows what was found and what exists."""
+    with pytest.raises(DuotoneError, match=rf"--order: found '{order}', expected one of gar, act, none"):
+        SolverOptions(order=order)
+
+
+@pytest.mark.parametrize("damping_frac", [0.0, 1.0, -0.01, torch.nan])
+def test_bad_damping(damping_frac: float) -> None:
+    """A share strictly between 0 and 1."""
+    with pytest.raises(DuotoneError, match=r"--damping: found "):
+        SolverOptions(damping_frac=damping_frac)
+
+
+def test_tables_agree() -> None:
+    """Every method has a default order, and that order exists."""
+    assert DEFAULT_ORDER.keys() == METHODS.keys()
+    assert set(DEFAULT_ORDER.values()) <= ORDERS.keys()

@@ -1,0 +1,238 @@
+# Shapes: N out_features, K in_features, B columns of a group.
+"""The column loop against OBQ by its definition, in float64, where equal means equal."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from duotone.errors import DuotoneError
+from duotone.solver.reorder import ORDERS
+from duotone.solver.solve import Factor, factorize, output_loss, solve
+from duotone.solver.statistics import Statistics
+from tests.oracles.obq import correlated_layer, damped, obq
+
+DAMPING = 0.01
+ORDER = pytest.mark.parametrize("order", ORDERS.keys())
+#: (K, g): 20 and 60 leave a short last group
+SHAPES = pytest.mark.parametrize(("columns", "group_size"), [(16, 8), (20, 8), (60, 16), (64, 16)])
+
+
+def factor_of(hessian: Tensor, order: str, group_size: int, damping_frac: float = DAMPING) -> Factor:
+    order_K = ORDERS[order](hessian.diagonal(), group_size)
+    return factorize(Statistics(hessian, 1), order_K, damping_frac, "layer")
+
+
+def grid(w_NK: Tensor, group_size: int) -> Tensor:
+    """One symmetric INT4 step a row and group, [N, G]; over 7, so that no weight starts on a tie (-7.5 steps would be one)."""
+    return torch.stack([group.abs().amax(-1) / 7 for group in w_NK.split(group_size, dim=1)], dim=1)
+
+
+def rounding(step_NG: Tensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """The solver's callable: column and group to codes and values."""
+
+    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        level_N = torch.round(w_N / step_NG[:, group]).clamp(-8, 7)
+        return level_N + 8, level_N * step_NG[:, group]
+
+    return round_column
+
+
+def rounding_oracle(step_NG: np.ndarray, group_size: int) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """The same grid for the oracle: column index instead of group."""
+
+    def round_column(w_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        level_N = np.clip(np.round(w_N / step_NG[:, k // group_size]), -8, 7)
+        return level_N + 8, level_N * step_NG[:, k // group_size]
+
+    return round_column
+
+
+@ORDER
+@SHAPES
+@pytest.mark.parametrize("block_size", [5, 128])
+def test_codes_equal_obq(order: str, columns: int, group_size: int, block_size: int) -> None:
+    """Every code, every order, blocks shorter and longer than a group. Float64 on both sides, so no tie is at stake."""
+    w_NK, hessian = correlated_layer(24, columns, seed=columns)
+    step_NG, factor = grid(w_NK, group_size), factor_of(hessian, order, group_size)
+    found = solve(w_NK, factor, group_size, rounding(step_NG), None, block_size)
+    oracle = rounding_oracle(step_NG.numpy(), group_size)
+    expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), DAMPING), factor.order_K.tolist(), oracle)
+    nearest, _ = rounding(step_NG.repeat_interleave(group_size, 1)[:, :columns])(w_NK, slice(None))
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found.numpy(), expected)
+    assert (found != nearest).double().mean() > 0.1, "compensation moved few codes, so this test would not see a wrong one"
+
+
+@pytest.mark.parametrize("order", ["gar", "none"])
+@SHAPES
+def test_refreshed_groups_see_the_weights_that_obq_updated(order: str, columns: int, group_size: int) -> None:
+    """At a group's first column the solver offers OBQ's updated weights of the group, in visiting order, once a group."""
+    w_NK, hessian = correlated_layer(12, columns, seed=columns + 1)
+    step_NG, factor = grid(w_NK, group_size), factor_of(hessian, order, group_size)
+    order_K = factor.order_K.tolist()
+    seen: list[tuple[int, np.ndarray]] = []
+    expected: list[tuple[int, np.ndarray]] = []
+
+    def refresh(group: int, updated_BN: Tensor) -> None:
+        seen.append((group, updated_BN.numpy().copy()))
+
+    def before_column(k: int, updated_NK: np.ndarray) -> None:
+        group = k // group_size
+        if not any(group == other for other, _ in expected):
+            expected.append((group, updated_NK[:, [i for i in order_K if i // group_size == group]].T))
+
+    codes = solve(w_NK, factor, group_size, rounding(step_NG), refresh, 128)
+    oracle = rounding_oracle(step_NG.numpy(), group_size)
+    expected_codes, _ = obq(w_NK.numpy(), damped(hessian.numpy(), DAMPING), order_K, oracle, before_column)
+    assert np.array_equal(codes.numpy(), expected_codes)
+    assert [group for group, _ in seen] == [group for group, _ in expected]
+    assert len(seen) == -(-columns // group_size)
+    for (_, found), (_, updated) in zip(seen, expected, strict=True):
+        assert np.allclose(found, updated, rtol=0, atol=1e-10)
+    assert np.abs(seen[-1][1] - w_NK.numpy()[:, order_K[-len(seen[-1][1]) :]].T).max() > 1e-3, "nothing was updated"
+
+
+@ORDER
+def test_block_size_does_not_matter(order: str) -> None:
+    """Same codes in float64 for blocks that divide nothing and for one block; K beyond the inner block of 32."""
+    w_NK, hessian = correlated_layer(16, 100, seed=4)
+    step_NG, factor = grid(w_NK, 16), factor_of(hessian, order, 16)
+    reference = solve(w_NK, factor, 16, rounding(step_NG), None, 1)
+    for block_size in (7, 32, 33, 48, 64, 100, 1000):
+        assert torch.equal(solve(w_NK, factor, 16, rounding(step_NG), None, block_size), reference)
+
+
+@ORDER
+def test_float32_is_as_good_as_float64(order: str) -> None:
+    """The production type: codes equal but for a tiny share, loss equal to 1e-3, for every block size.
+
+    Float32 may round a near-tie the other way (1 column in 10^5). That costs nothing there but sends the rest of its row
+    down another path: 60 codes of 8192, and a tenth of one row's loss, which is 1e-3 of the loss of 128 rows.
+    """
+    w_NK, hessian = correlated_layer(128, 64, seed=9)
+    step_NG = grid(w_NK, 16).float()
+    exact = solve(w_NK, factor_of(hessian, order, 16), 16, rounding(step_NG.double()))
+    exact_loss = output_loss(w_NK, (exact.double() - 8) * step_NG.repeat_interleave(16, 1), Statistics(hessian, 1))
+    for block_size in (16, 40, 128):
+        found = solve(w_NK.float(), factor_of(hessian.float(), order, 16), 16, rounding(step_NG), None, block_size)
+        found_loss = output_loss(w_NK, (found.double() - 8) * step_NG.repeat_interleave(16, 1), Statistics(hessian, 1))
+        assert (found != exact).double().mean() <= 0.01
+        assert found_loss == pytest.approx(exact_loss, rel=1e-3)
+
+
+@ORDER
+def test_diagonal_hessian_is_round_to_nearest(order: str) -> None:
+    """Uncorrelated inputs: nothing to compensate, so no order changes a code, float32 included."""
+    w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
+    step_NG, factor = grid(w_NK, 16), factor_of(hessian.diagonal().diag(), order, 16)
+    nearest, _ = rounding(step_NG.repeat_interleave(16, 1)[:, :60])(w_NK, slice(None))
+    assert torch.equal(solve(w_NK, factor, 16, rounding(step_NG)), nearest.to(torch.uint8))
+
+
+@ORDER
+def test_compensation_lowers_the_loss(order: str) -> None:
+    """On correlated inputs the solver's loss is well below round-to-nearest's."""
+    w_NK, hessian = correlated_layer(32, 64, seed=6)
+    step_NG, factor = grid(w_NK, 16), factor_of(hessian, order, 16)
+    step_NK = step_NG.repeat_interleave(16, 1)
+    solved = (solve(w_NK, factor, 16, rounding(step_NG)).double() - 8) * step_NK
+    _, nearest = rounding(step_NK)(w_NK, slice(None))
+    assert output_loss(w_NK, solved, Statistics(hessian, 1)) < 0.7 * output_loss(w_NK, nearest, Statistics(hessian, 1))
+
+
+def test_weights_are_not_touched() -> None:
+    """Neither weights nor Hessian change: they are shared by other linears."""
+    w_NK, hessian = correlated_layer(8, 32, seed=7)
+    w_before, h_before = w_NK.clone(), hessian.clone()
+    solve(w_NK, factor_of(hessian, "gar", 8), 8, rounding(grid(w_NK, 8)))
+    assert torch.equal(w_NK, w_before)
+    assert torch.equal(hessian, h_before)
+
+
+# ---- the factor
+
+
+@ORDER
+def test_factor_multiplies_back(order: str) -> None:
+    """R R^T is the reordered damped Hessian; R is upper triangular with the unit diagonal taken out."""
+    _, hessian = correlated_layer(1, 40, seed=8)
+    factor = factor_of(hessian, order, 8)
+    r_KK = (factor.unit_KK * factor.diagonal_K).numpy()
+    expected = damped(hessian.numpy(), DAMPING)[np.ix_(factor.order_K.tolist(), factor.order_K.tolist())]
+    assert np.allclose(r_KK @ r_KK.T, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    assert np.array_equal(np.triu(r_KK), r_KK)
+    assert np.array_equal(factor.unit_KK.diagonal(), np.ones(40))
+    assert (factor.damping_frac, factor.dead_columns) == (DAMPING, 0)
+
+
+def test_damping_is_raised_and_recorded_on_a_singular_hessian() -> None:
+    """Rank one in float32 and hardly any damping: 1e-3 of the mean diagonal is what the factor took, once, and says so."""
+    x_K = torch.linspace(1, 2, 48)
+    hessian = torch.outer(x_K, x_K)
+    assert int(torch.linalg.cholesky_ex(hessian + 1e-9 * hessian.diagonal().mean() * torch.eye(48))[1]) > 0
+    factor = factor_of(hessian, "none", 16, damping_frac=1e-9)
+    assert factor.damping_frac == pytest.approx(1e-3)
+    r_KK = (factor.unit_KK * factor.diagonal_K).double().numpy()
+    expected = damped(hessian.double().numpy(), factor.damping_frac)
+    assert np.abs(r_KK @ r_KK.T - expected).max() < 1e-5
+
+
+def test_raised_damping_replaces_the_first() -> None:
+    """A slightly indefinite matrix takes 0.1 of the mean diagonal when 0.01 fails, not 0.11; the Hessian itself is kept."""
+    basis, _ = np.linalg.qr(np.random.default_rng(19).standard_normal((24, 24)))
+    hessian = torch.from_numpy(basis @ np.diag(np.linspace(-0.05, 2, 24)) @ basis.T)
+    before = hessian.clone()
+    factor = factor_of(hessian, "none", 8)
+    r_KK = (factor.unit_KK * factor.diagonal_K).numpy()
+    assert factor.damping_frac == pytest.approx(0.1)
+    assert np.allclose(r_KK @ r_KK.T, damped(before.numpy(), 0.1), rtol=0, atol=1e-12)
+    assert torch.equal(hessian, before)
+
+
+def test_hopeless_hessian_is_an_error() -> None:
+    """Far from positive definite: no silent fallback, the message names the layer and the last damping tried."""
+    hessian = torch.eye(8) - 100 * torch.ones(8, 8).triu(1) - 100 * torch.ones(8, 8).tril(-1)
+    with pytest.raises(DuotoneError, match=r"layers\.2\.down_proj: .* damping 10\b"):
+        factorize(Statistics(hessian, 1), torch.arange(8), DAMPING, "layers.2.down_proj")
+
+
+@ORDER
+def test_dead_columns_are_counted_and_rounded_to_nearest(order: str) -> None:
+    """Channels that calibration never excited: neither set to zero nor compensated; the live ones are solved all the same."""
+    w_NK, hessian = correlated_layer(16, 40, seed=10)
+    dead = torch.tensor([0, 13, 14, 39])
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    step_NG, factor = grid(w_NK, 8), factor_of(hessian, order, 8)
+    found = solve(w_NK, factor, 8, rounding(step_NG))
+    nearest, _ = rounding(step_NG.repeat_interleave(8, 1))(w_NK, slice(None))
+    assert factor.dead_columns == 4
+    assert torch.equal(found[:, dead], nearest[:, dead].to(torch.uint8))
+    assert torch.equal(hessian.diagonal()[dead], torch.zeros(4, dtype=torch.float64))
+    filled = hessian.clone()
+    filled[dead, dead] = hessian.diagonal().sum() / 36
+    oracle = rounding_oracle(step_NG.numpy(), 8)
+    expected, _ = obq(w_NK.numpy(), damped(filled.numpy(), DAMPING), factor.order_K.tolist(), oracle)
+    assert np.array_equal(found.numpy(), expected)
+
+
+def test_all_columns_dead() -> None:
+    """A Hessian of zeros: every column counted, round to nearest."""
+    w_NK, _ = correlated_layer(4, 16, seed=11)
+    step_NG, factor = grid(w_NK, 8), factor_of(torch.zeros(16, 16, dtype=torch.float64), "gar", 8)
+    nearest, _ = rounding(step_NG.repeat_interleave(8, 1))(w_NK, slice(None))
+    assert factor.dead_columns == 16
+    assert torch.equal(solve(w_NK, factor, 8, rounding(step_NG)), nearest.to(torch.uint8))
+
+
+def test_output_loss_is_the_relative_error_of_outputs() -> None:
+    """|X (W - V)^T|^2 / |X W^T|^2 from the inputs themselves; zero weights do not divide by zero."""
+    rng = np.random.default_rng(12)
+    x_TK, w_NK, v_NK = rng.standard_normal((100, 24)), rng.standard_normal((6, 24)), rng.standard_normal((6, 24))
+    statistics = Statistics(torch.from_numpy(x_TK.T @ x_TK / 100), 100)
+    expected = np.square(x_TK @ (w_NK - v_NK).T).sum() / np.square(x_TK @ w_NK.T).sum()
+    assert output_loss(torch.from_numpy(w_NK), torch.from_numpy(v_NK), statistics) == pytest.approx(expected, rel=1e-12)
+    assert output_loss(torch.zeros(6, 24).double(), torch.zeros(6, 24).double(), statistics) == 0
