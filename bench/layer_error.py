@@ -5,6 +5,7 @@ Usage: python bench/layer_error.py MODEL --calibration TEXT [--samples N]. Appen
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,32 +22,44 @@ from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Scheme
 from duotone.solver import methods
 from duotone.solver.methods import Problem, SolverOptions, shared_factor
-from duotone.solver.scales import fit_scales, nearest_code
-from duotone.solver.solve import solve
+from duotone.solver.refine import descend
+from duotone.solver.scales import fit_scales, nearest_code, nearest_entry
+from duotone.solver.search import search_scales
+from duotone.solver.solve import damp, solve
 from duotone.solver.statistics import Statistics
 
 RECORDS = Path(__file__).resolve().parent / "records" / "layer_error.jsonl"
 
 
-def frozen_scales_round_then_round(problem: Problem) -> float | None:
-    """Between dpq-paper and dpq: scales fitted on the weights themselves, codes still rounded to INT4 and then to FP8."""
-    scales, factor = fit_scales(problem.weight, problem.scheme), problem.factor
-    assert factor is not None
-    columns = scales.columns()
+def variant(search: bool, nearest: bool, passes: int) -> Callable[[Problem], float | None]:
+    """A recipe between dpq-paper and dpq: scales frozen and fitted or searched, round-then-round or nearest, descent or not."""
 
-    def round_column(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        code = nearest_code(w, columns[group].step, columns[group].zero_point, problem.scheme)
-        return code, columns[group].value(code, problem.scheme)
+    def run(problem: Problem) -> float | None:
+        scheme, factor, statistics = problem.scheme, problem.factor, problem.statistics
+        assert factor is not None and statistics is not None
+        scales = (search_scales if search else fit_scales)(problem.weight, scheme)
+        columns = scales.columns()
 
-    codes = solve(problem.weight, factor, problem.scheme.group_size, round_column)
-    return methods.finish("ablation", problem, codes, scales)[1].output_error
+        def round_column(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if nearest:
+                return nearest_entry(w, columns[group], scheme)
+            code = nearest_code(w, columns[group].step, columns[group].zero_point, scheme)
+            return code, columns[group].value(code, scheme)
+
+        codes = solve(problem.weight, factor, scheme.group_size, round_column)
+        codes = descend(problem.weight, codes, scales, damp(statistics, factor.damping_frac), scheme, passes)
+        return methods.finish("variant", problem, codes, scales)[1].output_error
+
+    return run
 
 
-RECIPES = {
+RECIPES: dict[str, Callable[[Problem], float | None]] = {
     "gptq, then FP8": lambda problem: methods.gptq(problem)[1].output_error,
     "dpq-paper": lambda problem: methods.dpq_paper(problem)[1].output_error,
-    "scales fitted on the weights": frozen_scales_round_then_round,
-    "and the nearest FP8 value (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
+    "scales fitted on the weights": variant(search=False, nearest=False, passes=0),
+    "and the nearest FP8 value": variant(search=False, nearest=True, passes=0),
+    "and searched scales": variant(search=True, nearest=True, passes=0),
+    "and coordinate descent (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ import duotone
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
 from duotone.qweight import dequantize, fp8_values
-from tests.oracles.vllm_split import vllm_load
+from tests.oracles.vllm_split import fp8_weights, load_split
 
 ModelMaker = Callable[..., Path]
 
@@ -30,12 +31,14 @@ def test_vllm_rebuilds_our_weights_bit_for_bit(checkpoint: Path, reciprocal: boo
     assert sorted(packed_layers(source)) == sorted(make_names(source.config))
     for layer in packed_layers(source):
         weight = WeightReader(source).read(layer)
-        scale = source.load([f"{layer}.weight_scale"])[f"{layer}.weight_scale"]
-        loaded = vllm_load(weight.codes.int() - 8, scale, weight.scheme.group_size, reciprocal=reciprocal)
-        assert torch.equal(loaded.group_scale, weight.group_scale), layer
-        assert torch.equal(loaded.fp8_weight, fp8_values(weight)), layer
-        ulp = torch.nextafter(weight.outer_scale, torch.tensor(torch.inf)) - weight.outer_scale
-        assert bool(((loaded.channel_scale - weight.outer_scale).abs() <= (ulp if reciprocal else 0 * ulp)).all()), layer
+        scale = source.load([f"{layer}.weight_scale"])[f"{layer}.weight_scale"].float().numpy()
+        group, channel = load_split(scale, reciprocal)
+        assert np.array_equal(group, weight.group_scale.numpy()), layer
+        levels = weight.codes.numpy().astype(np.float32) - 8
+        assert np.array_equal(fp8_weights(levels, group, weight.scheme.group_size), fp8_values(weight).numpy()), layer
+        ours = weight.outer_scale.numpy()
+        ulps = 1 if reciprocal else 0
+        assert np.all(np.abs(channel - ours) <= ulps * np.spacing(np.maximum(channel, ours))), layer
 
 
 def make_names(config: dict) -> list[str]:

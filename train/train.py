@@ -153,14 +153,13 @@ def train(build: Path, steps: int | None, minutes: float | None, resume: bool) -
     return run
 
 
-def export_folder(build: Path) -> int:
+def export_folder(build: Path) -> None:
     """Write the model folder from the last checkpoint."""
     # Imported here because drawing and evaluation are of no use while training.
     from evaluate import DEFAULT_MODEL
     from export import export
 
     export(build, DEFAULT_MODEL)
-    return 0
 
 
 def main() -> int:
@@ -178,11 +177,13 @@ def main() -> int:
         steps = DEFAULT_STEPS
     try:
         run = train(arguments.build, steps, arguments.minutes, arguments.resume)
+        print(f"{run.step} steps in {run.seconds / 60:.1f} minutes")
+        if not arguments.no_export:
+            export_folder(arguments.build)
     except CorpusError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{run.step} steps in {run.seconds / 60:.1f} minutes")
-    return 0 if arguments.no_export else export_folder(arguments.build)
+    return 0
 
 
 if __name__ == "__main__":

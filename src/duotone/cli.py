@@ -213,7 +213,7 @@ def bench_accuracy(  # noqa: PLR0913 - every option of the command
 
 def _print(value: Any, render: Callable[[Any], Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(value))
+        typer.echo(json.dumps(value, allow_nan=False))
     else:
         from duotone.report import show
 
@@ -226,8 +226,11 @@ def _progress(title: str, hidden: bool) -> Iterator[Callable[[int, int, str], No
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=hidden, transient=True) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=hidden or not console.is_terminal, transient=True
+    ) as bar:
         task = bar.add_task(title, total=None)
 
         def tell(done: int, total: int, what: str) -> None:
@@ -242,5 +245,6 @@ def main() -> None:
     try:
         app()
     except DuotoneError as error:
-        typer.echo(f"duotone: {error}", err=True)
+        # Names come from strangers' files: nothing in them may move the cursor or forge a second line.
+        typer.echo("duotone: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)), err=True)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Where to compute, and with which random numbers."""
 
 import torch
 
@@ -12,7 +12,15 @@ def resolve_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise DuotoneError(f"--device: found {device!r}, expected auto, cpu, cuda or cuda:N") from None
+        place = None
+    if place is None or place.type not in {"cpu", "cuda"}:
+        raise DuotoneError(f"--device: found {device!r}, expected auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise DuotoneError("--device: cuda was asked for, found no CUDA device; use --device cpu")
     return place
+
+
+def check_seed(seed: int) -> None:
+    """Raise DuotoneError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise DuotoneError(f"--seed: found {seed}, expected an integer from 0 to 2^63 - 1")

@@ -14,7 +14,7 @@ from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.checkpoint.hub import locate_model
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
-from duotone.models.tokenizer import load_tokenizer
+from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.runtime.load import load
 
 #: (windows done, windows in all)
@@ -63,6 +63,7 @@ def evaluate(
     folder = locate_model(model)
     quantized = load(folder, dtype, device)
     windows = draw_windows(load_tokenizer(folder), text, seq_len, samples, seed=0)
+    check_tokens(windows.tokens, quantized, folder)
     original = None if reference is None else load(locate_model(reference), dtype, device)
     return evaluate_windows(quantized, windows, original, resolve_device(device), progress)
 
@@ -128,8 +129,8 @@ def _nll(logp: Tensor, tokens: Tensor) -> Tensor:
     return -logp.gather(-1, tokens[:, 1:, None]).squeeze(-1).double().mean(-1)
 
 
-def _standard_error(values_W: Tensor) -> float:
-    """Of the mean over windows; NaN-free: one window has no spread to measure and gives infinity."""
+def _standard_error(values_W: Tensor) -> float | None:
+    """Of the mean over windows; None for a single window, which has no spread to measure."""
     if len(values_W) < 2:
-        return math.inf
+        return None
     return float(values_W.double().std() / math.sqrt(len(values_W)))

@@ -27,7 +27,7 @@ from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.loadability import vllm_warnings
 from duotone.models.skeleton import build_skeleton, fill, release
-from duotone.models.tokenizer import load_tokenizer
+from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.phases import Phases
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
@@ -185,14 +185,14 @@ def _copy_through(run: _Run, writer: CheckpointWriter, names: tuple[str, ...]) -
     """Copy tensors that are not quantized, floats as BF16, one at a time."""
     for name in names:
         tensor = _load_finite(run.plan, (name,))[name]
-        writer.write({name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor})
+        writer.write({name: tensor.to(torch.bfloat16) if run.plan.outputs[name].dtype == "BF16" else tensor})
 
 
 def _load_finite(plan: Plan, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Tensors of the source. Raises DuotoneError naming one that holds NaN or infinity."""
     tensors = plan.source.load(names)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if plan.source.tensors[name].is_float and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise DuotoneError(
                 f"{plan.source.path / plan.source.tensors[name].file}: {name} holds {bad} NaN or infinite values"
@@ -202,6 +202,7 @@ def _load_finite(plan: Plan, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
     """Load what lies before the first block and compute the hidden states at its entrance."""
+    check_tokens(windows.tokens, skeleton, run.plan.source.path)
     heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
     names = [name for name in run.plan.outside if name not in heads and _is_parameter(skeleton, name)]
     with run.phases("read"):

@@ -8,6 +8,7 @@ import torch
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.source import SourceFolder, TensorSpec
+from duotone.device import check_seed
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
@@ -44,6 +45,7 @@ class QuantizeConfig:
                 raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
+        check_seed(self.seed)
         check_rules(self.ignore)
         _ = self.scheme, self.solver  # their own checks, before any work
 
@@ -122,8 +124,9 @@ class Plan:
 
 def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
     """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method", "unknown")
+    found = source.config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise DuotoneError(f"{source.path}: is already quantized ({method}), expected original weights")
     adapter = find_adapter(source.config)
     model = build_skeleton(source.config, torch.float32)

@@ -61,7 +61,8 @@ def evaluation_summary(result: dict[str, Any]) -> RenderableType:
     table.add_row("perplexity", f"{result['perplexity']:.4f}" + (f" (reference {reference:.4f})" if reference else ""))
     table.add_row("bits per byte", f"{result['bits_per_byte']:.4f}")
     if result["kl"] is not None:
-        table.add_row("KL to reference", f"{result['kl']:.5f} ± {result['kl_stderr']:.5f} nats a token")
+        spread = "" if result["kl_stderr"] is None else f" ± {result['kl_stderr']:.5f}"
+        table.add_row("KL to reference", f"{result['kl']:.5f}{spread} nats a token")
         table.add_row("top-1 agreement", f"{100 * result['top1_agreement']:.2f} %")
     return table
 

@@ -85,24 +85,39 @@ def read_text(source: str, tokenizer: PreTrainedTokenizerBase, max_characters: i
     """
     name, _, fields = source.partition("#")
     path = Path(name)
-    if path.is_file():
-        if path.suffix == ".jsonl":
-            return "\n\n".join(_render(row, fields, source, tokenizer) for row in _json_lines(path))
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DuotoneError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    if _is_file(path):
+        text = _read_utf8(path)
+        if path.suffix != ".jsonl":
+            return text
+        return "\n\n".join(_render(row, fields, source, tokenizer) for row in _json_lines(path, text))
     if name.count("/") != 1 or path.suffix in {".txt", ".jsonl", ".json"} or name.startswith((".", "/", "~")):
         raise DuotoneError(f"{name}: found no such file, expected a text file, a .jsonl file or a hub data set (--calibration)")
     return _hub_text(name, fields, tokenizer, max_characters)
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes, such as the text itself
+        return False
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DuotoneError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DuotoneError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    """Objects of a .jsonl text; only a newline ends a line (JSON strings may hold other separators)."""
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DuotoneError(f"{path}:{number}: is not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise DuotoneError(f"{path}:{number}: found a JSON {type(row).__name__}, expected an object")
@@ -112,10 +127,11 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _render(row: dict[str, Any], fields: str, source: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """One document from a row of a data set."""
     names = fields.split(",") if fields else ["text"] if "text" in row else ["messages"]
-    if names == ["messages"] and isinstance(row.get("messages"), list):
+    messages = row.get("messages")
+    if names == ["messages"] and isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
         if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-        return "\n".join(str(message.get("content", "")) for message in row["messages"])
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return "\n".join(str(message.get("content", "")) for message in messages)
     missing = [name for name in names if not isinstance(row.get(name), str)]
     if missing:
         example = f"{source.partition('#')[0]}#{next(iter(row), 'text')}"

@@ -74,15 +74,12 @@ def from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Scheme, side: S
         packed, scale = tensors[f"{layer}.weight_packed"], tensors[f"{layer}.weight_scale"]
         rows, columns = (int(size) for size in tensors[f"{layer}.weight_shape"])
         stored_zero = None if scheme.symmetric else tensors[f"{layer}.weight_zero_point"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise DuotoneError(f"{layer}: the checkpoint lacks {error}, expected a pack-quantized weight") from None
     expected = tensor_specs(layer, (rows, columns), scheme)
     for suffix, tensor in (("weight_packed", packed), ("weight_scale", scale), ("weight_zero_point", stored_zero)):
-        if tensor is not None and tuple(tensor.shape) != expected[f"{layer}.{suffix}"].shape:
-            wanted = list(expected[f"{layer}.{suffix}"].shape)
-            raise DuotoneError(
-                f"{layer}.{suffix}: found shape {list(tensor.shape)}, expected {wanted} for a [{rows}, {columns}] weight"
-            )
+        if tensor is not None:
+            _check_stored(f"{layer}.{suffix}", tensor, expected[f"{layer}.{suffix}"])
     zero = None
     if stored_zero is not None:
         zero = unpack_int4(stored_zero.T.contiguous(), rows).T.contiguous().float() + scheme.levels[0]
@@ -97,6 +94,15 @@ def from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Scheme, side: S
         return QuantizedWeight(unpack_int4(packed, columns), group, outer, scheme, zero, input_scale)
     except ValueError as error:
         raise DuotoneError(f"{layer}: the checkpoint's scales are not valid: {error}") from None
+
+
+def _check_stored(name: str, tensor: Tensor, spec: TensorSpec) -> None:
+    """Raise DuotoneError unless a stored tensor has its shape and kind: scales are positive floats, the others int32."""
+    is_right = tensor.is_floating_point() if spec.is_float else tensor.dtype == torch.int32
+    if tuple(tensor.shape) != spec.shape or not is_right:
+        raise DuotoneError(f"{name}: found {tensor.dtype} {list(tensor.shape)}, expected {spec.dtype} {list(spec.shape)}")
+    if spec.is_float and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+        raise DuotoneError(f"{name}: found negative or non-finite scales, expected positive ones")
 
 
 def side_scales(weight: QuantizedWeight) -> dict[str, float]:
@@ -134,6 +140,8 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
 
 def scheme_from_config(config: dict[str, Any]) -> Scheme:
     """The scheme a `quantization_config` describes. Raises DuotoneError for any layout other than W4A8 pack-quantized."""
+    if not isinstance(config, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - it comes from a stranger's file
+        raise DuotoneError(f"config.json: found a quantization_config of {config!r}, expected an object")
     target = _target_of_method(config.get("quant_method"))
     try:
         group = config["config_groups"]["group_0"]
@@ -148,7 +156,7 @@ def scheme_from_config(config: dict[str, Any]) -> Scheme:
             activations["strategy"],
         )
         size, symmetric = int(weights["group_size"]), bool(weights["symmetric"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DuotoneError(
             f"config.json: quantization_config is not W4A8 pack-quantized ({error!r} is missing or wrong)"
         ) from None

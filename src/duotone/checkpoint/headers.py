@@ -28,6 +28,10 @@ TORCH_NAMES = {
     torch.int64: "I64",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float64: "F64",
+    torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3",
 }
 _MAX_HEADER_BYTES = 100_000_000
@@ -87,11 +91,14 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, tuple[in
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = [*shape, start, stop]
-        well_formed = isinstance(shape, list) and all(type(value) is int and value >= 0 for value in whole)
+        # Lengths beyond 63 bits are no lengths, and Python would take minutes to print their product.
+        well_formed = isinstance(dtype, str) and isinstance(shape, list)
+        well_formed = well_formed and all(type(value) is int and 0 <= value < 2**63 for value in whole)
+        well_formed = well_formed and math.prod(shape) < 2**63
     except (KeyError, TypeError, ValueError):
         raise DuotoneError(f"{path}: the header entry of {name!r} is malformed") from None
-    if dtype not in DTYPE_BITS or not well_formed:
-        raise DuotoneError(f"{path}: the header entry of {name!r} has dtype {dtype!r} and shape {shape!r}, which no tensor has")
+    if not well_formed or dtype not in DTYPE_BITS:
+        raise DuotoneError(f"{path}: the header entry of {name!r} has a dtype or shape that no tensor has")
     spec = TensorSpec(dtype, tuple(cast("list[int]", shape)), path.name)
     if stop - start != spec.nbytes:
         raise DuotoneError(f"{path}: {name!r} has {stop - start} bytes, expected {spec.nbytes} for {dtype} {list(spec.shape)}")

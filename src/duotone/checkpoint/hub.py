@@ -17,10 +17,12 @@ _NOT_COPIED = {"config.json", "model.safetensors.index.json", "duotone.json", "c
 
 def locate_model(model: str | Path) -> Path:
     """The folder of a model. Raises DuotoneError when it is neither a local folder nor a hub id that can be had."""
-    path = Path(model)
-    if path.exists():
-        return path
-    name = str(model)
+    path, name = Path(model), str(model)
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # such as a name that no file system takes
+        raise DuotoneError(f"{name}: cannot be a model folder ({error.strerror})") from None
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise DuotoneError(f"{name}: found no such folder, expected a model folder or a hub id such as owner/name")
     try:

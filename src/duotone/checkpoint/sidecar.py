@@ -22,6 +22,9 @@ def read_sidecar(folder: Path) -> dict[str, Any] | None:
     version = sidecar.get("format_version")
     if version != FORMAT_VERSION:
         raise DuotoneError(f"{folder / SIDECAR}: found format_version {version!r}, expected {FORMAT_VERSION}: update duotone")
+    layers = sidecar.get("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in cast("dict[str, Any]", layers).values()):
+        raise DuotoneError(f"{folder / SIDECAR}: found layers that are no objects, expected one object for each layer")
     return sidecar
 
 

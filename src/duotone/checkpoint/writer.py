@@ -59,15 +59,18 @@ class CheckpointWriter:
         """Put tensors in their places. Raises ValueError for one that was not planned or differs from its plan."""
         by_file: dict[str, list[str]] = {}
         for name in tensors:
+            if name not in self._pending.get(self._file_of.get(name, ""), {}):
+                raise ValueError(f"{name}: was not planned, or is written already")
             by_file.setdefault(self._file_of[name], []).append(name)
         for file, names in by_file.items():
             with reporting_full_disk(self._folder), self._partial(file).open("r+b") as shard:
                 for name in names:
-                    spec, tensor = self._pending[file].pop(name), tensors[name].detach().cpu().contiguous()
+                    spec, tensor = self._pending[file][name], tensors[name].detach().cpu().contiguous()
                     if (TORCH_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (spec.dtype, spec.shape):
                         raise ValueError(
                             f"{name}: found {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}"
                         )
+                    del self._pending[file][name]
                     shard.seek(self._offset_of[name])
                     shard.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 if not self._pending[file]:
@@ -93,29 +96,37 @@ class CheckpointWriter:
 
 @contextmanager
 def output_folder(out: Path) -> Generator[Path]:
-    """A staging folder beside `out` that becomes `out` when the work ends well, and vanishes when it does not.
+    """A staging folder whose content becomes that of `out` when the work ends well, and vanishes when it does not.
 
-    Raises DuotoneError when `out` exists and is not an empty folder, or cannot be made.
+    It lies inside `out` when that exists (it may be a mount point or a link), otherwise beside it, so that the last step is
+    a rename on one file system. Raises DuotoneError when `out` is not an empty folder, or cannot be made.
     """
     check_output(out)
-    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
+    inside = out.is_dir()
+    final = out.resolve()
+    staging = (final if inside else final.parent) / f".{final.name}.partial-{os.getpid()}"
     with reporting_full_disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        staging.mkdir(parents=True)
     try:
         yield staging
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
+        with reporting_full_disk(out):
+            if inside:
+                for file in sorted(staging.iterdir()):
+                    file.rename(final / file.name)
+            else:
+                staging.rename(final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_output(out: Path) -> None:
     """Raise DuotoneError unless `out` is absent or an empty folder."""
-    if out.exists() and not out.is_dir():
+    with reporting_full_disk(out):  # a name the file system refuses is found here too
+        exists = out.exists()
+        empty = not exists or (out.is_dir() and not any(out.iterdir()))
+    if exists and not out.is_dir():
         raise DuotoneError(f"{out}: is a file, expected a folder to write to, or none yet")
-    if out.is_dir() and any(out.iterdir()):
+    if not empty:
         raise DuotoneError(f"{out}: the output folder is not empty, expected a new or empty one")
 
 
@@ -131,9 +142,11 @@ def reporting_full_disk(path: Path, needed: int | None = None) -> Generator[None
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        wanted = f"{needed / 1e6:.1f} MB" if needed else "more"
+        if error.errno == errno.EFBIG:
+            raise DuotoneError(f"{path}: needs {wanted} in one file, found a lower file size limit (ulimit -f)") from None
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             existing = next(place for place in (path, *path.parents) if place.exists())
-            wanted = f"{needed / 1e6:.1f} MB" if needed else "more"
             free = shutil.disk_usage(existing).free / 1e6
             raise DuotoneError(f"{path}: the disk is full: needs {wanted}, found {free:.1f} MB free") from None
         raise DuotoneError(f"{error.filename or path}: cannot be written ({error.strerror})") from None

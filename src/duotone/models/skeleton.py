@@ -14,6 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from duotone.errors import DuotoneError
 
+#: What transformers raises, from its validators or from torch, for a config that describes no model.
+_BAD_CONFIG = (
+    ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, StrictDataclassError,
+)  # fmt: skip
+
 
 def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a config, parameters on meta. Raises DuotoneError when transformers cannot build it."""
@@ -22,7 +27,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
         model_config = AutoConfig.for_model(**plain)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+    except _BAD_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
     model.requires_grad_(False)

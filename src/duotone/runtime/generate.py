@@ -9,8 +9,9 @@ import torch
 from transformers import TextStreamer
 
 from duotone.checkpoint.hub import locate_model
+from duotone.device import check_seed
 from duotone.errors import DuotoneError
-from duotone.models.tokenizer import load_tokenizer
+from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.runtime.load import load
 
 
@@ -49,11 +50,15 @@ def generate(
     """Continue `prompt` with a model folder or hub id; temperature 0 is greedy. Raises DuotoneError for an unusable model."""
     if max_new_tokens < 1:
         raise DuotoneError(f"--max-new-tokens: found {max_new_tokens}, expected at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise DuotoneError(f"--temperature: found {temperature}, expected 0 (greedy) or more")
+    check_seed(seed)
     folder = locate_model(model)
     tokenizer, network = load_tokenizer(folder), load(folder, device=device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     if not inputs["input_ids"].shape[1]:
         raise DuotoneError("PROMPT: gives no token, expected some text")
+    check_tokens(inputs["input_ids"], network, folder)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     start = time.perf_counter()

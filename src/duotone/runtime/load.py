@@ -26,7 +26,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
     place = resolve_device(device)
     dtype = dtype or config_dtype(source.config)
     model = build_skeleton(source.config, dtype)
-    if "quantization_config" in source.config:
+    if source.config.get("quantization_config") is not None:
         _place_quantized(model, source)
     wanted = expected_tensors(model)
     missing = [name for name in wanted if name not in source.tensors]

@@ -10,6 +10,7 @@ from torch import Tensor
 from duotone.errors import DuotoneError
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import Scheme
+from duotone.solver.refine import descend
 from duotone.solver.reorder import ORDERS
 from duotone.solver.scales import (
     Scales,
@@ -22,7 +23,8 @@ from duotone.solver.scales import (
     single_level,
     split_single_level,
 )
-from duotone.solver.solve import Factor, factorize, output_loss, solve
+from duotone.solver.search import search_scales
+from duotone.solver.solve import Factor, damp, factorize, output_loss, solve
 from duotone.solver.statistics import Statistics
 
 
@@ -71,6 +73,9 @@ class Problem:
         if not bool(torch.isfinite(self.weight).all()):
             raise DuotoneError(f"{self.layer}: the weight holds NaN or infinite values, expected finite ones")
 
+
+#: Sweeps of coordinate descent after the column loop; most of what they bring comes in the first two.
+DESCENT_PASSES = 4
 
 Method = Callable[[Problem], tuple[QuantizedWeight, LayerReport]]
 
@@ -127,18 +132,22 @@ def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 
 
 def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
-    """DPQ with each column rounded straight to the nearest of the 16 values that the hardware can multiply.
+    """DPQ carried further: everything is chosen for the values that the hardware will multiply.
 
-    Differs from the published recipe in that and in scales fitted on the weights themselves (docs/LOG.md has the figures).
+    Scales are searched for the error after both roundings, each column goes straight to the nearest of its 16 FP8 values,
+    and coordinate descent then lets early columns answer for late ones. docs/LOG.md has what each step is worth.
     """
-    scheme, factor = problem.scheme, _factor(problem)
-    scales = fit_scales(problem.weight, scheme)
+    scheme, factor, statistics = problem.scheme, _factor(problem), problem.statistics
+    assert statistics is not None
+    scales = search_scales(problem.weight, scheme)
     columns = scales.columns()
 
     def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
         return nearest_entry(w_N, columns[group], scheme)
 
     codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
+    damped = damp(statistics, factor.damping_frac)
+    codes_NK = descend(problem.weight, codes_NK, scales, damped, scheme, DESCENT_PASSES)
     return finish("dpq", problem, codes_NK, scales)
 
 
