@@ -22,7 +22,7 @@ METHODS = ("rtn", "gptq", "dpq")
 PROMPT = "To install the package, "
 
 
-def main(build: Path = BUILD, samples: int = 128) -> None:
+def main(build: Path = BUILD, samples: int = 96) -> None:
     """Quantize, evaluate, print one table, a sample of each model and the path of the checkpoint.
 
     samples: windows of 256 tokens, to calibrate on and to judge on.
@@ -67,8 +67,8 @@ def main(build: Path = BUILD, samples: int = 128) -> None:
 
 def _table(summary: dict) -> Table:
     """The summary as a person reads it."""
-    table = Table(title="duotone-10m, W4A8 (INT4 stored, FP8 arithmetic) on held-out text", title_justify="left")
-    for column in ("model", "weights", "bits per weight", "perplexity", "KL to original (nats)", "top-1 agreement", "seconds"):
+    table = Table(title="duotone-10m as W4A8, on held-out text", title_justify="left")
+    for column in ("model", "weights", "bits", "perplexity", "KL to original", "top-1", "seconds"):
         table.add_column(column, justify="left" if column == "model" else "right")
     original = summary["original"]
     table.add_row(

@@ -192,9 +192,9 @@ def test_compressed_tensors_accepts_our_config(symmetric: bool, group_size: int)
 
 
 def test_gaudi_is_refused_by_other_readers() -> None:
-    """Its file scale alone is not the weight's, so its quant_method is our own, and activations are static per tensor."""
+    """Its file scale alone is not the weight's, so its format is our own, and activations are static per tensor."""
     config = quantization_config(Scheme(GAUDI), [])
-    assert config["quant_method"] == "duotone"
+    assert config["format"] == config["config_groups"]["group_0"]["format"] == "duotone-gaudi"
     activations = config["config_groups"]["group_0"]["input_activations"]
     assert (activations["strategy"], activations["dynamic"]) == ("tensor", False)
 

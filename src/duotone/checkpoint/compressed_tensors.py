@@ -3,7 +3,7 @@
 
 `hopper`: the file holds the one BF16 product of group and outer scale; every reader splits it back bit for bit.
 `gaudi`: the file holds the BF16 group scale alone; outer scale and static activation scale live in duotone.json. A reader
-that ignored them would compute garbage, so the variant carries a `quant_method` of its own that such a reader refuses.
+that ignored them would compute garbage, so the variant carries a `format` of its own, which every such reader refuses.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from duotone.scheme import GAUDI, HOPPER, Scheme, Target
 
 #: Version of compressed-tensors whose config this is; informative in the file.
 _FORMAT_VERSION = "0.19.0"
-_METHOD_OF_TARGET = {HOPPER.name: "compressed-tensors", GAUDI.name: "duotone"}
+_METHOD = "compressed-tensors"
+_FORMAT_OF_TARGET = {HOPPER.name: "pack-quantized", GAUDI.name: "duotone-gaudi"}
 _ZERO_CODE = 8
 
 
@@ -118,18 +119,19 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json. Both `format` keys and the status are needed: FORMATS.md 1.2."""
     dynamic = scheme.target.dynamic_activations
     strategy = "token" if dynamic else "tensor"
+    file_format = _FORMAT_OF_TARGET[scheme.target.name]
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": scheme.group_size, "dynamic": False}
     activations = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": dynamic, "symmetric": True}
     group = {
         "targets": ["Linear"],
-        "format": "pack-quantized",
+        "format": file_format,
         "weights": weights | {"symmetric": scheme.symmetric, "actorder": None},
         "input_activations": activations,
         "output_activations": None,
     }
     return {
-        "quant_method": _METHOD_OF_TARGET[scheme.target.name],
-        "format": "pack-quantized",
+        "quant_method": _METHOD,
+        "format": file_format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ignore,
@@ -142,12 +144,13 @@ def scheme_from_config(config: dict[str, Any]) -> Scheme:
     """The scheme a `quantization_config` describes. Raises DuotoneError for any layout other than W4A8 pack-quantized."""
     if not isinstance(config, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - it comes from a stranger's file
         raise DuotoneError(f"config.json: found a quantization_config of {config!r}, expected an object")
-    target = _target_of_method(config.get("quant_method"))
+    if config.get("quant_method") != _METHOD:
+        raise DuotoneError(f"config.json: found quant_method {config.get('quant_method')!r}, expected {_METHOD!r}")
     try:
         group = config["config_groups"]["group_0"]
         weights, activations = group["weights"], group["input_activations"]
         found = (
-            group.get("format", config.get("format")),
+            config["quantization_status"],
             weights["num_bits"],
             weights["type"],
             weights["strategy"],
@@ -156,18 +159,19 @@ def scheme_from_config(config: dict[str, Any]) -> Scheme:
             activations["strategy"],
         )
         size, symmetric = int(weights["group_size"]), bool(weights["symmetric"])
+        target = _target_of_format(group.get("format", config.get("format")))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DuotoneError(
             f"config.json: quantization_config is not W4A8 pack-quantized ({error!r} is missing or wrong)"
         ) from None
-    expected = ("pack-quantized", 4, "int", "group", 8, "float", "token" if target.dynamic_activations else "tensor")
+    expected = ("compressed", 4, "int", "group", 8, "float", "token" if target.dynamic_activations else "tensor")
     if found != expected:
         raise DuotoneError(f"config.json: quantization_config is {found}, expected {expected}")
     return Scheme(target, size, symmetric)
 
 
-def _target_of_method(method: object) -> Target:
+def _target_of_format(file_format: object) -> Target:
     for target in (HOPPER, GAUDI):
-        if method == _METHOD_OF_TARGET[target.name]:
+        if file_format == _FORMAT_OF_TARGET[target.name]:
             return target
-    raise DuotoneError(f"config.json: found quant_method {method!r}, expected one of {sorted(_METHOD_OF_TARGET.values())}")
+    raise DuotoneError(f"config.json: found format {file_format!r}, expected one of {sorted(_FORMAT_OF_TARGET.values())}")

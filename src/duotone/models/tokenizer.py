@@ -22,5 +22,5 @@ def check_tokens(tokens: Tensor, model: PreTrainedModel, folder: Path) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if tokens.numel() and int(tokens.max()) >= rows:
         raise DuotoneError(
-            f"{folder}: its tokenizer gives token {int(tokens.max())}, expected at most {rows - 1} (the embedding's last row)"
+            f"{folder}: its tokenizer gives token {int(tokens.max())}, expected below {rows}, the rows of the embedding"
         )

@@ -18,6 +18,8 @@ _OUTER_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 _GROUP_SHARES = tuple(1.0 - 0.025 * i for i in range(17))
 #: E4M3 values to try for each group, from the one at min-max downwards (eight to the octave).
 _GRID_STEPS = 6
+#: The outer scale is chosen on every so-maniest column: it moves all groups of a row, a sample tells enough.
+_SAMPLE_STRIDE = 4
 #: Rows searched at a time: temporaries stay in the cache.
 _ROWS = 64
 
@@ -39,29 +41,35 @@ def _rows_of(scales: Scales, start: int) -> Scales:
 
 
 def _search_rows(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Canonical pairs for some rows: for each trial outer scale the best E4M3 value of every group, then the best trial."""
+    """Canonical pairs for some rows: the outer scale from a sample of the columns, then the group scales from all of them."""
     w_NGg = grouped(w_NK, scheme)
-    grid = _scale_grid(scheme).to(w_NK.device)
-    peak = torch.full_like(start.group_scale, scheme.peak_group_scale)
-    minmax_NG = start.step
-    best_error_N = torch.full_like(start.outer_scale, torch.inf)
-    best_group_NG, best_outer_N = start.group_scale, start.outer_scale
+    sample_NGg = w_NGg[..., ::_SAMPLE_STRIDE].contiguous()
+    best_N = torch.full_like(start.outer_scale, torch.inf)
+    outer_N = start.outer_scale
     for share in _OUTER_SHARES:
-        outer_N = _outer_from_row_max(start.outer_scale * scheme.peak_group_scale * share, scheme)
-        at_NG = torch.searchsorted(grid, minmax_NG / outer_N[:, None] * 1.06).clamp(max=len(grid) - 1)
-        group_NG, error_NG = peak, torch.full_like(peak, torch.inf)
-        for below in range(_GRID_STEPS + 1):
-            trial_NG = grid[(at_NG - below).clamp(min=0)]
-            trial_error_NG = _error(w_NGg, trial_NG, start.zero_point, outer_N[:, None], scheme)
-            better = trial_error_NG < error_NG
-            group_NG, error_NG = torch.where(better, trial_NG, group_NG), torch.where(better, trial_error_NG, error_NG)
-        group_NG, error_NG = _raise_one_to_peak(w_NGg, group_NG, error_NG, start, outer_N, scheme)
-        error_N = error_NG.sum(-1)
-        better_N = error_N < best_error_N
-        best_error_N = torch.where(better_N, error_N, best_error_N)
-        best_group_NG = torch.where(better_N[:, None], group_NG, best_group_NG)
-        best_outer_N = torch.where(better_N, outer_N, best_outer_N)
-    return best_group_NG, best_outer_N
+        trial_N = _outer_from_row_max(start.outer_scale * scheme.peak_group_scale * share, scheme)
+        error_N = _best_groups(sample_NGg, start, trial_N, scheme)[1].sum(-1)
+        outer_N = torch.where(error_N < best_N, trial_N, outer_N)
+        best_N = torch.minimum(error_N, best_N)
+    group_NG, error_NG = _best_groups(w_NGg, start, outer_N, scheme)
+    # A sample may mislead: a row that min-max serves better keeps it.
+    minmax_N = _error(w_NGg, start.group_scale, start.zero_point, start.outer_scale, scheme).sum(-1)
+    keep_N = minmax_N <= error_NG.sum(-1)
+    return torch.where(keep_N[:, None], start.group_scale, group_NG), torch.where(keep_N, start.outer_scale, outer_N)
+
+
+def _best_groups(w_NGg: Tensor, start: Scales, outer_N: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The E4M3 value of least error for every group under an outer scale, one of each row at the peak, and those errors."""
+    grid = _scale_grid(scheme).to(w_NGg.device)
+    at_NG = torch.searchsorted(grid, start.step / outer_N[:, None] * 1.06).clamp(max=len(grid) - 1)
+    group_NG = torch.full_like(start.group_scale, scheme.peak_group_scale)
+    error_NG = torch.full_like(group_NG, torch.inf)
+    for below in range(_GRID_STEPS + 1):
+        trial_NG = grid[(at_NG - below).clamp(min=0)]
+        trial_error_NG = _error(w_NGg, trial_NG, start.zero_point, outer_N[:, None], scheme)
+        better = trial_error_NG < error_NG
+        group_NG, error_NG = torch.where(better, trial_NG, group_NG), torch.where(better, trial_error_NG, error_NG)
+    return _raise_one_to_peak(w_NGg, group_NG, error_NG, start, outer_N, scheme)
 
 
 def _raise_one_to_peak(
