@@ -94,7 +94,7 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorSpec, tuple[in
         # Lengths beyond 63 bits are no lengths, and Python would take minutes to print their product.
         well_formed = isinstance(dtype, str) and isinstance(shape, list)
         well_formed = well_formed and all(type(value) is int and 0 <= value < 2**63 for value in whole)
-        well_formed = well_formed and math.prod(shape) < 2**63
+        well_formed = well_formed and math.prod(cast("list[int]", shape)) < 2**63
     except (KeyError, TypeError, ValueError):
         raise DuotoneError(f"{path}: the header entry of {name!r} is malformed") from None
     if not well_formed or dtype not in DTYPE_BITS:

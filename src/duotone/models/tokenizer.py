@@ -1,6 +1,7 @@
 """The tokenizer that lies in a model folder."""
 
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def check_tokens(tokens: Tensor, model: PreTrainedModel, folder: Path) -> None:
     """Raise DuotoneError when a token lies beyond the model's embedding table: its tokenizer belongs to another model."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     if tokens.numel() and int(tokens.max()) >= rows:
         raise DuotoneError(
             f"{folder}: its tokenizer gives token {int(tokens.max())}, expected below {rows}, the rows of the embedding"
