@@ -1,6 +1,8 @@
-# Everything runs inside .venv, which the first target makes. A CPU wheel of torch is taken where pip can find one:
-# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS may point to it.
+# Everything runs inside .venv, which the first target makes.
 PYTHON ?= python3
+# The CPU wheel of the pinned torch is tried first: where pip's indexes have it, nothing of CUDA is fetched. An index that has
+# it can be named with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -25,14 +27,16 @@ format: $(READY)
 # The bundled model on its own held-out text; appends to bench/records/accuracy.jsonl.
 bench: $(READY)
 	$(BIN)/duotone bench accuracy assets/duotone-10m --text assets/duotone-10m/evaluation.txt \
-	  --calibration assets/duotone-10m/calibration.txt --samples 128 --seq-len 256 --eval-samples 256
+	  --calibration assets/duotone-10m/calibration.txt --samples 128 --seq-len 256 --eval-samples 96
+	$(BIN)/python tools/render.py
 
 # torch first and without build isolation: an isolated build ignores constraints and would fetch another torch.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "duotone needs Python 3.11 or newer (make PYTHON=...)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'torch==$(TORCH)+cpu' numpy 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $(READY)
 

@@ -22,33 +22,19 @@ from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Scheme
 from duotone.solver import methods
 from duotone.solver.methods import Problem, SolverOptions, shared_factor
-from duotone.solver.refine import descend
-from duotone.solver.scales import fit_scales, nearest_code, nearest_entry
+from duotone.solver.scales import fit_scales
 from duotone.solver.search import search_scales
-from duotone.solver.solve import damp, solve
 from duotone.solver.statistics import Statistics
 
 RECORDS = Path(__file__).resolve().parent / "records" / "layer_error.jsonl"
 
 
-def variant(search: bool, nearest: bool, passes: int) -> Callable[[Problem], float | None]:
-    """A recipe between dpq-paper and dpq: scales frozen and fitted or searched, round-then-round or nearest, descent or not."""
+def variant(search: bool, nearest: bool) -> Callable[[Problem], float | None]:
+    """A recipe between dpq-paper and dpq, without descent: scales fitted or searched, round-then-round or nearest."""
 
     def run(problem: Problem) -> float | None:
-        scheme, factor, statistics = problem.scheme, problem.factor, problem.statistics
-        assert factor is not None and statistics is not None
-        scales = (search_scales if search else fit_scales)(problem.weight, scheme)
-        columns = scales.columns()
-
-        def round_column(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if nearest:
-                return nearest_entry(w, columns[group], scheme)
-            code = nearest_code(w, columns[group].step, columns[group].zero_point, scheme)
-            return code, columns[group].value(code, scheme)
-
-        codes = solve(problem.weight, factor, scheme.group_size, round_column)
-        codes = descend(problem.weight, codes, scales, damp(statistics, factor.damping_frac), scheme, passes)
-        return methods.finish("variant", problem, codes, scales)[1].output_error
+        scales = (search_scales if search else fit_scales)(problem.weight, problem.scheme)
+        return methods.finish("variant", problem, methods.compensate(problem, scales, nearest), scales)[1].output_error
 
     return run
 
@@ -56,9 +42,9 @@ def variant(search: bool, nearest: bool, passes: int) -> Callable[[Problem], flo
 RECIPES: dict[str, Callable[[Problem], float | None]] = {
     "gptq, then FP8": lambda problem: methods.gptq(problem)[1].output_error,
     "dpq-paper": lambda problem: methods.dpq_paper(problem)[1].output_error,
-    "scales fitted on the weights": variant(search=False, nearest=False, passes=0),
-    "and the nearest FP8 value": variant(search=False, nearest=True, passes=0),
-    "and searched scales": variant(search=True, nearest=True, passes=0),
+    "scales fitted on the weights": variant(search=False, nearest=False),
+    "and the nearest FP8 value": variant(search=False, nearest=True),
+    "and searched scales": variant(search=True, nearest=True),
     "and coordinate descent (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
 }
 

@@ -25,7 +25,7 @@ PROMPT = "To install the package, "
 def main(build: Path = BUILD, samples: int = 96) -> None:
     """Quantize, evaluate, print one table, a sample of each model and the path of the checkpoint.
 
-    samples: windows of 256 tokens, to calibrate on and to judge on.
+    samples: windows of 256 tokens to calibrate on, and as many to judge on.
     """
     console = Console()
     shutil.rmtree(build, ignore_errors=True)
@@ -40,7 +40,7 @@ def main(build: Path = BUILD, samples: int = 96) -> None:
             report = duotone.quantize(MODEL, out, method=method, samples=samples, seq_len=256)
             seconds = time.perf_counter() - start
         with console.status(f"{method}: measuring on held-out text"):
-            result = duotone.evaluate(out, text, reference=MODEL, seq_len=256, samples=128)
+            result = duotone.evaluate(out, text, reference=MODEL, seq_len=256, samples=samples)
         original_bytes, original_perplexity = report.original_bytes, result.reference_perplexity
         measured[method] = {
             "perplexity": result.perplexity,

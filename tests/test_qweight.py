@@ -102,13 +102,6 @@ def test_frozen() -> None:
         weight.codes = torch.zeros(ROWS, COLUMNS, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(("symmetric", "bits_of_a_group"), [(True, 16), (False, 20)], ids=["symmetric", "asymmetric"])
-def test_storage_bits(symmetric: bool, bits_of_a_group: int) -> None:
-    """Codes padded to whole groups, a BF16 scale a group, four bits a zero point."""
-    weight = QuantizedWeight(**fields(symmetric=symmetric))
-    assert weight.storage_bits == ROWS * (24 * 4 + 3 * bits_of_a_group)
-
-
 def test_expand_groups() -> None:
     """One value a column, the last group short."""
     assert expand_groups(torch.tensor([[1, 2], [3, 4]]), 3, 5).tolist() == [[1, 1, 1, 2, 2], [3, 3, 3, 4, 4]]

@@ -64,11 +64,6 @@ def test_group_count(groups: int, group_size: int, missing: int) -> None:
     assert Scheme(group_size=group_size).groups(columns) == groups
 
 
-def test_four_bits() -> None:
-    """Bits of one stored code."""
-    assert Scheme().bits == 4
-
-
 @pytest.mark.parametrize("group_size", [0, -8, 7, 4, 12, 129])
 def test_bad_group_size(group_size: int) -> None:
     """Not a positive multiple of 8: the message has the name and the value found."""

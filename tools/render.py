@@ -21,13 +21,31 @@ def records(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RECORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+#: What tells one accuracy experiment from another; of rows that agree in all of it, the newest counts.
+EXPERIMENT = (
+    "model",
+    "text",
+    "tokens",
+    "tool",
+    "method",
+    "effort",
+    "target",
+    "scheme",
+    "group_size",
+    "calibration",
+    "arithmetic",
+    "seed",
+)
+
+
 def latest_accuracy() -> list[dict[str, Any]]:
-    """The newest accuracy row of each model, text, target and method."""
-    rows = {
-        (row["model"], *row["text"], row["target"], row["method"], *row["calibration_text"]): row
-        for row in ({**row, "calibration_text": (row["calibration"] or {}).get("text", [])} for row in records("accuracy"))
-    }
-    return list(rows.values())
+    """The newest accuracy row of each experiment."""
+    return list({json.dumps([row[key] for key in EXPERIMENT]): row for row in records("accuracy")}.values())
+
+
+def calibration_text(row: dict[str, Any]) -> str:
+    """What a row was calibrated on."""
+    return ", ".join(row["calibration"]["text"]) if row["calibration"] else "none"
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -42,8 +60,10 @@ def distance(row: dict[str, Any]) -> str:
 
 
 def demo_table() -> str:
-    """The bundled model, `hopper`, by method."""
-    rows = [row for row in latest_accuracy() if row["model"] == "duotone-10m" and row["target"] == "hopper"]
+    """The bundled model, `hopper`, group 128, by method: the newest row of each."""
+    wanted = {"model": "duotone-10m", "target": "hopper", "group_size": 128, "scheme": "w4a8", "text": ["evaluation.txt"]}
+    chosen = [row for row in latest_accuracy() if all(row[key] == value for key, value in wanted.items())]
+    rows = list({row["method"]: row for row in chosen}.values())
     head = ("weights", "bits per weight", "perplexity", "KL to the original (nats a token)", "top-1 agreement")
     original = ("BF16, the original", "16", f"{rows[0]['reference_perplexity']:.3f}", "0", "100 %")
     return markdown(
@@ -84,8 +104,9 @@ def accuracy_table() -> str:
             (
                 row["model"],
                 ", ".join(row["text"]),
-                ", ".join(row["calibration_text"]) or "none",
+                calibration_text(row),
                 row["target"],
+                str(row["group_size"]),
                 row["method"],
                 distance(row),
                 f"{row['kl'] - row['kl_activation_floor']:.5f}",

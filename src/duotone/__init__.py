@@ -1,7 +1,7 @@
 """Duotone: weights stored as INT4, arithmetic in FP8, outputs in BF16.
 
 import duotone
-report = duotone.quantize("meta-llama/Llama-3.2-1B", "Llama-3.2-1B-W4AFP8")
+report = duotone.quantize("meta-llama/Llama-3.2-1B", "Llama-3.2-1B-W4AFP8", calibration=("text.txt",))
 model = duotone.load("Llama-3.2-1B-W4AFP8")          # a transformers model whose linears are W4A8
 duotone.evaluate("Llama-3.2-1B-W4AFP8", ["held_out.txt"], reference="meta-llama/Llama-3.2-1B")
 """

@@ -50,11 +50,14 @@ def quantize(  # noqa: PLR0913 - every option of the command
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, how long and how large.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done, how long and how large (a hub model is downloaded first)."),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model into a checkpoint a quarter of its size."""
+    """Quantize a model: its linears shrink to about a quarter."""
     from duotone.plan import QuantizeConfig
     from duotone.report import plan_summary, quantize_summary
 
@@ -97,7 +100,7 @@ def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:
         "quantized_macs_share": plan.quantized_macs_share,
         "bits_per_weight": plan.bits_per_weight,
         "kept": plan.kept,
-        "notes": vllm_warnings(config.scheme, plan.shapes),
+        "notes": vllm_warnings(config.scheme, plan.shapes, plan.split_groups),
     }
 
 
@@ -114,9 +117,9 @@ def evaluate(  # noqa: PLR0913 - every option of the command
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, and the distance from the original: KL divergence and top-1 agreement."""
+    from duotone.device import resolve_dtype
     from duotone.evaluation import evaluate as run
     from duotone.report import evaluation_summary
-    from duotone.runtime.load import config_dtype
 
     with _progress("evaluating", quiet or as_json) as tell:
         result = run(
@@ -125,7 +128,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command
             reference=reference,
             seq_len=seq_len,
             samples=samples,
-            dtype=config_dtype({"dtype": dtype}),
+            dtype=resolve_dtype(dtype),
             device=device,
             progress=lambda done, total: tell(done, total, "windows"),
         )

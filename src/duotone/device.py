@@ -20,6 +20,14 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
+def resolve_dtype(name: str) -> torch.dtype:
+    """`float32` or `bfloat16` as a torch dtype. Raises DuotoneError for another."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise DuotoneError(f"--dtype: found {name!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
 def check_seed(seed: int) -> None:
     """Raise DuotoneError for a seed that torch's generators do not take."""
     if not 0 <= seed < 2**63:

@@ -64,6 +64,9 @@ def evaluate(
     quantized = load(folder, dtype, device)
     windows = draw_windows(load_tokenizer(folder), text, seq_len, samples, seed=0)
     check_tokens(windows.tokens, quantized, folder)
+    limit = getattr(quantized.config, "max_position_embeddings", seq_len)
+    if seq_len > limit:
+        raise DuotoneError(f"--seq-len: found {seq_len}, expected at most the model's max_position_embeddings, {limit}")
     original = None if reference is None else load(locate_model(reference), dtype, device)
     return evaluate_windows(quantized, windows, original, resolve_device(device), progress)
 
@@ -97,6 +100,8 @@ def evaluate_windows(
         if progress is not None:
             progress(min(len(nll_W) * batch, count), count)
     nll = torch.cat(nll_W)
+    if not bool(torch.isfinite(nll).all()):
+        raise DuotoneError("the model gives NaN or infinite likelihoods on this text, expected finite ones")
     result = Evaluation(
         perplexity=math.exp(float(nll.mean())),
         bits_per_byte=float(nll.sum()) * (length - 1) / math.log(2) / windows.text_bytes,

@@ -6,8 +6,11 @@ from duotone.scheme import Scheme
 _VLLM_GROUP, _VLLM_MULTIPLE = 128, 128
 
 
-def vllm_warnings(scheme: Scheme, shapes: dict[str, tuple[int, int]]) -> list[str]:
-    """Why vLLM's native W4A8 path (SM90) would refuse this checkpoint; empty when it loads. One line a reason."""
+def vllm_warnings(scheme: Scheme, shapes: dict[str, tuple[int, int]], split_groups: list[str]) -> list[str]:
+    """Why vLLM's native W4A8 path (SM90) would refuse this checkpoint; empty when it loads. One line a reason.
+
+    shapes: [N, K] of each quantized linear. split_groups: linears kept in BF16 whose fused partners are quantized.
+    """
     if not scheme.target.channel_outer_scale:
         return [f"will not load in vLLM: target {scheme.target.name} is read by Duotone only"]
     reasons: list[str] = []
@@ -20,5 +23,9 @@ def vllm_warnings(scheme: Scheme, shapes: dict[str, tuple[int, int]]) -> list[st
         layer, n, k = odd[0]
         reasons.append(
             f"will not load in vLLM: {layer} is {n} x {k}, its kernel needs multiples of {_VLLM_MULTIPLE} ({len(odd)} layers)"
+        )
+    if split_groups:
+        reasons.append(
+            f"will not load in vLLM: {split_groups[0]} stays BF16, linears it is fused with do not: ignore all of them"
         )
     return reasons

@@ -1,8 +1,11 @@
-"""Where the time goes: seconds by phase, nested phases not counted twice."""
+"""Where time and memory go: seconds by phase, nested phases not counted twice; the peak of resident memory."""
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class Phases:
@@ -30,3 +33,14 @@ class Phases:
             phase = self._running[-1]
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self._since = now
+
+
+def peak_resident_bytes() -> int:
+    """Most memory this process has held. Linux's own mark, since getrusage's survives exec and would count a parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -6,7 +6,6 @@ next block is read. The output folder appears when everything in it is whole.
 """
 
 import dataclasses
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from duotone.errors import DuotoneError
 from duotone.loadability import vllm_warnings
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
-from duotone.phases import Phases
+from duotone.phases import Phases, peak_resident_bytes
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.solver.methods import METHODS, LayerReport, Problem, shared_factor
@@ -105,7 +104,7 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
             report.weight_bytes = writer.finish()
             _write_companions(run, staging)
     report.seconds = dict(phases.seconds)
-    report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_bytes = peak_resident_bytes()
     return report
 
 
@@ -241,7 +240,7 @@ def _notes(plan: Plan, windows: TokenWindows | None) -> list[str]:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
-    return notes + vllm_warnings(plan.config.scheme, plan.shapes)
+    return notes + vllm_warnings(plan.config.scheme, plan.shapes, plan.split_groups)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

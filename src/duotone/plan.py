@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
-from duotone.checkpoint.source import SourceFolder, TensorSpec
+from duotone.checkpoint.headers import TensorSpec
+from duotone.checkpoint.source import SourceFolder
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
@@ -104,13 +105,24 @@ class Plan:
         return [layer for block in self.blocks for group in block.shared_inputs for layer in group]
 
     @property
+    def split_groups(self) -> list[str]:
+        """Linears left in BF16 although others that read the same input (and that runtimes fuse with them) are quantized."""
+        found: list[str] = []
+        for block in self.blocks:
+            for group in self.adapter.shared_inputs:
+                names = [f"{block.path}.{name}" for name in group]
+                if any(name in self.shapes for name in names):
+                    found += [name for name in names if name in self.kept]
+        return found
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes of all tensors of the new checkpoint."""
         return sum(spec.nbytes for spec in self.outputs.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of codes, scales and zero points for each weight that is quantized."""
+        """Bits on disk of everything a quantized weight is stored as, for each of its values."""
         stored = [
             spec for layer, shape in self.shapes.items() for spec in tensor_specs(layer, shape, self.config.scheme).values()
         ]

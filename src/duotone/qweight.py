@@ -83,13 +83,6 @@ class QuantizedWeight:
         """(N, K)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    @property
-    def storage_bits(self) -> int:
-        """Bits on disk: codes padded to whole groups, one BF16 scale a group, four bits a zero point."""
-        padded = self.group_scale.numel() * self.scheme.group_size
-        per_group = 16 if self.zero_point is None else 20
-        return padded * self.scheme.bits + self.group_scale.numel() * per_group
-
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:

@@ -51,11 +51,6 @@ class Scheme:
             raise DuotoneError(f"levels: found {len(self.levels)} values, expected 16")
 
     @property
-    def bits(self) -> int:
-        """Bits of one stored code."""
-        return 4
-
-    @property
     def peak_group_scale(self) -> float:
         """The row's largest group scale on a channel-scaled target: the largest E4M3 value that cannot overflow.
 

@@ -106,7 +106,7 @@ def test_round_trip(weight: QuantizedWeight) -> None:
 @THOROUGH
 @given(weight=weights())
 def test_specs_are_what_is_written(weight: QuantizedWeight) -> None:
-    """Names, dtypes and shapes foreseen without arithmetic are those of the tensors; their bits are the scheme's count."""
+    """What is foreseen without arithmetic is what is written: 4 bits a code, 16 a scale, 4 a zero point."""
     tensors = to_tensors(LAYER, weight)
     specs = tensor_specs(LAYER, weight.shape, weight.scheme)
     assert {name: (TORCH_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()} == {
@@ -114,8 +114,9 @@ def test_specs_are_what_is_written(weight: QuantizedWeight) -> None:
     }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     counted = 8 * sum(spec.nbytes for name, spec in specs.items() if not name.endswith("weight_shape"))
-    unused_zero_points = 0 if weight.scheme.symmetric else 4 * (-weight.shape[0] % 8) * weight.group_scale.shape[1]
-    assert counted == weight.storage_bits + unused_zero_points
+    (rows, groups), symmetric = weight.group_scale.shape, weight.scheme.symmetric
+    zero_points = 0 if symmetric else 4 * (rows + -rows % 8) * groups
+    assert counted == 4 * rows * groups * weight.scheme.group_size + 16 * rows * groups + zero_points
 
 
 @THOROUGH

@@ -24,7 +24,10 @@ _CHARACTERS_PER_TOKEN = 8
 
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Token windows int64 [count, seq_len], where they came from, and the hash and size in bytes of the text they cover."""
+    """Token windows int64 [count, seq_len] and where they came from.
+
+    sha256: of the whole texts. text_bytes: UTF-8 bytes of the tokens that are predicted, all but each window's first.
+    """
 
     tokens: Tensor
     sources: tuple[str, ...]
@@ -61,7 +64,7 @@ def draw_windows(
         digest.update(text.encode("utf-8"))
         if share is not None:
             text = _thin(text, 2 * share * seq_len * _CHARACTERS_PER_TOKEN, seq_len * _CHARACTERS_PER_TOKEN, seed)
-        windows, offsets = _cut(tokenizer, text, seq_len - len(bos))
+        windows, offsets = _cut(tokenizer, text, seq_len - len(bos), 1 - len(bos))
         if not len(windows):
             found = _token_count(tokenizer, text)
             raise DuotoneError(
@@ -91,7 +94,9 @@ def read_text(source: str, tokenizer: PreTrainedTokenizerBase, max_characters: i
             return text
         return "\n\n".join(_render(row, fields, source, tokenizer) for row in _json_lines(path, text))
     if name.count("/") != 1 or path.suffix in {".txt", ".jsonl", ".json"} or name.startswith((".", "/", "~")):
-        raise DuotoneError(f"{name}: found no such file, expected a text file, a .jsonl file or a hub data set (--calibration)")
+        raise DuotoneError(
+            f"{name}: found no such file, expected a text or .jsonl file, or owner/name on the hub (--calibration, --text)"
+        )
     return _hub_text(name, fields, tokenizer, max_characters)
 
 
@@ -147,7 +152,7 @@ def _hub_text(name: str, fields: str, tokenizer: PreTrainedTokenizerBase, max_ch
         from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra: heavy, and for hub data only
     except ImportError:
         raise DuotoneError(
-            f"{name}: a hub data set needs the datasets package (pip install 'duotone[datasets]'); "
+            f"{name}: a hub data set needs the datasets package (pip install datasets); "
             "or name a text file with --calibration FILE"
         ) from None
     identifier, _, split = name.partition(":")
@@ -189,21 +194,23 @@ def _thin(text: str, characters: int, span: int, seed: int) -> str:
     return "".join(runs[i] for i in sorted(chosen))
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> tuple[Tensor, Tensor]:
-    """Every whole run of `length` tokens [windows, length], and the characters [windows, 2] each covers."""
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, unpredicted: int) -> tuple[Tensor, Tensor]:
+    """Every whole run of `length` tokens [windows, length], and the characters [windows, 2] of its predicted tokens.
+
+    unpredicted: tokens at the head of a run that nothing predicts (one, when no BOS stands before it).
+    """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast), verbose=False)
     ids = encoded["input_ids"]
     count = len(ids) // length
     windows = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
     if not count:
         return windows, torch.empty(0, 2, dtype=torch.int64)
-    if not tokenizer.is_fast:  # no offsets: each window's own text
-        ends = list(itertools.accumulate(len(tokenizer.decode(window)) for window in windows))
-        return windows, torch.tensor(list(zip([0, *ends[:-1]], ends, strict=True)))
-    starts = [offset[0] for offset in encoded["offset_mapping"][: count * length : length]]
-    return windows, torch.tensor(
-        list(zip(starts, [*starts[1:], encoded["offset_mapping"][count * length - 1][1]], strict=True))
-    )
+    if tokenizer.is_fast:
+        starts = [start for start, _ in encoded["offset_mapping"]] + [len(text)]
+    else:  # no offsets: each token's own text
+        starts = [0, *itertools.accumulate(len(tokenizer.decode([token])) for token in ids)]
+    spans = [(starts[i * length + unpredicted], starts[(i + 1) * length]) for i in range(count)]
+    return windows, torch.tensor(spans)
 
 
 def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

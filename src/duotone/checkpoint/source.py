@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from duotone.checkpoint.headers import DTYPE_BITS, TensorSpec, read_header
+from duotone.checkpoint.headers import TensorSpec, read_header
 from duotone.errors import DuotoneError
 
 _INDEX = "model.safetensors.index.json"
@@ -111,6 +111,3 @@ def _plain_name(index_path: Path, value: object) -> str:
     if not value.endswith(".safetensors"):
         raise DuotoneError(f"{index_path}: found the shard {value!r}, expected a .safetensors file")
     return value
-
-
-__all__ = ["DTYPE_BITS", "SourceFolder", "TensorSpec", "open_source", "read_json"]

@@ -1,5 +1,5 @@
 # Shapes: N out_features, K in_features, G groups along K.
-"""The methods: one function each, (weight, statistics, scheme, options) -> (QuantizedWeight, LayerReport)."""
+"""The methods: one function each, Problem -> (QuantizedWeight, LayerReport)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from duotone.solver.scales import (
     split_single_level,
 )
 from duotone.solver.search import search_scales
-from duotone.solver.solve import Factor, damp, factorize, output_loss, solve
+from duotone.solver.solve import Factor, factorize, output_loss, solve
 from duotone.solver.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What a user may set of the solver. `order`: gar, act or none. `damping_frac`: share of the Hessian's mean diagonal."""
+    """How to solve. order: gar, act or none. damping_frac: of the Hessian's mean diagonal. block_size: of the column loop."""
 
     order: str = "gar"
     damping_frac: float = 0.01
@@ -119,16 +119,8 @@ def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 
     Each column is rounded to INT4, then to FP8; scales are fitted once, on FP8-rounded weights, and frozen (DPQ.md section 2).
     """
-    scheme, factor = problem.scheme, _factor(problem)
-    scales = fit_paper_scales(problem.weight, scheme)
-    columns = scales.columns()
-
-    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        code_N = nearest_code(w_N, columns[group].step, columns[group].zero_point, scheme)
-        return code_N, columns[group].value(code_N, scheme)
-
-    codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
-    return finish("dpq-paper", problem, codes_NK, scales)
+    scales = fit_paper_scales(problem.weight, problem.scheme)
+    return finish("dpq-paper", problem, compensate(problem, scales, nearest=False), scales)
 
 
 def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
@@ -137,18 +129,28 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     Scales are searched for the error after both roundings, each column goes straight to the nearest of its 16 FP8 values,
     and coordinate descent then lets early columns answer for late ones. docs/LOG.md has what each step is worth.
     """
-    scheme, factor, statistics = problem.scheme, _factor(problem), problem.statistics
-    assert statistics is not None
-    scales = search_scales(problem.weight, scheme)
-    columns = scales.columns()
+    scales = search_scales(problem.weight, problem.scheme)
+    return finish("dpq", problem, compensate(problem, scales, nearest=True, passes=DESCENT_PASSES), scales)
+
+
+def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0) -> Tensor:
+    """Codes uint8 [N, K] of the column loop against the value after both roundings, then `passes` of coordinate descent.
+
+    nearest: each column goes to the nearest of its 16 FP8 values; otherwise to the FP8 value of the nearest INT4 level.
+    """
+    scheme, factor, columns = problem.scheme, _factor(problem), scales.columns()
 
     def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        return nearest_entry(w_N, columns[group], scheme)
+        column = columns[group]
+        if nearest:
+            return nearest_entry(w_N, column, scheme)
+        code_N = nearest_code(w_N, column.step, column.zero_point, scheme)
+        return code_N, column.value(code_N, scheme)
 
     codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
-    damped = damp(statistics, factor.damping_frac)
-    codes_NK = descend(problem.weight, codes_NK, scales, damped, scheme, DESCENT_PASSES)
-    return finish("dpq", problem, codes_NK, scales)
+    if not passes or problem.statistics is None:
+        return codes_NK
+    return descend(problem.weight, codes_NK, scales, problem.statistics, scheme, passes, factor.damping_frac)
 
 
 METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "dpq-paper": dpq_paper, "dpq": dpq}

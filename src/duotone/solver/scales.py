@@ -158,5 +158,5 @@ def _zero_point(low_NG: Tensor, step_NG: Tensor, scheme: Scheme) -> Tensor | Non
 
 
 def bf16(x: Tensor) -> Tensor:
-    """BF16-exact float32; a group of zeros gets the smallest step that stays normal in BF16 and E4M3 alike."""
+    """BF16-exact float32; a group of zeros gets a step so small that E4M3 rounds it to its smallest value."""
     return x.to(torch.bfloat16).float().clamp(min=2.0**-24)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from duotone.contract import fp8_product
 from duotone.scheme import Scheme
-from duotone.solver.scales import Scales, bf16, fit_scales, grouped
+from duotone.solver.scales import Scales, bf16, fit_scales, grouped, nearest_code
 
 #: Shares of the min-max scale to try: for the row's outer scale, and for each BF16 group scale.
 _OUTER_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 _GROUP_SHARES = tuple(1.0 - 0.025 * i for i in range(17))
-#: E4M3 values to try for each group, from the one at min-max downwards (eight to the octave).
-_GRID_STEPS = 6
+#: E4M3 values to try for each group (eight to the octave), downwards from the first one above this share of min-max.
+_GRID_VALUES, _GRID_FROM = 7, 1.06
 #: The outer scale is chosen on every so-maniest column: it moves all groups of a row, a sample tells enough.
 _SAMPLE_STRIDE = 4
 #: Rows searched at a time: temporaries stay in the cache.
@@ -27,17 +27,17 @@ _ROWS = 64
 def search_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
     """Group and outer scales of least squared error, row by row; never worse than min-max by the same measure."""
     start = fit_scales(w_NK, scheme)
-    if not scheme.target.channel_outer_scale:
-        return _search_group_scales(w_NK, start, scheme)
-    parts = [_search_rows(w_NK[i : i + _ROWS], _rows_of(start, i), scheme) for i in range(0, len(w_NK), _ROWS)]
+    search = _search_rows if scheme.target.channel_outer_scale else _search_groups
+    parts = [search(w_NK[i : i + _ROWS], _rows_of(start, i), scheme) for i in range(0, len(w_NK), _ROWS)]
     group_NG, outer_N = (torch.cat(values) for values in zip(*parts, strict=True))
-    return Scales(group_NG, start.zero_point, outer_N)
+    return Scales(group_NG, start.zero_point, outer_N if scheme.target.channel_outer_scale else start.outer_scale)
 
 
 def _rows_of(scales: Scales, start: int) -> Scales:
     rows = slice(start, start + _ROWS)
     zero = None if scales.zero_point is None else scales.zero_point[rows]
-    return Scales(scales.group_scale[rows], zero, scales.outer_scale[rows])
+    outer = scales.outer_scale[rows] if len(scales.outer_scale) > 1 else scales.outer_scale
+    return Scales(scales.group_scale[rows], zero, outer)
 
 
 def _search_rows(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -61,10 +61,10 @@ def _search_rows(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, T
 def _best_groups(w_NGg: Tensor, start: Scales, outer_N: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The E4M3 value of least error for every group under an outer scale, one of each row at the peak, and those errors."""
     grid = _scale_grid(scheme).to(w_NGg.device)
-    at_NG = torch.searchsorted(grid, start.step / outer_N[:, None] * 1.06).clamp(max=len(grid) - 1)
+    at_NG = torch.searchsorted(grid, start.step / outer_N[:, None] * _GRID_FROM).clamp(max=len(grid) - 1)
     group_NG = torch.full_like(start.group_scale, scheme.peak_group_scale)
     error_NG = torch.full_like(group_NG, torch.inf)
-    for below in range(_GRID_STEPS + 1):
+    for below in range(_GRID_VALUES):
         trial_NG = grid[(at_NG - below).clamp(min=0)]
         trial_error_NG = _error(w_NGg, trial_NG, start.zero_point, outer_N[:, None], scheme)
         better = trial_error_NG < error_NG
@@ -90,8 +90,8 @@ def _outer_from_row_max(row_max_N: Tensor, scheme: Scheme) -> Tensor:
     return (bf16(row_max_N) / scheme.peak_group_scale).clamp(min=scheme.smallest_outer_scale)
 
 
-def _search_group_scales(w_NK: Tensor, start: Scales, scheme: Scheme) -> Scales:
-    """BF16 group scales under a fixed power of two: each group by itself."""
+def _search_groups(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """BF16 group scales under the tensor's power of two: each group by itself."""
     w_NGg = grouped(w_NK, scheme)
     best_NG, best_error_NG = start.group_scale, torch.full_like(start.group_scale, torch.inf)
     for share in _GROUP_SHARES:
@@ -99,7 +99,7 @@ def _search_group_scales(w_NK: Tensor, start: Scales, scheme: Scheme) -> Scales:
         error_NG = _error(w_NGg, trial_NG, start.zero_point, start.outer_scale, scheme)
         better = error_NG < best_error_NG
         best_NG, best_error_NG = torch.where(better, trial_NG, best_NG), torch.where(better, error_NG, best_error_NG)
-    return Scales(best_NG, start.zero_point, start.outer_scale)
+    return best_NG, start.outer_scale
 
 
 def _error(w_NGg: Tensor, group_NG: Tensor, zero_NG: Tensor | None, outer: Tensor, scheme: Scheme) -> Tensor:
@@ -107,8 +107,7 @@ def _error(w_NGg: Tensor, group_NG: Tensor, zero_NG: Tensor | None, outer: Tenso
     group = group_NG.unsqueeze(-1)
     zero = None if zero_NG is None else zero_NG.unsqueeze(-1)
     scaled_NGg = w_NGg / outer.reshape(-1, 1, 1)
-    level = torch.round(scaled_NGg / group) if zero is None else torch.round(scaled_NGg / group) + zero
-    level = level.clamp_(scheme.levels[0], scheme.levels[-1])
+    level = nearest_code(scaled_NGg, group, zero, scheme) + scheme.levels[0]
     residual = fp8_product(level, zero, group, scheme.target.fp8).sub_(scaled_NGg)
     return residual.square_().sum(-1) * outer.reshape(-1, 1).square()
 

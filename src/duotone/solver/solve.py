@@ -109,13 +109,6 @@ def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int
     return list(zip(starts, [*starts[1:], columns], strict=True))
 
 
-def damp(statistics: Statistics, damping_frac: float) -> Statistics:
-    """The same statistics with a share of the mean diagonal added to the Hessian: errors cost a little everywhere."""
-    h_KK = statistics.hessian.clone()
-    h_KK.diagonal().add_(damping_frac * h_KK.diagonal().mean())
-    return Statistics(h_KK, statistics.tokens)
-
-
 def output_loss(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> float:
     """Relative output error |X (W - V)^T|^2 / |X W^T|^2 under the layer's undamped Hessian."""
 

@@ -34,9 +34,12 @@ class StatisticsAccumulator:
         self._tokens += x_MK.shape[0]
 
     def finish(self, layer: str) -> Statistics:
-        """The averaged statistics. Raises DuotoneError, naming the layer, when no token or a non-finite input was seen."""
+        """The averaged statistics, in the accumulator's own memory: the end of it.
+
+        Raises DuotoneError, naming the layer, when no token or a non-finite input was seen.
+        """
         if not self._tokens:
             raise DuotoneError(f"{layer}: found no calibration token, expected at least one")
         if not bool(torch.isfinite(self._sum_KK.diagonal()).all()):
             raise DuotoneError(f"{layer}: calibration inputs are not finite, expected finite activations in every channel")
-        return Statistics(self._sum_KK / self._tokens, self._tokens)
+        return Statistics(self._sum_KK.div_(self._tokens), self._tokens)
