@@ -27,7 +27,7 @@ format: $(READY)
 # The bundled model on its own held-out text; appends to bench/records/accuracy.jsonl.
 bench: $(READY)
 	$(BIN)/duotone bench accuracy assets/duotone-10m --text assets/duotone-10m/evaluation.txt \
-	  --calibration assets/duotone-10m/calibration.txt --samples 128 --seq-len 256 --eval-samples 96
+	  --calibration assets/duotone-10m/calibration.txt --samples 128 --seq-len 256 --eval-samples 64
 	$(BIN)/python tools/render.py
 
 # torch first and without build isolation: an isolated build ignores constraints and would fetch another torch.

@@ -227,7 +227,7 @@ def test_output_folder_refuses_a_used_one(tmp_path: Path) -> None:
     assert file.read_text() == (used / ".hidden").read_text() == "mine"
 
 
-def refused_or_whole(out: Path) -> None:
+def assert_refused_or_whole(out: Path) -> None:
     """output_folder refuses `out` before the work, or `out` holds the work after it: never work that is lost at the end."""
     context = output_folder(out)
     try:
@@ -243,7 +243,7 @@ def test_output_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.Mo
     """`.` inside a new folder: the work is not lost when it is done."""
     (tmp_path / "new").mkdir()
     monkeypatch.chdir(tmp_path / "new")
-    refused_or_whole(Path())
+    assert_refused_or_whole(Path())
 
 
 @pytest.mark.parametrize("target", ["empty", "absent"])
@@ -252,7 +252,7 @@ def test_output_folder_is_a_link(tmp_path: Path, target: str) -> None:
     if target == "empty":
         (tmp_path / "empty").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / target)
-    refused_or_whole(tmp_path / "out")
+    assert_refused_or_whole(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
