@@ -18,8 +18,8 @@ _OUTER_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 _GROUP_SHARES = tuple(1.0 - 0.025 * i for i in range(17))
 #: E4M3 values to try for each group (eight to the octave), downwards from the first one above this share of min-max.
 _GRID_VALUES, _GRID_FROM = 7, 1.06
-#: The outer scale is chosen on every so-maniest column: it moves all groups of a row, a sample tells enough.
-_SAMPLE_STRIDE = 4
+#: The outer scale of a row moves all its groups at once; so many columns, spread over the row, tell enough to choose it.
+_SAMPLE_COLUMNS = 1024
 #: Rows searched at a time: temporaries stay in the cache.
 _ROWS = 64
 
@@ -43,7 +43,8 @@ def _rows_of(scales: Scales, start: int) -> Scales:
 def _search_rows(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Canonical pairs for some rows: the outer scale from a sample of the columns, then the group scales from all of them."""
     w_NGg = grouped(w_NK, scheme)
-    sample_NGg = w_NGg[..., ::_SAMPLE_STRIDE].contiguous()
+    stride = max(1, w_NK.shape[1] // _SAMPLE_COLUMNS)
+    sample_NGg = w_NGg[..., ::stride].contiguous()
     best_N = torch.full_like(start.outer_scale, torch.inf)
     outer_N = start.outer_scale
     for share in _OUTER_SHARES:
