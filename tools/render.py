@@ -89,6 +89,7 @@ def accuracy_table() -> str:
         "judged on",
         "calibrated on",
         "target",
+        "group",
         "method",
         "KL",
         "above floor",
