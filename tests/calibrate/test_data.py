@@ -29,6 +29,15 @@ def test_all_windows_cover_the_text_once(tokenizer, text_file: Path) -> None:
     assert windows.text_bytes == len(text.encode())
 
 
+def test_bytes_are_those_of_predicted_tokens(tiny_model: ModelMaker, text_file: Path) -> None:
+    """Without a BOS nothing predicts a window's first token, and its bytes do not count (one byte a token here)."""
+    tokenizer = load_tokenizer(tiny_model())
+    tokenizer.bos_token = None
+    windows = draw_windows(tokenizer, [str(text_file)], 32, 6, seed=0)
+    assert windows.tokens.shape == (6, 32) and 256 not in windows.tokens
+    assert windows.text_bytes == 6 * 31
+
+
 def test_drawing_is_seeded_and_in_equal_shares(tokenizer, text_file: Path, tmp_path: Path) -> None:
     """The same seed draws the same windows, another seed others; each source gives its share."""
     (tmp_path / "digits.txt").write_text("0123456789 " * 2000)
