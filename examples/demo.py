@@ -69,18 +69,16 @@ def _table(summary: dict) -> Table:
     """The summary as a person reads it."""
     table = Table(title="duotone-10m as W4A8, on held-out text", title_justify="left")
     for column in ("model", "weights", "bits", "perplexity", "KL to original", "top-1", "seconds"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     original = summary["original"]
-    table.add_row(
-        "original, BF16", f"{original['bytes'] / 1e6:.1f} MB", "16", f"{original['perplexity']:.3f}", "0", "100 %", ""
-    )
+    table.add_row("original", f"{original['bytes'] / 1e6:.1f} MB", "16", f"{original['perplexity']:.3f}", "0", "100 %", "")
     for method, row in summary["methods"].items():
         table.add_row(
             method,
             f"{row['bytes'] / 1e6:.1f} MB",
             f"{row['bits_per_weight']:.3f}",
             f"{row['perplexity']:.3f}",
-            f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}",
+            f"{row['kl']:.5f}±{row['kl_stderr']:.5f}",
             f"{100 * row['top1_agreement']:.2f} %",
             f"{row['seconds']:.1f}",
         )
