@@ -68,7 +68,7 @@ def main(build: Path = BUILD, samples: int = 96) -> None:
 def _table(summary: dict) -> Table:
     """The summary as a person reads it."""
     table = Table(title="duotone-10m as W4A8, on held-out text", title_justify="left")
-    for column in ("model", "weights", "bits", "perplexity", "KL to original", "top-1", "seconds"):
+    for column in ("model", "weights", "bits", "perplexity", "KL to original", "top-1", "time"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     original = summary["original"]
     table.add_row("original", f"{original['bytes'] / 1e6:.1f} MB", "16", f"{original['perplexity']:.3f}", "0", "100 %", "")
@@ -80,7 +80,7 @@ def _table(summary: dict) -> Table:
             f"{row['perplexity']:.3f}",
             f"{row['kl']:.5f}±{row['kl_stderr']:.5f}",
             f"{100 * row['top1_agreement']:.2f} %",
-            f"{row['seconds']:.1f}",
+            f"{row['seconds']:.1f} s",
         )
     return table
 
