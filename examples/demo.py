@@ -62,7 +62,9 @@ def main(build: Path = BUILD, samples: int = 96) -> None:
     for name, folder in (("original", MODEL), (METHODS[-1], checkpoint)):
         console.print(f"\n[bold]{name}[/bold]: {PROMPT}", end="")
         console.print(generate(folder, PROMPT, max_new_tokens=48).text, markup=False, highlight=False)
-    console.print(f"\ncheckpoint: {summary['checkpoint']}\nsummary:    {os.path.relpath(build / 'summary.json', ROOT)}")
+    console.print(
+        f"\ncheckpoint: {summary['checkpoint']}\nsummary:    {os.path.relpath(build / 'summary.json', ROOT)}", soft_wrap=True
+    )
 
 
 def _table(summary: dict) -> Table:
