@@ -82,7 +82,7 @@ def test_methods_keep_the_model(tiny_model: ModelMaker, text_file: Path, tmp_pat
 
 
 def test_solvers_beat_rounding_on_their_own_objective(bundled: Path, tmp_path: Path) -> None:
-    """On real weights, output error under the layer's Hessian: dpq < dpq-paper and gptq, all below rtn on the same Hessian."""
+    """On real weights, output error under the layer's Hessian: dpq < dpq-paper < gptq."""
     text = (str(bundled / "calibration.txt"),)
     mean: dict[str, float] = {}
     for method in ("gptq", "dpq-paper", "dpq"):
@@ -179,7 +179,7 @@ def test_awkward_widths_are_padded_not_dropped(shared: Path, tmp_path: Path) -> 
         unseen = [str(shared / "data" / "tinystories" / "tinystories_val.txt")]
         result = duotone.evaluate(out, unseen, reference=source, seq_len=256, samples=4, device="cpu")
         kl[group_size] = result.kl
-    assert 0 < kl[32] < kl[128] < 0.5
+    assert 0 < kl[32] < kl[128] < 0.15
 
 
 def test_companions_travel(tiny_model: ModelMaker, tmp_path: Path) -> None:
