@@ -14,6 +14,7 @@ from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.checkpoint.hub import locate_model
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
+from duotone.models.skeleton import check_causal
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.runtime.load import load
 
@@ -62,6 +63,7 @@ def evaluate(
     """
     folder = locate_model(model)
     quantized = load(folder, dtype, device)
+    check_causal(quantized, "perplexity")
     windows = draw_windows(load_tokenizer(folder), text, seq_len, samples, seed=0)
     check_tokens(windows.tokens, quantized, folder)
     limit = getattr(quantized.config, "max_position_embeddings", seq_len)

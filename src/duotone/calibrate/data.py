@@ -49,12 +49,12 @@ def draw_windows(
 ) -> TokenWindows:
     """`count` windows of `seq_len` tokens, in equal shares from each source, drawn by `seed` and kept in text order.
 
-    Each window begins with BOS when the tokenizer has one. count=None takes every whole window. Raises DuotoneError when
-    a source is missing, or shorter than one window.
+    Each window begins with the token that begins every text, where the tokenizer has one. count=None takes every whole
+    window. Raises DuotoneError when a source is missing, or shorter than one window.
     """
     if seq_len < 2:
         raise DuotoneError(f"--seq-len: found {seq_len}, expected at least 2 tokens")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = first_token(tokenizer)
     shares = _shares(count, len(sources))
     parts: list[Tensor] = []
     notes: list[str] = []
@@ -89,10 +89,10 @@ def read_text(source: str, tokenizer: PreTrainedTokenizerBase, max_characters: i
     name, _, fields = source.partition("#")
     path = Path(name)
     if _is_file(path):
-        text = _read_utf8(path)
+        text = read_utf8(path)
         if path.suffix != ".jsonl":
             return text
-        return "\n\n".join(_render(row, fields, source, tokenizer) for row in _json_lines(path, text))
+        return "\n\n".join(_render(row, fields, source, tokenizer) for row in json_lines(path, text))
     if name.count("/") != 1 or path.suffix in {".txt", ".jsonl", ".json"} or name.startswith((".", "/", "~")):
         raise DuotoneError(
             f"{name}: found no such file, expected a text or .jsonl file, or owner/name on the hub (--calibration, --text)"
@@ -107,7 +107,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read_utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises DuotoneError when it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -116,7 +117,7 @@ def _read_utf8(path: Path) -> str:
         raise DuotoneError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
     """Objects of a .jsonl text; only a newline ends a line (JSON strings may hold other separators)."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -192,6 +193,12 @@ def _thin(text: str, characters: int, span: int, seed: int) -> str:
     lengths = itertools.accumulate(len(runs[i]) for i in order)
     chosen = [i for i, length in zip(order, lengths, strict=True) if length - len(runs[i]) < characters]
     return "".join(runs[i] for i in sorted(chosen))
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that begins every text: BOS for a decoder, [CLS] for an encoder; nothing when the tokenizer has neither."""
+    names = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    return [int(token) for token in names if isinstance(token, int)][:1]
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, unpredicted: int) -> tuple[Tensor, Tensor]:

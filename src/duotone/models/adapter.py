@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
 from duotone.errors import DuotoneError
 from duotone.models.table import Adapter
 from duotone.models.text import TEXT_ADAPTERS
@@ -10,13 +13,30 @@ _ADAPTERS: tuple[Adapter, ...] = TEXT_ADAPTERS
 
 
 def find_adapter(config: dict[str, Any]) -> Adapter:
-    """The table of a model's `model_type`. Raises DuotoneError that says which there are and where to write another."""
+    """The table of a model's `model_type` and architecture. Raises DuotoneError that says which there are and where to add."""
     model_type = config["model_type"]
-    for adapter in _ADAPTERS:
-        if model_type in adapter.model_types:
+    tables = _tables_of(model_type)
+    if not tables:
+        known = ", ".join(sorted({name for adapter in _ADAPTERS for name in adapter.model_types}))
+        raise DuotoneError(
+            f"config.json: found model_type {model_type!r}, expected one of {known}; a new architecture is one table in "
+            "src/duotone/models/text.py"
+        )
+    named = config.get("architectures") or list(tables[0].architectures)
+    for adapter in tables:
+        if not adapter.architectures or (isinstance(named, list) and any(name in adapter.architectures for name in named)):
             return adapter
-    known = ", ".join(sorted(name for adapter in _ADAPTERS for name in adapter.model_types))
+    known = ", ".join(name for adapter in tables for name in adapter.architectures)
     raise DuotoneError(
-        f"config.json: found model_type {model_type!r}, expected one of {known}; a new architecture is one table in "
-        "src/duotone/models/text.py"
+        f"config.json: found architectures {named!r} of model_type {model_type!r}, expected one of {known}; a new "
+        "architecture is one table in src/duotone/models/text.py"
     )
+
+
+def auto_class(config: dict[str, Any]) -> type[_BaseAutoModelClass]:
+    """The transformers class that builds a model: its table's. A model_type without a table may still be a language model."""
+    return find_adapter(config).auto if _tables_of(config["model_type"]) else AutoModelForCausalLM
+
+
+def _tables_of(model_type: str) -> list[Adapter]:
+    return [adapter for adapter in _ADAPTERS if model_type in adapter.model_types]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from duotone.errors import DuotoneError
+from duotone.models.adapter import auto_class
 
 #: What transformers raises, from its validators or from torch, for a config that describes no model.
 _BAD_CONFIG = (
@@ -21,12 +22,13 @@ _BAD_CONFIG = (
 
 
 def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a config, parameters on meta. Raises DuotoneError when transformers cannot build it."""
+    """The model of a config, parameters on meta. Raises DuotoneError when transformers cannot build it."""
+    auto = auto_class(config)
     plain = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
     try:
         model_config = AutoConfig.for_model(**plain)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+            model = auto.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
     except _BAD_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
@@ -70,6 +72,12 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear of the model by full name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_causal(model: PreTrainedModel, purpose: str) -> None:
+    """Raise DuotoneError unless the model predicts each next token, as `purpose` needs."""
+    if not model.can_generate():
+        raise DuotoneError(f"{type(model).__name__}: predicts no next token, expected a causal language model for {purpose}")
 
 
 @contextmanager

@@ -2,17 +2,25 @@
 
 from dataclasses import dataclass
 
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
 
 @dataclass(frozen=True)
 class Adapter:
     """Where a transformer's blocks are and which linears of a block read the same input.
 
     model_types: `model_type` values of config.json. blocks: path of the list of blocks. shared_inputs: for each tensor a
-    block's linears read, the linears' paths inside the block. keep: paths of linears left in BF16 unless asked for, each
-    with its reason.
+    block's linears read, the linears' paths inside the block, in running order. streams: for each linear whose output is added to
+    the residual stream as it is, the module that reads the stream before that. keep: paths of linears left in BF16 unless asked for, each
+    with its reason. auto: the transformers class that builds the model. architectures: which of config.json's
+    `architectures` this is the table of, the first one standing for a config that names none; empty: all of them.
     """
 
     model_types: tuple[str, ...]
     blocks: str
     shared_inputs: tuple[tuple[str, ...], ...]
+    streams: tuple[tuple[str, str], ...] = ()
     keep: tuple[tuple[str, str], ...] = ()
+    auto: type[_BaseAutoModelClass] = AutoModelForCausalLM
+    architectures: tuple[str, ...] = ()

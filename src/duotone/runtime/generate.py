@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from duotone.checkpoint.hub import locate_model
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
+from duotone.models.skeleton import check_causal
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.runtime.load import load
 
@@ -55,6 +56,7 @@ def generate(
     check_seed(seed)
     folder = locate_model(model)
     tokenizer, network = load_tokenizer(folder), load(folder, device=device)
+    check_causal(network, "generation")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     if not inputs["input_ids"].shape[1]:
         raise DuotoneError("PROMPT: gives no token, expected some text")

@@ -36,7 +36,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
         )
     fill(model, source.load(wanted), dtype, place)
     model.tie_weights()
-    known = set(model.state_dict()) | set(wanted)
+    # Buffers that the model makes itself (position numbers, rotary tables) lie in older checkpoints too.
+    known = set(model.state_dict()) | set(wanted) | {name for name, _ in model.named_buffers()}
     unexpected = [name for name in source.tensors if name not in known and not _is_quantized_part(model, name)]
     if unexpected:
         warnings.warn(
