@@ -5,6 +5,7 @@ Only the current block's weights and the calibration activations are in memory; 
 next block is read. The output folder appears when everything in it is whole.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,29 +116,43 @@ def _silent(done: int, total: int, what: str) -> None:
 def _quantize_block(
     run: _Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
 ) -> dict[str, QuantizedWeight]:
-    """Load one block, observe its inputs, solve its linears, pass the hidden states on through the quantized block."""
+    """Load one block and solve its linears, group after group, while the calibration windows walk through it."""
     with run.phases("read"):
         originals = _load_finite(run.plan, block.tensors)
-    module = skeleton.get_submodule(block.path)
-    statistics: dict[str, Statistics] = {}
-    if stream is not None:
-        fill(skeleton, originals, _compute_dtype(run.device), run.device)
-        if run.plan.config.needs_statistics:
-            first = {group[0]: skeleton.get_submodule(group[0]) for group in block.shared_inputs}
-            statistics = stream.observe(index, module, first)
     weights: dict[str, QuantizedWeight] = {}
-    for group in block.shared_inputs:
-        weights |= _solve_group(run, group, originals, statistics.pop(group[0], None))
-    if stream is not None:
-        for layer, weight in weights.items():
-            linear = skeleton.get_submodule(layer)
-            linear.weight.data = dequantize(weight).to(_compute_dtype(run.device))  # pyright: ignore[reportAttributeAccessIssue]
-        first = {group[0]: skeleton.get_submodule(group[0]) for group in block.shared_inputs}
-        absmax = stream.advance(index, module, first)
-        release(module)
-        if not run.plan.config.scheme.target.dynamic_activations:
-            weights = _with_input_scales(block, weights, absmax)
+    if stream is None:
+        for group in block.shared_inputs:
+            weights |= _solve_group(run, group, originals, None)
+        return weights
+    fill(skeleton, originals, _compute_dtype(run.device), run.device)
+    module, method = skeleton.get_submodule(block.path), run.plan.config.method_facts
+    original = copy.deepcopy(module) if method.drift else None
+    ahead = _observe_ahead(run, index, block, module, stream)
+    with stream.enter(index, module, block.stops, block.streams, original) as observer:
+        for group in block.shared_inputs:
+            statistics = observer.observe(group[0], method.needs_statistics and method.sequential) or ahead.pop(group[0], None)
+            solved = _solve_group(run, group, originals, statistics)
+            for layer, weight in solved.items():
+                values = dequantize(weight).to(_compute_dtype(run.device))
+                skeleton.get_submodule(layer).weight.data = values  # pyright: ignore[reportAttributeAccessIssue]
+            weights |= solved
+        stream.leave(observer)
+    release(module)
+    if not run.plan.config.scheme.target.dynamic_activations:
+        weights = _with_input_scales(block, weights, observer.absmax)
     return weights
+
+
+def _observe_ahead(
+    run: _Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream
+) -> dict[str, Statistics]:
+    """For methods that do not go group by group: statistics of the whole block before any of it is quantized."""
+    method = run.plan.config.method_facts
+    if method.sequential or not method.needs_statistics:
+        return {}
+    with stream.enter(index, module, block.stops, {}) as observer:
+        found = {group[0]: observer.observe(group[0]) for group in block.shared_inputs}
+    return {name: statistics for name, statistics in found.items() if statistics is not None}
 
 
 def _solve_group(
@@ -154,7 +169,7 @@ def _solve_group(
         with run.phases("solve"):
             w_NK = originals[f"{layer}.weight"].to(run.device, torch.float32)
             problem = Problem(layer, w_NK, statistics, factor, config.scheme, config.solver)
-            weights[layer], layer_report = METHODS[config.method](problem)
+            weights[layer], layer_report = METHODS[config.method].solve(problem)
         run.report.layers.append(layer_report)
     return weights
 
@@ -209,7 +224,10 @@ def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream
         skeleton.tie_weights()
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
-        return start_stream(skeleton, blocks, windows.tokens, run.phases)
+        stream = start_stream(skeleton, blocks, windows.tokens, run.phases)
+    if run.plan.config.method_facts.drift:
+        stream.carry_original()
+    return stream
 
 
 def _is_parameter(skeleton: nn.Module, name: str) -> bool:

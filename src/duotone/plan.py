@@ -15,7 +15,7 @@ from duotone.models.adapter import find_adapter
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
 from duotone.models.table import Adapter
 from duotone.scheme import TARGETS, Scheme, check_rules, matches
-from duotone.solver.methods import DEFAULT_ORDER, METHODS, SolverOptions
+from duotone.solver.methods import METHODS, Method, SolverOptions
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,17 @@ class QuantizeConfig:
     @property
     def solver(self) -> SolverOptions:
         """The solver's share of the options."""
-        return SolverOptions(self.order or DEFAULT_ORDER[self.method], self.damping_frac)
+        return SolverOptions(self.order or self.method_facts.order, self.damping_frac)
+
+    @property
+    def method_facts(self) -> Method:
+        """What the method needs of the walk through the model."""
+        return METHODS[self.method]
 
     @property
     def needs_statistics(self) -> bool:
         """Does the method look at Hessians?"""
-        return self.method != "rtn"
+        return self.method_facts.needs_statistics
 
     @property
     def needs_calibration(self) -> bool:
@@ -73,11 +78,20 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: its path, the full names of linears to quantize grouped by shared input, and every tensor it holds."""
+    """One block: its path, the full names of linears to quantize grouped by shared input, and every tensor it holds.
+
+    streams: for linears that write to the residual stream, the module, by its path in the block, that reads it before.
+    """
 
     path: str
     shared_inputs: tuple[tuple[str, ...], ...]
     tensors: tuple[str, ...]
+    streams: dict[str, str]
+
+    @property
+    def stops(self) -> dict[str, str]:
+        """The first linear of each group, where what all of the group read can be seen, with its path in the block."""
+        return {group[0]: group[0].removeprefix(f"{self.path}.") for group in self.shared_inputs}
 
 
 @dataclass(frozen=True)
@@ -152,7 +166,9 @@ def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
         groups = (tuple(f"{path}.{name}" for name in group) for group in adapter.shared_inputs)
         groups = (tuple(name for name in group if name in linears and name not in kept) for group in groups)
         tensors = tuple(name for name in wanted if name.startswith(f"{path}."))
-        blocks.append(BlockPlan(path, tuple(group for group in groups if group), tensors))
+        groups = tuple(group for group in groups if group)
+        streams = {f"{path}.{writer}": reader for writer, reader in adapter.streams if (f"{path}.{writer}",) in groups}
+        blocks.append(BlockPlan(path, groups, tensors, streams))
     shapes = {
         layer: (linears[layer].out_features, linears[layer].in_features)
         for block in blocks

@@ -1,15 +1,20 @@
 # Shapes: T tokens of a window, D hidden width.
-"""Runs a model one block at a time on the hidden states of all calibration windows, and watches what its linears read."""
+"""Runs a model one block at a time on the hidden states of all calibration windows, and watches what its linears read.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+Two prefixes are carried side by side: the one quantized so far, whose inputs a linear will really see, and, for methods that aim at
+the original model's outputs, the original one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import DuotoneError
 from duotone.phases import Phases
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
@@ -23,51 +28,102 @@ class _AllCaptured(Exception):
 
 
 @dataclass
+class Observer:
+    """All batches inside one block; hands out the statistics of one group of linears after the other."""
+
+    quantized: BlockWalk
+    original: BlockWalk | None
+    phases: Phases
+    absmax: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def observe(self, name: str, statistics: bool = True) -> Statistics | None:
+        """Walk on to the linear `name`; second moments of what it reads there, and its drift when the original walks along.
+
+        Without `statistics` only the largest input magnitude is taken.
+        """
+        sums: StatisticsAccumulator | None = None
+        original: Iterator[Arrival | None] = _nothing() if self.original is None else self.original.until(name)
+        arrivals = self.quantized.until(name)
+        while True:
+            with self.phases("forward"):
+                at, meant = next(arrivals, None), next(original, None)
+            if at is None:
+                break
+            largest = at.x.abs().amax().float()
+            self.absmax[name] = torch.maximum(self.absmax[name], largest) if name in self.absmax else largest
+            if statistics:
+                with self.phases("hessian"):
+                    sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
+                    sums.add(at.x, *_meant(at, meant))
+        return None if sums is None else sums.finish(name)
+
+
+def _nothing() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def _meant(at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
+    """The original's input, and how far the residual stream has drifted from the original's."""
+    if meant is None:
+        return None, None
+    drift = None if at.stream is None or meant.stream is None else meant.stream - at.stream
+    return meant.x, drift
+
+
+@dataclass
 class BlockStream:
-    """Hidden states at the entrance of the current block, batch by batch, and the other arguments each block is called with."""
+    """Hidden states at the entrance of the current block, batch by batch, and the other arguments each block is called with.
+
+    original: the hidden states that the original prefix gives, when it is carried along.
+    """
 
     hidden: list[Tensor]
-    #: by block, then by batch size
-    arguments: list[dict[int, dict[str, Any]]]
+    #: by block, then by batch size: what follows the hidden states, by position and by name
+    arguments: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]
     phases: Phases
+    original: list[Tensor] | None = None
 
-    @torch.no_grad()
-    def observe(self, index: int, block: nn.Module, watched: dict[str, nn.Module]) -> dict[str, Statistics]:
-        """Second moments of the inputs of the watched linears, by name, over all windows; hidden states stay."""
-        sums: dict[str, StatisticsAccumulator] = {}
+    def carry_original(self) -> None:
+        """From here on, also pass hidden states through the original blocks."""
+        self.original = list(self.hidden)
 
-        def add(name: str, x: Tensor) -> None:
-            if name not in sums:
-                sums[name] = StatisticsAccumulator(x.shape[-1], x.device)
-            with self.phases("hessian"):
-                sums[name].add(x)
+    @contextmanager
+    def enter(
+        self,
+        index: int,
+        block: nn.Module,
+        stops: Mapping[str, str],
+        marks: Mapping[str, str],
+        original: nn.Module | None = None,
+    ) -> Iterator[Observer]:
+        """All batches before the first linear of a block, ready to be observed.
 
-        with self.phases("forward"), _watching(watched, add):
-            for hidden in self.hidden:
-                self._run(index, block, hidden)
-        return {name: sums[name].finish(name) if name in sums else _unreached(name) for name in watched}
+        stops: the linears to observe, by name, with their paths in the block, in running order. marks: for some of them, the
+        path of the module that reads the residual stream their output is added to. original: the block with its original
+        weights. The hidden states stay where they are until `leave`.
+        """
+        with ExitStack() as stack:
+            walk = stack.enter_context(self._walk(index, block, self.hidden, stops, marks))
+            beside = None
+            if original is not None and self.original is not None:
+                beside = stack.enter_context(self._walk(index, original, self.original, stops, marks))
+            yield Observer(walk, beside, self.phases)
 
-    @torch.no_grad()
-    def advance(self, index: int, block: nn.Module, watched: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Pass all hidden states through the block; returns the largest input magnitude of each watched linear."""
-        absmax: dict[str, Tensor] = {}
+    def leave(self, observer: Observer) -> None:
+        """Walk to the end of the block: its outputs are the hidden states before the next."""
+        with self.phases("forward"):
+            self.hidden = observer.quantized.finish()
+            if observer.original is not None:
+                self.original = observer.original.finish()
 
-        def widen(name: str, x: Tensor) -> None:
-            largest = x.abs().amax().float()
-            absmax[name] = torch.maximum(absmax[name], largest) if name in absmax else largest
-
-        with self.phases("forward"), _watching(watched, widen):
-            for i, hidden in enumerate(self.hidden):
-                self.hidden[i] = self._run(index, block, hidden)
-        return absmax
-
-    def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        output = block(hidden, **self.arguments[index][len(hidden)])
-        return output[0] if isinstance(output, tuple) else output
-
-
-def _unreached(name: str) -> Statistics:
-    raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
+    def _walk(
+        self, index: int, block: nn.Module, hidden: Sequence[Tensor], stops: Mapping[str, str], marks: Mapping[str, str]
+    ) -> BlockWalk:
+        calls = [Call(states, *self.arguments[index][len(states)]) for states in hidden]
+        at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
+        return BlockWalk(block, calls, at, noted)
 
 
 @torch.no_grad()
@@ -80,10 +136,10 @@ def start_stream(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Te
     entered: list[Tensor] = []
 
     def pretend(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
             if index == 0:
                 entered.append(hidden_states)
-            stream.arguments[index][len(hidden_states)] = arguments
+            stream.arguments[index][len(hidden_states)] = (positional, named)
             if index == len(blocks) - 1:
                 raise _AllCaptured
             return hidden_states
@@ -103,18 +159,3 @@ def start_stream(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Te
             del block.forward
     stream.hidden = entered
     return stream
-
-
-@contextmanager
-def _watching(watched: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see` with each watched module's input while it runs."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: see(name, inputs[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in watched.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

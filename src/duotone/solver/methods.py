@@ -2,7 +2,7 @@
 """The methods: one function each, Problem -> (QuantizedWeight, LayerReport)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from duotone.errors import DuotoneError
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import Scheme
+from duotone.solver.drift import corrected_target
 from duotone.solver.refine import descend
 from duotone.solver.reorder import ORDERS
 from duotone.solver.scales import (
@@ -77,7 +78,21 @@ class Problem:
 #: Sweeps of coordinate descent after the column loop; most of what they bring comes in the first two.
 DESCENT_PASSES = 4
 
-Method = Callable[[Problem], tuple[QuantizedWeight, LayerReport]]
+
+@dataclass(frozen=True)
+class Method:
+    """How to solve one linear, and what the walk through the model has to bring for it.
+
+    order: its default. sequential: a group of linears is observed after the groups before it in its block are quantized.
+    drift: the original prefix runs beside the quantized one, and the solver aims at the original outputs.
+    """
+
+    solve: Callable[[Problem], tuple[QuantizedWeight, LayerReport]]
+    order: str
+    needs_statistics: bool = True
+    sequential: bool = False
+    drift: bool = False
+
 
 
 def rtn(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
@@ -129,8 +144,9 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     Scales are searched for the error after both roundings, each column goes straight to the nearest of its 16 FP8 values,
     and coordinate descent then lets early columns answer for late ones. docs/LOG.md has what each step is worth.
     """
-    scales = search_scales(problem.weight, problem.scheme)
-    return finish("dpq", problem, compensate(problem, scales, nearest=True, passes=DESCENT_PASSES), scales)
+    target = replace(problem, weight=corrected_target(problem.weight, _statistics(problem)))
+    scales = search_scales(target.weight, problem.scheme)
+    return finish("dpq", problem, compensate(target, scales, nearest=True, passes=DESCENT_PASSES), scales)
 
 
 def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0) -> Tensor:
@@ -153,15 +169,25 @@ def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0)
     return descend(problem.weight, codes_NK, scales, problem.statistics, scheme, passes, factor.damping_frac)
 
 
-METHODS: dict[str, Method] = {"rtn": rtn, "gptq": gptq, "dpq-paper": dpq_paper, "dpq": dpq}
-#: act for gptq is llm-compressor's default, gar for dpq the paper's
-DEFAULT_ORDER = {"rtn": "none", "gptq": "act", "dpq-paper": "gar", "dpq": "gar"}
+#: Default orders: act is llm-compressor's for gptq, gar the paper's. The published code observes a block as a whole.
+METHODS: dict[str, Method] = {
+    "rtn": Method(rtn, "none", needs_statistics=False),
+    "gptq": Method(gptq, "act"),
+    "dpq-paper": Method(dpq_paper, "gar"),
+    "dpq": Method(dpq, "gar", sequential=True, drift=True),
+}
 
 
 def shared_factor(statistics: Statistics, scheme: Scheme, options: SolverOptions, layer: str) -> Factor:
     """Order and factorize one Hessian for all linears that read the same input."""
     order_K = ORDERS[options.order](statistics.hessian.diagonal(), scheme.group_size)
     return factorize(statistics, order_K, options.damping_frac, layer)
+
+
+def _statistics(problem: Problem) -> Statistics:
+    if problem.statistics is None:
+        raise ValueError(f"{problem.layer}: this method needs calibration statistics")
+    return problem.statistics
 
 
 def _factor(problem: Problem) -> Factor:

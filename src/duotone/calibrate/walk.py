@@ -1,0 +1,129 @@
+# Shapes: T tokens of a window, K in_features, D hidden width.
+"""Batches on their way through one block, held before each linear that is to be solved next.
+
+True sequential calibration wants the inputs of a block's second group of linears *after* its first group has been quantized. Running
+the block again for each group would cost several forward passes. Here every batch is a coroutine (a greenlet: the forward is not
+ours, so it cannot yield) that stops inside the module's own forward, and goes on once the weights before it have been replaced.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from duotone.errors import DuotoneError
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a block is called with for one batch: hidden states [windows, T, D], and what follows by position and name."""
+
+    hidden: Tensor
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """One batch before a linear: its input [..., K], and the residual stream its output will be added to, if one is known."""
+
+    x: Tensor
+    stream: Tensor | None
+
+
+@dataclass
+class _Batch:
+    """A batch's coroutine, where it waits, and the inputs of marked modules it has passed."""
+
+    task: greenlet
+    waiting_at: str | None = None
+    x: Tensor | None = None
+    output: Any = None
+    passed: dict[str, Tensor] = field(default_factory=dict)
+
+
+class BlockWalk:
+    """A context: all batches walk one block together, from stop to stop.
+
+    stops: linears to stop before, in the order the block runs them. marks: for some stops, the module whose input is the
+    residual stream that the linear's output is added to.
+    """
+
+    def __init__(
+        self, block: nn.Module, calls: Sequence[Call], stops: Mapping[str, nn.Module], marks: Mapping[str, nn.Module]
+    ) -> None:
+        self._block, self._stops, self._marks = block, stops, marks
+        self._batches = [_Batch(greenlet(self._run)) for _ in calls]
+        self._calls = list(calls)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self._stops.items():
+            self._handles.append(module.register_forward_pre_hook(self._stop_at(name)))
+        for name, module in self._marks.items():
+            # Before the stops' hooks: a mark may be the very linear that another group stops at.
+            self._handles.append(module.register_forward_pre_hook(self._note(name), prepend=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for batch in self._batches:
+            if batch.task and not batch.task.dead:
+                batch.task.throw()  # unwinds the abandoned forward
+
+    @torch.no_grad()
+    def until(self, name: str) -> Iterator[Arrival]:
+        """Let every batch walk on to the stop `name`. Raises DuotoneError naming it when the forward never comes there."""
+        for batch, call in zip(self._batches, self._calls, strict=True):
+            while batch.waiting_at != name:
+                if batch.task.dead:
+                    raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
+                self._go(batch, call)
+            assert batch.x is not None
+            yield Arrival(batch.x, batch.passed.get(name))
+
+    @torch.no_grad()
+    def finish(self) -> list[Tensor]:
+        """Let every batch walk to the end; the hidden states behind the block."""
+        for batch, call in zip(self._batches, self._calls, strict=True):
+            while not batch.task.dead:
+                self._go(batch, call)
+        return [batch.output[0] if isinstance(batch.output, tuple) else batch.output for batch in self._batches]
+
+    def _go(self, batch: _Batch, call: Call) -> None:
+        """One step: to the next stop, or to the end."""
+        batch.waiting_at = batch.x = None
+        result = batch.task.switch() if batch.task else batch.task.switch(batch, call)
+        if batch.task.dead:
+            batch.output = result
+
+    def _run(self, batch: _Batch, call: Call) -> Any:
+        getcurrent().batch = batch  # pyright: ignore[reportAttributeAccessIssue]
+        return self._block(call.hidden, *call.positional, **call.named)
+
+    def _stop_at(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            batch = _walking()
+            if batch is not None:
+                batch.waiting_at, batch.x = name, inputs[0]
+                batch.task.parent.switch()
+                batch.x = None
+
+        return hook
+
+    def _note(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            batch = _walking()
+            if batch is not None:
+                batch.passed[name] = inputs[0]
+
+        return hook
+
+
+def _walking() -> _Batch | None:
+    """The batch whose coroutine is running; None when somebody else calls the module."""
+    return getattr(getcurrent(), "batch", None)
