@@ -55,10 +55,10 @@ def accuracy_rows(bench: AccuracyBench) -> Iterator[dict[str, Any]]:
         for method in bench.methods:
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
-                report = _quantize_in_a_process(bench, method, target, out)
+                report = quantize_in_a_process(bench, method, target, out)
                 model = load(out, torch.float32, "cpu")
             if floor is None or not TARGETS[target].dynamic_activations:  # static scales differ from method to method
-                floor = _activation_floor(folder, model, windows, reference)
+                floor = activation_floor(folder, model, windows, reference)
             yield _accuracy_row(bench, report, evaluate_windows(model, windows, reference, torch.device("cpu")), floor)
 
 
@@ -82,7 +82,8 @@ def append_records(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: Path) -> dict[str, Any]:
+def quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: Path) -> dict[str, Any]:
+    """`duotone quantize` as a user runs it; its report. Raises DuotoneError with what the command said."""
     command = [sys.executable, "-m", "duotone", "quantize", bench.model, str(out), "--json", "--method", method]
     command += ["--target", target, "--group-size", str(bench.group_size), "--samples", str(bench.samples)]
     command += ["--seq-len", str(bench.seq_len), "--seed", str(bench.seed), "--device", "cpu"]
@@ -94,7 +95,7 @@ def _quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: 
     return json.loads(done.stdout)
 
 
-def _activation_floor(folder: Path, model: PreTrainedModel, windows: TokenWindows, reference: PreTrainedModel) -> float:
+def activation_floor(folder: Path, model: PreTrainedModel, windows: TokenWindows, reference: PreTrainedModel) -> float:
     """KL of the original weights under the FP8 activations of the quantized model: what no weight format can get below."""
     original = load(folder, torch.float32, "cpu")
     with _activations_only(original, model):

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,7 +73,17 @@ def evaluate(
     return evaluate_windows(quantized, windows, original, resolve_device(device), progress)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class WindowScores:
+    """Figures of each window, float64 [W]: mean negative log-likelihood, and against a reference mean KL, the share of equal
+    likeliest tokens, and the reference's own negative log-likelihood. Windows are the independent units of every standard error."""
+
+    nll: Tensor
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+    reference_nll: Tensor | None = None
+
+
 def evaluate_windows(
     model: PreTrainedModel,
     windows: TokenWindows,
@@ -82,6 +92,18 @@ def evaluate_windows(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a loaded model on token windows; see `evaluate`."""
+    return summarize(score_windows(model, windows, reference, device, progress), windows)
+
+
+@torch.no_grad()
+def score_windows(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    reference: PreTrainedModel | None,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> WindowScores:
+    """The figures of each window. Raises DuotoneError for another vocabulary, or likelihoods that are not finite."""
     vocabulary = model.config.vocab_size
     if reference is not None and reference.config.vocab_size != vocabulary:
         raise DuotoneError(
@@ -97,31 +119,37 @@ def evaluate_windows(
         if reference is not None:
             logq = _log_probabilities(reference, tokens)
             reference_nll_W.append(_nll(logq, tokens))
-            kl_W.append((logq.exp() * (logq - logp)).sum(-1).mean(-1))
-            agree_W.append((logp.argmax(-1) == logq.argmax(-1)).float().mean(-1))
+            kl_W.append((logq.exp() * (logq - logp)).sum(-1).double().mean(-1))
+            agree_W.append((logp.argmax(-1) == logq.argmax(-1)).double().mean(-1))
         if progress is not None:
             progress(min(len(nll_W) * batch, count), count)
-    nll = torch.cat(nll_W)
+    nll = torch.cat(nll_W).cpu()
     if not bool(torch.isfinite(nll).all()):
         raise DuotoneError("the model gives NaN or infinite likelihoods on this text, expected finite ones")
-    result = Evaluation(
-        perplexity=math.exp(float(nll.mean())),
-        bits_per_byte=float(nll.sum()) * (length - 1) / math.log(2) / windows.text_bytes,
-        tokens=count * (length - 1),
-    )
     if reference is None:
+        return WindowScores(nll)
+    return WindowScores(nll, torch.cat(kl_W).cpu(), torch.cat(agree_W).cpu(), torch.cat(reference_nll_W).cpu())
+
+
+def summarize(scores: WindowScores, windows: TokenWindows) -> Evaluation:
+    """Means over all windows, with their standard errors."""
+    predicted = scores.nll.numel() * (windows.tokens.shape[1] - 1)
+    result = Evaluation(
+        perplexity=math.exp(float(scores.nll.mean())),
+        bits_per_byte=float(scores.nll.mean()) * predicted / math.log(2) / windows.text_bytes,
+        tokens=predicted,
+    )
+    if scores.kl is None or scores.agreement is None or scores.reference_nll is None:
         return result
-    kl, difference = torch.cat(kl_W), nll - torch.cat(reference_nll_W)
-    return Evaluation(
-        result.perplexity,
-        result.bits_per_byte,
-        result.tokens,
-        kl=float(kl.mean()),
-        kl_stderr=_standard_error(kl),
-        top1_agreement=float(torch.cat(agree_W).mean()),
-        reference_perplexity=math.exp(float(torch.cat(reference_nll_W).mean())),
+    difference = scores.nll - scores.reference_nll
+    return replace(
+        result,
+        kl=float(scores.kl.mean()),
+        kl_stderr=standard_error(scores.kl),
+        top1_agreement=float(scores.agreement.mean()),
+        reference_perplexity=math.exp(float(scores.reference_nll.mean())),
         nll_difference=float(difference.mean()),
-        nll_difference_stderr=_standard_error(difference),
+        nll_difference_stderr=standard_error(difference),
     )
 
 
@@ -136,7 +164,7 @@ def _nll(logp: Tensor, tokens: Tensor) -> Tensor:
     return -logp.gather(-1, tokens[:, 1:, None]).squeeze(-1).double().mean(-1)
 
 
-def _standard_error(values_W: Tensor) -> float | None:
+def standard_error(values_W: Tensor) -> float | None:
     """Of the mean over windows; None for a single window, which has no spread to measure."""
     if len(values_W) < 2:
         return None
