@@ -1,18 +1,18 @@
 # Shapes: N out_features, K in_features, G groups along K.
 """A peer's linears in the arithmetic of the runtime that serves them (`contract`), and as the tool itself means them (`nominal`).
 
-| layout | contract | nominal |
-|---|---|---|
-| compressed-tensors W4AFP8, GPTQ | vLLM's W4A8 on Hopper: its load-time scale split, FP8 weights, FP8 activations per token | BF16 level * scale; W4AFP8: activations FP8 per token, GPTQ: BF16 |
-| ModelOpt W4A8_AWQ, fp8_to_int_sym | FP8 weights under the tool's own per-tensor scale, its static FP8 activations | unrounded weights, the same activations |
-| Neural Compressor | Gaudi's: FP8 up to 240 under the tensor's power of two, static activations calibrated afterwards | unrounded weights, BF16 activations |
+- compressed-tensors W4AFP8 and GPTQ files, contract: vLLM's W4A8 on Hopper, that is its load-time scale split, FP8 weights, FP8
+  activations per token. Nominal: weights level * scale, with FP8 activations per token (W4AFP8) or BF16 ones (GPTQ).
+- ModelOpt W4A8_AWQ and AutoRound's fp8_to_int_sym, contract: FP8 weights under the tool's own scale of the tensor, and its static FP8
+  activations. Nominal: unrounded weights, the same activations.
+- Neural Compressor's DPQ, contract: Gaudi's, that is FP8 up to 240 under the tensor's power of two, and static activations
+  calibrated afterwards. Nominal: unrounded weights, BF16 activations.
 
-GPTQ files are served as W4A16 today; in the contract they run as what they would be in W4A8, the comparison that matters here, and their
-nominal rows are what vLLM computes with them.
+GPTQ files are served as W4A16 today. In the contract they run as what they would be in W4A8, which is the comparison that
+matters here; their nominal rows are what vLLM computes with them now.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from duotone.contract import quantize_activations, split_scale, static_activation_scale
 from duotone.formats import E4M3FN
 from duotone.qweight import expand_groups
-from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Scheme
 
 #: tool -> (FP8 weights of a linear, outer scale) in the arithmetic that serves it
@@ -58,7 +57,7 @@ class PeerModule(nn.Module):
 
 
 def split_weights(linear: PeerLinear) -> Tensor:
-    """What vLLM multiplies: the two scales it rebuilds from the BF16 ones of the file; the sign of a scale goes to the level."""
+    """What vLLM multiplies: the two scales it rebuilds from the file's BF16 ones; the sign of a scale goes to the level."""
     scheme = Scheme(HOPPER, max(linear.group_size, 8))
     group, outer = split_scale(linear.scale.abs().to(torch.bfloat16), scheme)
     level = linear.level * _expand(linear.scale.sign(), linear)

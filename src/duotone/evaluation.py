@@ -75,8 +75,10 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class WindowScores:
-    """Figures of each window, float64 [W]: mean negative log-likelihood, and against a reference mean KL, the share of equal
-    likeliest tokens, and the reference's own negative log-likelihood. Windows are the independent units of every standard error."""
+    """Figures of each window, float64 [W]: the independent units of every standard error.
+
+    nll: mean negative log-likelihood. Against a reference: mean KL, the share of equal likeliest tokens, the reference's nll.
+    """
 
     nll: Tensor
     kl: Tensor | None = None
