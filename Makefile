@@ -31,14 +31,16 @@ bench: $(READY)
 	$(BIN)/python tools/render.py
 
 # torch first and without build isolation: an isolated build ignores constraints and would fetch another torch.
-$(READY): pyproject.toml constraints.txt
+# The last line says whether the compiled extension is there; without a C++ compiler everything works, slower.
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "duotone needs Python 3.11 or newer (make PYTHON=...)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'torch==$(TORCH)+cpu' numpy 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'from duotone.kernels import native; print("duotone: compiled extension:", native.unavailable() or "built")'
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info src/duotone/*.so .pytest_cache .ruff_cache .hypothesis

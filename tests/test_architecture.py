@@ -15,7 +15,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("scheme",),
     ("contract",),
     ("qweight",),
-    ("solver", "checkpoint", "kernels"),
+    ("kernels",),
+    ("solver", "checkpoint"),
     ("models",),
     ("calibrate", "runtime"),
     ("loadability",),
@@ -86,9 +87,11 @@ def test_size(path: Path) -> None:
 
 
 def test_no_environment_no_pickle_no_remote_code() -> None:
-    """Nothing reads environment variables, unpickles, or runs code from a model folder."""
+    """Nothing unpickles or runs code from a model folder; one file reads one environment variable, DUOTONE_NATIVE."""
     for path in FILES:
         text = path.read_text()
+        if path == SOURCE / "kernels" / "native.py":
+            text = text.replace('os.environ.get("DUOTONE_NATIVE")', "")
         for forbidden in ("os.environ", "getenv", "torch.load", "import pickle", "trust_remote_code=True", "eval("):
             assert forbidden not in text.replace(".eval(", "").replace("model.eval()", ""), f"{path.name} holds {forbidden}"
 

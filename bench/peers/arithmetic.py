@@ -1,10 +1,10 @@
 # Shapes: N out_features, K in_features, G groups along K.
-"""A peer's linears in the arithmetic of the runtime that serves them (`contract`), and as the tool itself means them (`nominal`).
+"""A peer's linears in the arithmetic of the runtime that serves them (`contract`), and as its tool means them (`nominal`).
 
 - compressed-tensors W4AFP8 and GPTQ files, contract: vLLM's W4A8 on Hopper, that is its load-time scale split, FP8 weights, FP8
   activations per token. Nominal: weights level * scale, with FP8 activations per token (W4AFP8) or BF16 ones (GPTQ).
-- ModelOpt W4A8_AWQ and AutoRound's fp8_to_int_sym, contract: FP8 weights under the tool's own scale of the tensor, and its static FP8
-  activations. Nominal: unrounded weights, the same activations.
+- ModelOpt W4A8_AWQ and AutoRound's fp8_to_int_sym, contract: FP8 weights under the tool's own scale of the tensor, and its
+  static FP8 activations. Nominal: unrounded weights, the same activations.
 - Neural Compressor's DPQ, contract: Gaudi's, that is FP8 up to 240 under the tensor's power of two, and static activations
   calibrated afterwards. Nominal: unrounded weights, BF16 activations.
 

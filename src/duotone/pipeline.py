@@ -143,9 +143,7 @@ def _quantize_block(
     return weights
 
 
-def _observe_ahead(
-    run: _Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream
-) -> dict[str, Statistics]:
+def _observe_ahead(run: _Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream) -> dict[str, Statistics]:
     """For methods that do not go group by group: statistics of the whole block before any of it is quantized."""
     method = run.plan.config.method_facts
     if method.sequential or not method.needs_statistics:

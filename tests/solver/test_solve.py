@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from duotone.errors import DuotoneError
+from duotone.scheme import Scheme
 from duotone.solver.reorder import ORDERS
 from duotone.solver.solve import Factor, factorize, output_loss, solve
 from duotone.solver.statistics import Statistics
+from duotone.solver.sweep import Grid, Rule
 from tests.oracles.obq import correlated_layer, damped, obq
 
 DAMPING = 0.01
@@ -25,19 +27,22 @@ def factor_of(hessian: Tensor, order: str, group_size: int, damping_frac: float 
     return factorize(Statistics(hessian, 1), order_K, damping_frac, "layer")
 
 
-def grid(w_NK: Tensor, group_size: int) -> Tensor:
+def steps(w_NK: Tensor, group_size: int) -> Tensor:
     """One symmetric INT4 step a row and group, [N, G]; over 7, so that no weight starts on a tie (-7.5 steps would be one)."""
     return torch.stack([group.abs().amax(-1) / 7 for group in w_NK.split(group_size, dim=1)], dim=1)
 
 
-def rounding(step_NG: Tensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """The solver's callable: column and group to codes and values."""
+def grid(step_NG: Tensor, group_size: int) -> Grid:
+    """The INT4 grid of these steps, without FP8."""
+    outer = torch.ones(1, dtype=step_NG.dtype)
+    return Grid(step_NG.T.contiguous(), None, outer, Rule.INT4_ONLY, Scheme(group_size=group_size))
 
-    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        level_N = torch.round(w_N / step_NG[:, group]).clamp(-8, 7)
-        return level_N + 8, level_N * step_NG[:, group]
 
-    return round_column
+def nearest(w_NK: Tensor, step_NG: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and values [N, K] of every weight on its own."""
+    step_NK = step_NG.repeat_interleave(group_size, 1)[:, : w_NK.shape[1]]
+    level_NK = torch.round(w_NK / step_NK).clamp(-8, 7)
+    return (level_NK + 8).to(torch.uint8), level_NK * step_NK
 
 
 def rounding_oracle(step_NG: np.ndarray, group_size: int) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
@@ -56,14 +61,15 @@ def rounding_oracle(step_NG: np.ndarray, group_size: int) -> Callable[[np.ndarra
 def test_codes_equal_obq(order: str, columns: int, group_size: int, block_size: int) -> None:
     """Every code, every order, blocks shorter and longer than a group. Float64 on both sides, so no tie is at stake."""
     w_NK, hessian = correlated_layer(24, columns, seed=columns)
-    step_NG, factor = grid(w_NK, group_size), factor_of(hessian, order, group_size)
-    found = solve(w_NK, factor, group_size, rounding(step_NG), None, block_size)
+    step_NG, factor = steps(w_NK, group_size), factor_of(hessian, order, group_size)
+    found = solve(w_NK, factor, grid(step_NG, group_size), None, block_size)
     oracle = rounding_oracle(step_NG.numpy(), group_size)
     expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), DAMPING), factor.order_K.tolist(), oracle)
-    nearest, _ = rounding(step_NG.repeat_interleave(group_size, 1)[:, :columns])(w_NK, slice(None))
     assert found.dtype == torch.uint8
     assert np.array_equal(found.numpy(), expected)
-    assert (found != nearest).double().mean() > 0.1, "compensation moved few codes, so this test would not see a wrong one"
+    assert (found != nearest(w_NK, step_NG, group_size)[0]).double().mean() > 0.1, (
+        "compensation moved few codes, so this test would not see a wrong one"
+    )
 
 
 @pytest.mark.parametrize("order", ["gar", "none"])
@@ -71,7 +77,7 @@ def test_codes_equal_obq(order: str, columns: int, group_size: int, block_size: 
 def test_refreshed_groups_see_the_weights_that_obq_updated(order: str, columns: int, group_size: int) -> None:
     """At a group's first column the solver offers OBQ's updated weights of the group, in visiting order, once a group."""
     w_NK, hessian = correlated_layer(12, columns, seed=columns + 1)
-    step_NG, factor = grid(w_NK, group_size), factor_of(hessian, order, group_size)
+    step_NG, factor = steps(w_NK, group_size), factor_of(hessian, order, group_size)
     order_K = factor.order_K.tolist()
     seen: list[tuple[int, np.ndarray]] = []
     expected: list[tuple[int, np.ndarray]] = []
@@ -84,7 +90,7 @@ def test_refreshed_groups_see_the_weights_that_obq_updated(order: str, columns: 
         if not any(group == other for other, _ in expected):
             expected.append((group, updated_NK[:, [i for i in order_K if i // group_size == group]].T))
 
-    codes = solve(w_NK, factor, group_size, rounding(step_NG), refresh, 128)
+    codes = solve(w_NK, factor, grid(step_NG, group_size), refresh, 128)
     oracle = rounding_oracle(step_NG.numpy(), group_size)
     expected_codes, _ = obq(w_NK.numpy(), damped(hessian.numpy(), DAMPING), order_K, oracle, before_column)
     assert np.array_equal(codes.numpy(), expected_codes)
@@ -99,10 +105,10 @@ def test_refreshed_groups_see_the_weights_that_obq_updated(order: str, columns: 
 def test_block_size_does_not_matter(order: str) -> None:
     """Same codes in float64 for blocks that divide nothing and for one block; K beyond the inner block of 32."""
     w_NK, hessian = correlated_layer(16, 100, seed=4)
-    step_NG, factor = grid(w_NK, 16), factor_of(hessian, order, 16)
-    reference = solve(w_NK, factor, 16, rounding(step_NG), None, 1)
+    step_NG, factor = steps(w_NK, 16), factor_of(hessian, order, 16)
+    reference = solve(w_NK, factor, grid(step_NG, 16), None, 1)
     for block_size in (7, 32, 33, 48, 64, 100, 1000):
-        assert torch.equal(solve(w_NK, factor, 16, rounding(step_NG), None, block_size), reference)
+        assert torch.equal(solve(w_NK, factor, grid(step_NG, 16), None, block_size), reference)
 
 
 @ORDER
@@ -113,11 +119,11 @@ def test_float32_is_as_good_as_float64(order: str) -> None:
     down another path: 60 codes of 8192, and a tenth of one row's loss, which is 1e-3 of the loss of 128 rows.
     """
     w_NK, hessian = correlated_layer(128, 64, seed=9)
-    step_NG = grid(w_NK, 16).float()
-    exact = solve(w_NK, factor_of(hessian, order, 16), 16, rounding(step_NG.double()))
+    step_NG = steps(w_NK, 16).float()
+    exact = solve(w_NK, factor_of(hessian, order, 16), grid(step_NG.double(), 16))
     exact_loss = output_loss(w_NK, (exact.double() - 8) * step_NG.repeat_interleave(16, 1), Statistics(hessian, 1))
     for block_size in (16, 40, 128):
-        found = solve(w_NK.float(), factor_of(hessian.float(), order, 16), 16, rounding(step_NG), None, block_size)
+        found = solve(w_NK.float(), factor_of(hessian.float(), order, 16), grid(step_NG, 16), None, block_size)
         found_loss = output_loss(w_NK, (found.double() - 8) * step_NG.repeat_interleave(16, 1), Statistics(hessian, 1))
         assert (found != exact).double().mean() <= 0.01
         assert found_loss == pytest.approx(exact_loss, rel=1e-3)
@@ -127,27 +133,26 @@ def test_float32_is_as_good_as_float64(order: str) -> None:
 def test_diagonal_hessian_is_round_to_nearest(order: str) -> None:
     """Uncorrelated inputs: nothing to compensate, so no order changes a code, float32 included."""
     w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
-    step_NG, factor = grid(w_NK, 16), factor_of(hessian.diagonal().diag(), order, 16)
-    nearest, _ = rounding(step_NG.repeat_interleave(16, 1)[:, :60])(w_NK, slice(None))
-    assert torch.equal(solve(w_NK, factor, 16, rounding(step_NG)), nearest.to(torch.uint8))
+    step_NG, factor = steps(w_NK, 16), factor_of(hessian.diagonal().diag(), order, 16)
+    assert torch.equal(solve(w_NK, factor, grid(step_NG, 16)), nearest(w_NK, step_NG, 16)[0])
 
 
 @ORDER
 def test_compensation_lowers_the_loss(order: str) -> None:
     """On correlated inputs the solver's loss is well below round-to-nearest's."""
     w_NK, hessian = correlated_layer(32, 64, seed=6)
-    step_NG, factor = grid(w_NK, 16), factor_of(hessian, order, 16)
+    step_NG, factor = steps(w_NK, 16), factor_of(hessian, order, 16)
     step_NK = step_NG.repeat_interleave(16, 1)
-    solved = (solve(w_NK, factor, 16, rounding(step_NG)).double() - 8) * step_NK
-    _, nearest = rounding(step_NK)(w_NK, slice(None))
-    assert output_loss(w_NK, solved, Statistics(hessian, 1)) < 0.7 * output_loss(w_NK, nearest, Statistics(hessian, 1))
+    solved = (solve(w_NK, factor, grid(step_NG, 16)).double() - 8) * step_NK
+    _, plain = nearest(w_NK, step_NG, 16)
+    assert output_loss(w_NK, solved, Statistics(hessian, 1)) < 0.7 * output_loss(w_NK, plain, Statistics(hessian, 1))
 
 
 def test_weights_are_not_touched() -> None:
     """Neither weights nor Hessian change: they are shared by other linears."""
     w_NK, hessian = correlated_layer(8, 32, seed=7)
     w_before, h_before = w_NK.clone(), hessian.clone()
-    solve(w_NK, factor_of(hessian, "gar", 8), 8, rounding(grid(w_NK, 8)))
+    solve(w_NK, factor_of(hessian, "gar", 8), grid(steps(w_NK, 8), 8))
     assert torch.equal(w_NK, w_before)
     assert torch.equal(hessian, h_before)
 
@@ -206,11 +211,10 @@ def test_dead_columns_are_counted_and_rounded_to_nearest(order: str) -> None:
     dead = torch.tensor([0, 13, 14, 39])
     hessian[dead] = 0
     hessian[:, dead] = 0
-    step_NG, factor = grid(w_NK, 8), factor_of(hessian, order, 8)
-    found = solve(w_NK, factor, 8, rounding(step_NG))
-    nearest, _ = rounding(step_NG.repeat_interleave(8, 1))(w_NK, slice(None))
+    step_NG, factor = steps(w_NK, 8), factor_of(hessian, order, 8)
+    found = solve(w_NK, factor, grid(step_NG, 8))
     assert factor.dead_columns == 4
-    assert torch.equal(found[:, dead], nearest[:, dead].to(torch.uint8))
+    assert torch.equal(found[:, dead], nearest(w_NK, step_NG, 8)[0][:, dead])
     assert torch.equal(hessian.diagonal()[dead], torch.zeros(4, dtype=torch.float64))
     filled = hessian.clone()
     filled[dead, dead] = hessian.diagonal().sum() / 36
@@ -222,10 +226,9 @@ def test_dead_columns_are_counted_and_rounded_to_nearest(order: str) -> None:
 def test_all_columns_dead() -> None:
     """A Hessian of zeros: every column counted, round to nearest."""
     w_NK, _ = correlated_layer(4, 16, seed=11)
-    step_NG, factor = grid(w_NK, 8), factor_of(torch.zeros(16, 16, dtype=torch.float64), "gar", 8)
-    nearest, _ = rounding(step_NG.repeat_interleave(8, 1))(w_NK, slice(None))
+    step_NG, factor = steps(w_NK, 8), factor_of(torch.zeros(16, 16, dtype=torch.float64), "gar", 8)
     assert factor.dead_columns == 16
-    assert torch.equal(solve(w_NK, factor, 8, rounding(step_NG)), nearest.to(torch.uint8))
+    assert torch.equal(solve(w_NK, factor, grid(step_NG, 8)), nearest(w_NK, step_NG, 8)[0])
 
 
 def test_output_loss_is_the_relative_error_of_outputs() -> None:

@@ -18,15 +18,14 @@ from duotone.solver.scales import (
     fit_paper_scales,
     fit_scales,
     fit_single_level,
-    nearest_code,
-    nearest_entry,
     round_to_nearest,
     single_level,
     split_single_level,
 )
-from duotone.solver.search import search_scales
+from duotone.solver.search import search_scales, slide_scales
 from duotone.solver.solve import Factor, factorize, output_loss, solve
 from duotone.solver.statistics import Statistics
+from duotone.solver.sweep import Grid, Rule
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class Problem:
 
 #: Sweeps of coordinate descent after the column loop; most of what they bring comes in the first two.
 DESCENT_PASSES = 4
+#: Factors to try on a row's scales, judged by the loss after the column loop: what it can push on costs less than it seems.
+SCALE_SLIDES = (0.97, 1.03, 0.94, 1.06)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,6 @@ class Method:
     needs_statistics: bool = True
     sequential: bool = False
     drift: bool = False
-
 
 
 def rtn(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
@@ -117,14 +117,9 @@ def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
         if zero_GN is not None and zero_N is not None:
             zero_GN[group] = zero_N
 
-    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        zero_N = None if zero_GN is None else zero_GN[group]
-        code_N = nearest_code(w_N, step_GN[group], zero_N, scheme)
-        level_N = code_N + scheme.levels[0]
-        return code_N, (level_N if zero_N is None else level_N - zero_N) * step_GN[group]
-
     refresh = None if problem.options.order == "act" else refresh_group
-    codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, refresh, problem.options.block_size)
+    grid = Grid(step_GN, zero_GN, torch.ones(1, device=step_GN.device), Rule.INT4_ONLY, scheme)
+    codes_NK = solve(problem.weight, factor, grid, refresh, problem.options.block_size)
     step_NG, zero_NG = step_GN.T.contiguous(), None if zero_GN is None else zero_GN.T.contiguous()
     return finish("gptq", problem, codes_NK, split_single_level(step_NG, zero_NG, scheme))
 
@@ -139,14 +134,35 @@ def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 
 
 def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
-    """DPQ carried further: everything is chosen for the values that the hardware will multiply.
+    """DPQ carried further: the target makes up for earlier error, and all is chosen for the values that will be multiplied.
 
-    Scales are searched for the error after both roundings, each column goes straight to the nearest of its 16 FP8 values,
-    and coordinate descent then lets early columns answer for late ones. docs/LOG.md has what each step is worth.
+    Scales are searched for the error after both roundings; each column goes straight to the nearest of its 16 FP8 values;
+    of several sizes of a row's scales the one of least loss stays; coordinate descent then lets early columns answer for
+    late ones. docs/objective.md has the argument, docs/LOG.md what each step is worth.
     """
-    target = replace(problem, weight=corrected_target(problem.weight, _statistics(problem)))
+    statistics, factor = _statistics(problem), _factor(problem)
+    target = replace(problem, weight=corrected_target(problem.weight, statistics))
     scales = search_scales(target.weight, problem.scheme)
-    return finish("dpq", problem, compensate(target, scales, nearest=True, passes=DESCENT_PASSES), scales)
+    codes_NK = compensate(target, scales, nearest=True, passes=1)
+    loss_N = _row_loss(target, codes_NK, scales)
+    for share in SCALE_SLIDES:
+        trial = slide_scales(target.weight, scales, share, problem.scheme)
+        trial_codes_NK = compensate(target, trial, nearest=True, passes=1)
+        trial_loss_N = _row_loss(target, trial_codes_NK, trial)
+        better_N = trial_loss_N < loss_N
+        scales, loss_N = scales.where(better_N, trial), torch.minimum(loss_N, trial_loss_N)
+        codes_NK = torch.where(better_N[:, None], trial_codes_NK, codes_NK)
+    damping = factor.damping_frac
+    codes_NK = descend(target.weight, codes_NK, scales, statistics, problem.scheme, DESCENT_PASSES, damping, factor.order_K)
+    return finish("dpq", problem, codes_NK, scales)
+
+
+def _row_loss(problem: Problem, codes_NK: Tensor, scales: Scales) -> Tensor:
+    """Loss of each row [N] under the damped Hessian that the solver works with."""
+    weight = QuantizedWeight(codes_NK, scales.group_scale, scales.outer_scale, problem.scheme, scales.zero_point)
+    error_NK, hessian_KK = problem.weight - dequantize(weight), _statistics(problem).hessian
+    damping = _factor(problem).damping_frac * hessian_KK.diagonal().mean()
+    return ((error_NK @ hessian_KK).addcmul_(error_NK, damping.expand(1)) * error_NK).sum(-1)
 
 
 def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0) -> Tensor:
@@ -154,19 +170,13 @@ def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0)
 
     nearest: each column goes to the nearest of its 16 FP8 values; otherwise to the FP8 value of the nearest INT4 level.
     """
-    scheme, factor, columns = problem.scheme, _factor(problem), scales.columns()
-
-    def round_column(w_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        column = columns[group]
-        if nearest:
-            return nearest_entry(w_N, column, scheme)
-        code_N = nearest_code(w_N, column.step, column.zero_point, scheme)
-        return code_N, column.value(code_N, scheme)
-
-    codes_NK = solve(problem.weight, factor, scheme.group_size, round_column, None, problem.options.block_size)
+    scheme, factor = problem.scheme, _factor(problem)
+    grid = Grid.of(scales, Rule.NEAREST_VALUE if nearest else Rule.NEAREST_LEVEL, scheme)
+    codes_NK = solve(problem.weight, factor, grid, None, problem.options.block_size)
     if not passes or problem.statistics is None:
         return codes_NK
-    return descend(problem.weight, codes_NK, scales, problem.statistics, scheme, passes, factor.damping_frac)
+    damping = factor.damping_frac
+    return descend(problem.weight, codes_NK, scales, problem.statistics, scheme, passes, damping, factor.order_K)
 
 
 #: Default orders: act is llm-compressor's for gptq, gar the paper's. The published code observes a block as a whole.
@@ -174,7 +184,7 @@ METHODS: dict[str, Method] = {
     "rtn": Method(rtn, "none", needs_statistics=False),
     "gptq": Method(gptq, "act"),
     "dpq-paper": Method(dpq_paper, "gar"),
-    "dpq": Method(dpq, "gar", sequential=True, drift=True),
+    "dpq": Method(dpq, "act", sequential=True, drift=True),
 }
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from duotone.scheme import Scheme
-from duotone.solver.scales import Scales, nearest_entry
+from duotone.solver.scales import Scales
 from duotone.solver.statistics import Statistics
+from duotone.solver.sweep import Grid, Rule, sweep
 
-_BLOCK = 64
+_BLOCK = 128
 
 
 def descend(
@@ -26,35 +27,48 @@ def descend(
     scheme: Scheme,
     passes: int,
     damping_frac: float = 0.0,
+    order_K: Tensor | None = None,
 ) -> Tensor:
     """Codes uint8 [N, K] after `passes` sweeps over all columns, under H plus `damping_frac` of its mean diagonal.
 
-    The damping is what the column loop had: without it, sweeps fit the noise of a short calibration.
+    The damping is what the column loop had: without it, sweeps fit the noise of a short calibration. Columns are visited
+    in the order given, or as they stand; those never excited keep their codes, as nothing is lost by them.
     """
-    h_KK = statistics.hessian
-    damping = damping_frac * float(h_KK.diagonal().mean())
-    curvature_K = (h_KK.diagonal() + damping).tolist()
-    columns = scales.columns()
-    w_KN, codes_KN = w_NK.T.contiguous(), codes_NK.T.float()
-    value_KN = _values(codes_KN, scales, scheme)
+    damping = damping_frac * float(statistics.hessian.diagonal().mean())
+    h_KK, order_K = _visited(statistics.hessian, damping, order_K)
+    curvature_K = h_KK.diagonal() + damping
+    group_K = (order_K // scheme.group_size).to(torch.int32)
+    grid = Grid.of(scales, Rule.NEAREST_VALUE, scheme)
+    w_KN, codes_KN = w_NK.T[order_K].contiguous(), codes_NK.T[order_K].contiguous()
+    value_KN = _values(codes_NK, grid)[order_K]
     error_KN = w_KN - value_KN
     for _ in range(passes):
         for start in range(0, len(w_KN), _BLOCK):
-            stop = min(start + _BLOCK, len(w_KN))
-            pull_BN = h_KK[start:stop] @ error_KN + damping * error_KN[start:stop]
-            for k in range(start, stop):
-                if curvature_K[k] <= 0:  # never excited, and nothing to lose by it
-                    continue
-                wanted_N = value_KN[k] + pull_BN[k - start] / curvature_K[k]
-                codes_KN[k], value_N = nearest_entry(wanted_N, columns[k // scheme.group_size], scheme)
-                change_N = value_KN[k] - value_N
-                value_KN[k] = value_N
-                error_KN[k] += change_N
-                pull_BN[k - start + 1 :].addr_(h_KK[k + 1 : stop, k], change_N)
-    return codes_KN.T.to(torch.uint8).contiguous()
+            block = slice(start, start + _BLOCK)
+            curvature_B, value_BN = curvature_K[block], value_KN[block]
+            pull_BN = torch.addmm(error_KN[block], h_KK[block], error_KN, beta=damping)
+            wanted_BN = pull_BN.div_(curvature_B[:, None]).add_(value_BN)
+            # A column that moves by d pulls column j by d H_ij / H_jj.
+            coupling_BB = h_KK[block, block] / curvature_B
+            codes_KN[block], moved_BN = sweep(wanted_BN, value_BN, coupling_BB, grid, group_K[block])
+            torch.sub(w_KN[block], moved_BN, out=error_KN[block])
+            value_KN[block] = moved_BN
+    refined_NK = codes_NK.clone()
+    refined_NK[:, order_K] = codes_KN.T
+    return refined_NK
 
 
-def _values(codes_KN: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
+def _visited(h_KK: Tensor, damping: float, order_K: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hessian and original indices of the columns to visit, in order: all that have some curvature."""
+    excited_K = h_KK.diagonal() + damping > 0
+    if order_K is None and bool(excited_K.all()):
+        return h_KK, torch.arange(len(h_KK), device=h_KK.device)
+    order_K = torch.arange(len(h_KK), device=h_KK.device) if order_K is None else order_K
+    order_K = order_K[excited_K[order_K]]
+    return h_KK[order_K][:, order_K], order_K
+
+
+def _values(codes_NK: Tensor, grid: Grid) -> Tensor:
     """Real values [K, N] of codes, group by group."""
-    parts = codes_KN.split(scheme.group_size)
-    return torch.cat([column.value(part, scheme) for part, column in zip(parts, scales.columns(), strict=True)])
+    parts = codes_NK.T.float().split(grid.scheme.group_size)
+    return torch.cat([grid.column(group).value(part, grid.scheme) for group, part in enumerate(parts)])

@@ -39,6 +39,18 @@ class Scales:
         """Width of one level in real units, [N, G]."""
         return self.group_scale * self.outer_scale[:, None]
 
+    def where(self, rows_N: Tensor, other: "Scales") -> "Scales":
+        """These scales, with those of `other` in the rows that are True; an outer scale of the whole tensor is the same in both."""
+        zero = None
+        if self.zero_point is not None and other.zero_point is not None:
+            zero = torch.where(rows_N[:, None], other.zero_point, self.zero_point)
+        outer = (
+            torch.where(rows_N, other.outer_scale, self.outer_scale)
+            if len(self.outer_scale) == len(rows_N)
+            else self.outer_scale
+        )
+        return Scales(torch.where(rows_N[:, None], other.group_scale, self.group_scale), zero, outer)
+
     def columns(self) -> list[ColumnScales]:
         """The scales group by group."""
         step_GN, group_GN = self.step.T.contiguous(), self.group_scale.T.contiguous()
@@ -59,7 +71,7 @@ def fit_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
         step_NG, zero_NG = fit_single_level(w_NK, scheme)
         outer = tensor_outer_scale(w_NK.abs().amax(), scheme.target)
         return Scales(step_NG / outer, zero_NG, outer)
-    scale_NG, low_NG = _minmax(grouped(w_NK, scheme), scheme)
+    scale_NG, low_NG = _minmax(grouped(w_NK, scheme.group_size), scheme)
     # Only the row maximum goes to BF16 first (it is what the file keeps); the others reach the E4M3 grid in one step, and
     # none may pass it where it rounds down.
     largest_N1 = scale_NG.amax(-1, keepdim=True)
@@ -78,12 +90,12 @@ def fit_paper_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
         return fit_scales(w_NK, scheme)
     outer = tensor_outer_scale(w_NK.abs().amax(), scheme.target)
     w8_NK = scheme.target.fp8.round(w_NK / outer)
-    return Scales(*single_level(grouped(w8_NK, scheme), scheme), outer)
+    return Scales(*single_level(grouped(w8_NK, scheme.group_size), scheme), outer)
 
 
 def fit_single_level(w_NK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """BF16 group scale and zero point [N, G] as a tool that knows only INT4 chooses them: what peers optimise against."""
-    return single_level(grouped(w_NK, scheme), scheme)
+    return single_level(grouped(w_NK, scheme.group_size), scheme)
 
 
 def single_level(w_NGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
@@ -133,10 +145,10 @@ def round_to_nearest(w_NK: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
     return nearest_code(w_NK, step_NK, zero_NK, scheme).to(torch.uint8)
 
 
-def grouped(w_NK: Tensor, scheme: Scheme) -> Tensor:
+def grouped(w_NK: Tensor, group_size: int) -> Tensor:
     """[N, K] -> [N, G, g], the last group filled with zeros."""
-    padding = scheme.groups(w_NK.shape[1]) * scheme.group_size - w_NK.shape[1]
-    return torch.nn.functional.pad(w_NK, (0, padding)).view(w_NK.shape[0], -1, scheme.group_size)
+    padding = -w_NK.shape[1] % group_size
+    return torch.nn.functional.pad(w_NK, (0, padding)).view(w_NK.shape[0], -1, group_size)
 
 
 def _minmax(w_NGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

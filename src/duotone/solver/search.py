@@ -6,12 +6,14 @@ group scales live on the E4M3 grid under the canonical form (one group of the ro
 is chosen jointly with them: it slides the whole grid.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from duotone.contract import fp8_product
 from duotone.scheme import Scheme
-from duotone.solver.scales import Scales, bf16, fit_scales, grouped, nearest_code
+from duotone.solver.scales import Scales, bf16, fit_scales, grouped
+from duotone.solver.sweep import scale_error
 
 #: Shares of the min-max scale to try: for the row's outer scale, and for each BF16 group scale.
 _OUTER_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
@@ -20,70 +22,89 @@ _GROUP_SHARES = tuple(1.0 - 0.025 * i for i in range(17))
 _GRID_VALUES, _GRID_FROM = 7, 1.06
 #: The outer scale of a row moves all its groups at once; so many columns, spread over the row, tell enough to choose it.
 _SAMPLE_COLUMNS = 1024
-#: Rows searched at a time: temporaries stay in the cache.
-_ROWS = 64
 
 
-def search_scales(w_NK: Tensor, scheme: Scheme) -> Scales:
-    """Group and outer scales of least squared error, row by row; never worse than min-max by the same measure."""
+def search_scales(w_NK: Tensor, scheme: Scheme, column_weight_K: Tensor | None = None) -> Scales:
+    """Group and outer scales of least squared error, row by row; never worse than min-max by the same measure.
+
+    With `column_weight_K` each column's squared error counts that often.
+    """
     start = fit_scales(w_NK, scheme)
     search = _search_rows if scheme.target.channel_outer_scale else _search_groups
-    parts = [search(w_NK[i : i + _ROWS], _rows_of(start, i), scheme) for i in range(0, len(w_NK), _ROWS)]
-    group_NG, outer_N = (torch.cat(values) for values in zip(*parts, strict=True))
-    return Scales(group_NG, start.zero_point, outer_N if scheme.target.channel_outer_scale else start.outer_scale)
+    return search(_Weight(w_NK, scheme.group_size, column_weight_K), start, scheme)
 
 
-def _rows_of(scales: Scales, start: int) -> Scales:
-    rows = slice(start, start + _ROWS)
-    zero = None if scales.zero_point is None else scales.zero_point[rows]
-    outer = scales.outer_scale[rows] if len(scales.outer_scale) > 1 else scales.outer_scale
-    return Scales(scales.group_scale[rows], zero, outer)
+def slide_scales(w_NK: Tensor, scales: Scales, share: float, scheme: Scheme) -> Scales:
+    """All scales of a row made larger or smaller by one factor: its outer scale, under which groups are searched anew.
+
+    A tensor-scaled target's outer scale is a power of two; its group scales move instead.
+    """
+    if not scheme.target.channel_outer_scale:
+        return Scales(bf16(scales.group_scale * share), scales.zero_point, scales.outer_scale)
+    outer_N = _outer_from_row_max(scales.outer_scale * scheme.peak_group_scale * share, scheme)
+    start = fit_scales(w_NK, scheme)
+    group_NG, _ = _best_groups(_Weight(w_NK, scheme.group_size, None), start, outer_N, scheme)
+    return Scales(group_NG, start.zero_point, outer_N)
 
 
-def _search_rows(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Canonical pairs for some rows: the outer scale from a sample of the columns, then the group scales from all of them."""
-    w_NGg = grouped(w_NK, scheme)
-    stride = max(1, w_NK.shape[1] // _SAMPLE_COLUMNS)
-    sample_NGg = w_NGg[..., ::stride].contiguous()
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A weight [N, K] to fit, or a sample of its columns: the width of its groups, and how much each column counts."""
+
+    w_NK: Tensor
+    group_size: int
+    column_weight_K: Tensor | None
+
+    def sample(self) -> "_Weight":
+        """Columns spread over the row, equally many of each group (a short one is filled with zeros, which cost nothing)."""
+        stride = max(1, self.w_NK.shape[1] // _SAMPLE_COLUMNS)
+        if stride == 1:
+            return self
+        sampled_NGg = grouped(self.w_NK, self.group_size)[..., ::stride]
+        weight_K = self.column_weight_K
+        weight_K = None if weight_K is None else grouped(weight_K[None], self.group_size)[..., ::stride].reshape(-1)
+        return _Weight(sampled_NGg.reshape(len(self.w_NK), -1), sampled_NGg.shape[-1], weight_K)
+
+    def error(self, candidates_NGC: Tensor, start: Scales, outer: Tensor, scheme: Scheme) -> Tensor:
+        """Squared error [N, G, C] under each candidate group scale."""
+        given = Scales(start.group_scale, start.zero_point, outer)
+        return scale_error(self.w_NK, candidates_NGC, given, scheme, self.group_size, self.column_weight_K)
+
+
+def _search_rows(weight: _Weight, start: Scales, scheme: Scheme) -> Scales:
+    """Canonical pairs: the outer scale of each row from a sample of the columns, then the group scales from all of them."""
+    sample = weight.sample()
     best_N = torch.full_like(start.outer_scale, torch.inf)
     outer_N = start.outer_scale
     for share in _OUTER_SHARES:
         trial_N = _outer_from_row_max(start.outer_scale * scheme.peak_group_scale * share, scheme)
-        error_N = _best_groups(sample_NGg, start, trial_N, scheme)[1].sum(-1)
+        error_N = _best_groups(sample, start, trial_N, scheme)[1].sum(-1)
         outer_N = torch.where(error_N < best_N, trial_N, outer_N)
         best_N = torch.minimum(error_N, best_N)
-    group_NG, error_NG = _best_groups(w_NGg, start, outer_N, scheme)
+    group_NG, error_NG = _best_groups(weight, start, outer_N, scheme)
     # A sample may mislead: a row that min-max serves better keeps it.
-    minmax_N = _error(w_NGg, start.group_scale, start.zero_point, start.outer_scale, scheme).sum(-1)
+    minmax_N = weight.error(start.group_scale.unsqueeze(-1), start, start.outer_scale, scheme)[..., 0].sum(-1)
     keep_N = minmax_N <= error_NG.sum(-1)
-    return torch.where(keep_N[:, None], start.group_scale, group_NG), torch.where(keep_N, start.outer_scale, outer_N)
+    group_NG = torch.where(keep_N[:, None], start.group_scale, group_NG)
+    return Scales(group_NG, start.zero_point, torch.where(keep_N, start.outer_scale, outer_N))
 
 
-def _best_groups(w_NGg: Tensor, start: Scales, outer_N: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _best_groups(weight: _Weight, start: Scales, outer_N: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The E4M3 value of least error for every group under an outer scale, one of each row at the peak, and those errors."""
-    grid = _scale_grid(scheme).to(w_NGg.device)
+    grid = _scale_grid(scheme).to(outer_N.device)
     at_NG = torch.searchsorted(grid, start.step / outer_N[:, None] * _GRID_FROM).clamp(max=len(grid) - 1)
-    group_NG = torch.full_like(start.group_scale, scheme.peak_group_scale)
-    error_NG = torch.full_like(group_NG, torch.inf)
-    for below in range(_GRID_VALUES):
-        trial_NG = grid[(at_NG - below).clamp(min=0)]
-        trial_error_NG = _error(w_NGg, trial_NG, start.zero_point, outer_N[:, None], scheme)
-        better = trial_error_NG < error_NG
-        group_NG, error_NG = torch.where(better, trial_NG, group_NG), torch.where(better, trial_error_NG, error_NG)
-    return _raise_one_to_peak(w_NGg, group_NG, error_NG, start, outer_N, scheme)
-
-
-def _raise_one_to_peak(
-    w_NGg: Tensor, group_NG: Tensor, error_NG: Tensor, start: Scales, outer_N: Tensor, scheme: Scheme
-) -> tuple[Tensor, Tensor]:
-    """Where no group of a row is at the peak, put there the one that loses least; clamped rows are free (canonical form)."""
-    peak = torch.full_like(group_NG, scheme.peak_group_scale)
-    peak_error_NG = _error(w_NGg, peak, start.zero_point, outer_N[:, None], scheme)
+    below_C = torch.arange(_GRID_VALUES, device=grid.device)
+    trial_NGC = grid[(at_NG.unsqueeze(-1) - below_C).clamp(min=0)]
+    peak_NG1 = torch.full_like(trial_NGC[..., :1], scheme.peak_group_scale)
+    error_NGC = weight.error(torch.cat([trial_NGC, peak_NG1], -1), start, outer_N, scheme)
+    error_NG, best_NG = error_NGC[..., :-1].min(-1)
+    group_NG, peak_error_NG = trial_NGC.gather(-1, best_NG.unsqueeze(-1)).squeeze(-1), error_NGC[..., -1]
+    # Where no group of a row is at the peak, the one that loses least goes there; clamped rows are free (canonical form).
     cheapest_N = (peak_error_NG - error_NG).argmin(-1)
     clamped_N = outer_N <= torch.tensor(scheme.smallest_outer_scale, dtype=torch.float32)
     lacking_N = (group_NG.amax(-1) < scheme.peak_group_scale) & ~clamped_N
-    raised = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(1, cheapest_N[:, None], lacking_N[:, None])
-    return torch.where(raised, peak, group_NG), torch.where(raised, peak_error_NG, error_NG)
+    raised_NG = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(1, cheapest_N[:, None], lacking_N[:, None])
+    return group_NG.masked_fill(raised_NG, scheme.peak_group_scale), torch.where(raised_NG, peak_error_NG, error_NG)
 
 
 def _outer_from_row_max(row_max_N: Tensor, scheme: Scheme) -> Tensor:
@@ -91,26 +112,12 @@ def _outer_from_row_max(row_max_N: Tensor, scheme: Scheme) -> Tensor:
     return (bf16(row_max_N) / scheme.peak_group_scale).clamp(min=scheme.smallest_outer_scale)
 
 
-def _search_groups(w_NK: Tensor, start: Scales, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _search_groups(weight: _Weight, start: Scales, scheme: Scheme) -> Scales:
     """BF16 group scales under the tensor's power of two: each group by itself."""
-    w_NGg = grouped(w_NK, scheme)
-    best_NG, best_error_NG = start.group_scale, torch.full_like(start.group_scale, torch.inf)
-    for share in _GROUP_SHARES:
-        trial_NG = bf16(start.group_scale * share)
-        error_NG = _error(w_NGg, trial_NG, start.zero_point, start.outer_scale, scheme)
-        better = error_NG < best_error_NG
-        best_NG, best_error_NG = torch.where(better, trial_NG, best_NG), torch.where(better, error_NG, best_error_NG)
-    return best_NG, start.outer_scale
-
-
-def _error(w_NGg: Tensor, group_NG: Tensor, zero_NG: Tensor | None, outer: Tensor, scheme: Scheme) -> Tensor:
-    """Squared error of each group after rounding to INT4 and to FP8, [N, G], in units of the weights."""
-    group = group_NG.unsqueeze(-1)
-    zero = None if zero_NG is None else zero_NG.unsqueeze(-1)
-    scaled_NGg = w_NGg / outer.reshape(-1, 1, 1)
-    level = nearest_code(scaled_NGg, group, zero, scheme) + scheme.levels[0]
-    residual = fp8_product(level, zero, group, scheme.target.fp8).sub_(scaled_NGg)
-    return residual.square_().sum(-1) * outer.reshape(-1, 1).square()
+    shares_C = torch.tensor(_GROUP_SHARES, device=start.group_scale.device)
+    trial_NGC = bf16(start.group_scale.unsqueeze(-1) * shares_C)
+    best_NG = weight.error(trial_NGC, start, start.outer_scale, scheme).argmin(-1)
+    return Scales(trial_NGC.gather(-1, best_NG.unsqueeze(-1)).squeeze(-1), start.zero_point, start.outer_scale)
 
 
 def _scale_grid(scheme: Scheme) -> Tensor:

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from duotone.errors import DuotoneError
 from duotone.solver.statistics import Statistics
+from duotone.solver.sweep import Grid, sweep
 
-#: (error-corrected column w_N, its group) -> (codes_N as float, the value_N that stands in for w_N)
-RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 #: (group, error-updated weights [columns of the group, N]): fit that group's scale before its first column is rounded
 RefreshGroup = Callable[[int, Tensor], None]
 
-#: Rank-1 updates inside a block touch this many columns; beyond, one small matrix product does.
-_INNER_COLUMNS = 32
 #: Damping is raised by this factor, at most this often, when the Hessian does not factorize.
 _DAMPING_STEP, _DAMPING_TRIES = 10.0, 4
 
@@ -63,40 +60,28 @@ def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, laye
     raise DuotoneError(f"{layer}: the Hessian does not factorize with damping {added:g}, expected a positive definite matrix")
 
 
-def solve(
-    w_NK: Tensor,
-    factor: Factor,
-    group_size: int,
-    round_column: RoundColumn,
-    refresh_group: RefreshGroup | None = None,
-    block_size: int = 128,
-) -> Tensor:
+def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup | None = None, block_size: int = 128) -> Tensor:
     """Codes uint8 [N, K] in original column order.
 
-    With `refresh_group`, columns of a group must be contiguous in the order (GAR or none) and blocks follow groups.
-    The result does not depend on `block_size` (to float32 rounding).
+    `refresh_group` may overwrite its group's scales in `grid`; columns of a group must then be contiguous in the order (GAR
+    or none), and blocks follow groups. The result does not depend on `block_size` (to float32 rounding).
     """
     w_KN = w_NK.T[factor.order_K].contiguous()
-    group_of_K = (factor.order_K // group_size).tolist()
-    x_KN, codes_KN = torch.empty_like(w_KN), torch.empty_like(w_KN)
-    for start, stop in _spans(group_of_K, block_size if refresh_group is None else None):
+    group_K = (factor.order_K // grid.scheme.group_size).to(torch.int32)
+    groups = group_K.tolist()
+    x_KN, codes_KN = torch.empty_like(w_KN), torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device)
+    for start, stop in _spans(groups, block_size if refresh_group is None else None):
         unit_BB = factor.unit_KK[start:stop, start:stop]
         pushed_BN = factor.unit_KK[:start, start:stop].T @ x_KN[:start]
         if refresh_group is not None:
             # The weights that would cancel all error so far if the group were free: what its scale has to cover.
             free_BN = torch.linalg.solve_triangular(unit_BB.T, pushed_BN, upper=False, unitriangular=True)
-            refresh_group(group_of_K[start], w_KN[start:stop] + free_BN)
-        corrected_BN = w_KN[start:stop] + pushed_BN
-        for inner in range(0, stop - start, _INNER_COLUMNS):
-            end = min(inner + _INNER_COLUMNS, stop - start)
-            corrected_BN[inner:end] += unit_BB[:inner, inner:end].T @ x_KN[start : start + inner]
-            for j in range(inner, end):
-                k = start + j
-                codes_KN[k], value_N = round_column(corrected_BN[j], group_of_K[k])
-                torch.sub(w_KN[k], value_N, out=x_KN[k])
-                corrected_BN[j + 1 : end].addr_(unit_BB[j, j + 1 : end], x_KN[k])
+            refresh_group(groups[start], w_KN[start:stop] + free_BN)
+        w_BN = w_KN[start:stop]
+        codes_KN[start:stop], value_BN = sweep(w_BN + pushed_BN, w_BN, unit_BB, grid, group_K[start:stop])
+        torch.sub(w_BN, value_BN, out=x_KN[start:stop])
     codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
-    codes_NK[:, factor.order_K] = codes_KN.T.to(torch.uint8)
+    codes_NK[:, factor.order_K] = codes_KN.T
     return codes_NK
 
 

@@ -54,8 +54,7 @@ class StatisticsAccumulator:
         if not bool(torch.isfinite(self._hessian_KK.diagonal()).all()):
             raise DuotoneError(f"{layer}: calibration inputs are not finite, expected finite activations in every channel")
         means = [
-            None if total is None else total.div_(self._tokens)
-            for total in (self._hessian_KK, self._input_KK, self._stream_DK)
+            None if total is None else total.div_(self._tokens) for total in (self._hessian_KK, self._input_KK, self._stream_DK)
         ]
         assert means[0] is not None
         return Statistics(means[0], self._tokens, means[1], means[2])

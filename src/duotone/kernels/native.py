@@ -1,0 +1,35 @@
+"""The compiled extension: the ops torch.ops.duotone.*, loaded once, or a sentence that says why they are not there.
+
+It is optional: everything it computes, torch computes too, slower. The environment variable DUOTONE_NATIVE=0 leaves it
+unloaded (to compare, or to rule it out as a cause); it is the only variable that duotone reads.
+"""
+
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+#: setup.py puts the file next to the package, under whichever suffix the interpreter gives extensions.
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the compiled ops cannot be used, or None when they can. Loads them at the first call."""
+    if os.environ.get("DUOTONE_NATIVE") == "0":
+        return "DUOTONE_NATIVE=0"
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := _PACKAGE / f"_C{suffix}").exists()]
+    if not built:
+        return "the compiled extension was not built; pip install --no-build-isolation with a C++ compiler builds it"
+    try:
+        torch.ops.load_library(str(built[0]))
+    except OSError as error:
+        return f"the compiled extension does not load ({error})"
+    return None
+
+
+def available() -> bool:
+    """Are torch.ops.duotone.sweep and .scale_error there, for tensors on the CPU?"""
+    return unavailable() is None

@@ -1,0 +1,160 @@
+# Shapes: N out_features, K in_features, B columns of a block, G groups along K, g = group_size, C candidates.
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""The solver's two inner loops, compiled where the extension is there and in torch otherwise: same rounding, same order.
+
+`sweep` rounds the columns of a block one after the other, each adding what the earlier ones left. `scale_error` measures
+group scales. The torch versions are the specification and run anywhere; the compiled ones take float32 on the CPU.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from duotone.contract import fp8_product
+from duotone.formats import E4M3, E4M3FN
+from duotone.kernels import native
+from duotone.scheme import Scheme
+from duotone.solver.scales import ColumnScales, Scales, grouped, nearest_code, nearest_entry
+
+#: In torch, rank-1 updates inside a block touch this many columns; beyond, one small matrix product does.
+_INNER_COLUMNS = 32
+#: In torch, candidates are tried on so many rows at a time: temporaries stay in the cache.
+_ROWS = 64
+
+
+class Rule(IntEnum):
+    """What a column is rounded to."""
+
+    #: the nearest of its 16 FP8 values
+    NEAREST_VALUE = 0
+    #: the FP8 value of the nearest INT4 level
+    NEAREST_LEVEL = 1
+    #: the nearest INT4 level, (level - zero) * step, without FP8
+    INT4_ONLY = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What columns are rounded to: group scales [G, N], zero points [G, N] or None, outer scale [N] or [1], and the rule.
+
+    The tensors may be overwritten between sweeps, group by group.
+    """
+
+    group_scale_GN: Tensor
+    zero_point_GN: Tensor | None
+    outer_scale: Tensor
+    rule: Rule
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, scales: Scales, rule: Rule, scheme: Scheme) -> "Grid":
+        """The grid of a weight's scales."""
+        zero_GN = None if scales.zero_point is None else scales.zero_point.T.contiguous()
+        return cls(scales.group_scale.T.contiguous(), zero_GN, scales.outer_scale.contiguous(), rule, scheme)
+
+    def column(self, group: int) -> ColumnScales:
+        """One group's scales for all rows."""
+        scale_N = self.group_scale_GN[group]
+        zero_N = None if self.zero_point_GN is None else self.zero_point_GN[group]
+        return ColumnScales(scale_N * self.outer_scale, scale_N, zero_N, self.outer_scale)
+
+    def round(self, w_N: Tensor, column: ColumnScales) -> tuple[Tensor, Tensor]:
+        """Codes (as float) and values [N] that the rule gives."""
+        if self.rule is Rule.NEAREST_VALUE:
+            return nearest_entry(w_N, column, self.scheme)
+        code_N = nearest_code(w_N, column.step, column.zero_point, self.scheme)
+        if self.rule is Rule.NEAREST_LEVEL:
+            return code_N, column.value(code_N, self.scheme)
+        level_N = code_N + self.scheme.levels[0]
+        return code_N, (level_N if column.zero_point is None else level_N - column.zero_point) * column.step
+
+
+def sweep(base_BN: Tensor, reference_BN: Tensor, coupling_BB: Tensor, grid: Grid, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and values [B, N] of a block's columns, in order.
+
+    Column j rounds base_j + sum_{i<j} coupling[i, j] * (reference_i - value_i); of `coupling` only i < j is read.
+    group_B: int32, the group of each column.
+    """
+    if not _compiled(grid.scheme, base_BN):
+        return sweep_torch(base_BN, reference_BN, coupling_BB, grid, group_B)
+    return torch.ops.duotone.sweep(
+        base_BN.contiguous(),
+        reference_BN.contiguous(),
+        coupling_BB.contiguous(),
+        grid.group_scale_GN,
+        grid.zero_point_GN,
+        grid.outer_scale,
+        group_B,
+        grid.scheme.levels[0],
+        grid.scheme.target.fp8.max,
+        int(grid.rule),
+    )
+
+
+def sweep_torch(
+    base_BN: Tensor, reference_BN: Tensor, coupling_BB: Tensor, grid: Grid, group_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sweep` in torch, on any device and in float32 or float64."""
+    columns, groups = len(base_BN), group_B.tolist()
+    scales = {group: grid.column(group) for group in set(groups)}
+    wish_BN, value_BN, left_BN = base_BN.clone(), torch.empty_like(base_BN), torch.empty_like(base_BN)
+    codes_BN = torch.empty_like(base_BN)
+    for inner in range(0, columns, _INNER_COLUMNS):
+        end = min(inner + _INNER_COLUMNS, columns)
+        wish_BN[inner:end] += coupling_BB[:inner, inner:end].T @ left_BN[:inner]
+        for j in range(inner, end):
+            codes_BN[j], value_BN[j] = grid.round(wish_BN[j], scales[groups[j]])
+            torch.sub(reference_BN[j], value_BN[j], out=left_BN[j])
+            wish_BN[j + 1 : end].addr_(coupling_BB[j, j + 1 : end], left_BN[j])
+    return codes_BN.to(torch.uint8), value_BN
+
+
+def scale_error(
+    w_NK: Tensor, candidates_NGC: Tensor, start: Scales, scheme: Scheme, group_size: int, column_weight_K: Tensor | None = None
+) -> Tensor:
+    """Squared error [N, G, C] of every group, in units of the weights, rounded to INT4 and FP8 under each candidate scale.
+
+    Zero points and outer scale are those of `start`. With `column_weight_K`, each column's squared error counts that often.
+    """
+    if not _compiled(scheme, w_NK):
+        return scale_error_torch(w_NK, candidates_NGC, start, scheme, group_size, column_weight_K)
+    return torch.ops.duotone.scale_error(
+        w_NK.contiguous(),
+        candidates_NGC.contiguous(),
+        None if start.zero_point is None else start.zero_point.contiguous(),
+        start.outer_scale.contiguous(),
+        None if column_weight_K is None else column_weight_K.contiguous(),
+        scheme.levels[0],
+        scheme.target.fp8.max,
+        group_size,
+    )
+
+
+def scale_error_torch(
+    w_NK: Tensor, candidates_NGC: Tensor, start: Scales, scheme: Scheme, group_size: int, column_weight_K: Tensor | None = None
+) -> Tensor:
+    """`scale_error` in torch, on any device."""
+    weight_Gg = None if column_weight_K is None else grouped(column_weight_K[None], group_size)[0]
+    outer_N = start.outer_scale.expand(len(w_NK))
+    error_NGC = torch.empty_like(candidates_NGC)
+    for first in range(0, len(w_NK), _ROWS):
+        rows = slice(first, first + _ROWS)
+        zero = None if start.zero_point is None else start.zero_point[rows].unsqueeze(-1)
+        scaled_NGg = grouped(w_NK[rows], group_size) / outer_N[rows, None, None]
+        for c in range(candidates_NGC.shape[-1]):
+            group = candidates_NGC[rows, :, c : c + 1]
+            level = nearest_code(scaled_NGg, group, zero, scheme) + scheme.levels[0]
+            squared_NGg = fp8_product(level, zero, group, scheme.target.fp8).sub_(scaled_NGg).square_()
+            if weight_Gg is not None:
+                squared_NGg *= weight_Gg
+            error_NGC[rows, :, c] = squared_NGg.sum(-1) * outer_N[rows, None].square()
+    return error_NGC
+
+
+def _compiled(scheme: Scheme, tensor: Tensor) -> bool:
+    """Does the extension take this? Its FP8 rounding is E4M3's, of either kind."""
+    known = scheme.target.fp8 in (E4M3FN, E4M3)
+    return known and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and native.available()
