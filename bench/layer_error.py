@@ -45,7 +45,7 @@ RECIPES: dict[str, Callable[[Problem], float | None]] = {
     "scales fitted on the weights": variant(search=False, nearest=False),
     "and the nearest FP8 value": variant(search=False, nearest=True),
     "and searched scales": variant(search=True, nearest=True),
-    "and coordinate descent (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
+    "and slid scales, coordinate descent (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
 }
 
 
@@ -59,9 +59,12 @@ def layer_statistics(folder: Path, texts: list[str], samples: int, seq_len: int)
     found = []
     for index, block in enumerate(plan.blocks):
         module = model.get_submodule(block.path)
-        statistics = stream.observe(index, module, {group[0]: linears[group[0]] for group in block.shared_inputs})
-        stream.advance(index, module, {})
-        found += [(name, linears[name].weight.data, statistics[group[0]]) for group in block.shared_inputs for name in group]
+        with stream.enter(index, module, block.stops, {}) as observer:
+            for group in block.shared_inputs:
+                statistics = observer.observe(group[0])
+                assert statistics is not None
+                found += [(name, linears[name].weight.data, statistics) for name in group]
+            stream.leave(observer)
     return found
 
 

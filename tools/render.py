@@ -134,10 +134,136 @@ def layer_error_table() -> str:
     )
 
 
+def comparison() -> dict[str, list[dict[str, Any]]]:
+    """By model: the newest row of every tool, method, arithmetic and seed."""
+    newest = {(r["model"], r["tool"], r["method"], r["effort"], r["arithmetic"], r["seed"]): r for r in records("comparison")}
+    models: dict[str, list[dict[str, Any]]] = {}
+    for row in newest.values():
+        models.setdefault(row["model"], []).append(row)
+    return models
+
+
+def figure(row: dict[str, Any]) -> float | None:
+    """What a model is judged by: KL, or an encoder's embedding error."""
+    return row["kl"] if row["kl"] is not None else row["tasks"].get("embedding_error", [None])[0]
+
+
+def over_seeds(rows: list[dict[str, Any]], arithmetic: str) -> list[float]:
+    """A candidate's figure for each seed."""
+    return [value for row in rows if row["arithmetic"] == arithmetic and (value := figure(row)) is not None]
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def candidates(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """A model's rows by tool and method, ours last; the original itself left out."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["tool"] == "duotone"):
+        if row["tool"] != "original":
+            name = row["method"] if row["effort"] == "default" else f"{row['method']} --effort {row['effort']}"
+            found.setdefault((row["tool"], name), []).append(row)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the range over seeds when there are several."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def best_peer(rows: list[dict[str, Any]], gradient: bool) -> tuple[str, float] | None:
+    """The peer with the smallest mean figure in the contract's arithmetic; gradient: those that tune may take part."""
+    means = {
+        f"{tool} {method}": mean(over_seeds(found, "contract"))
+        for (tool, method), found in candidates(rows).items()
+        if tool != "duotone" and over_seeds(found, "contract") and (gradient or not found[0].get("gradient"))
+    }
+    return min(means.items(), key=lambda item: item[1]) if means else None
+
+
+def comparison_table() -> str:
+    """Every tool on every model."""
+    lines = []
+    for model, rows in comparison().items():
+        bar = best_peer(rows, gradient=False)
+        for (tool, method), found in candidates(rows).items():
+            contract = over_seeds(found, "contract")
+            refusals = [row["refused"] for row in found if row["refused"]]
+            ratio = f"{mean(contract) / bar[1]:.2f}" if contract and bar else "-"
+            seconds = [row["quantize_seconds"] for row in found if row["quantize_seconds"] is not None]
+            lines.append(
+                (
+                    model,
+                    tool,
+                    method,
+                    str(len({row["seed"] for row in found})),
+                    f"refuses: {refusals[0]}" if refusals and not contract else spread(contract),
+                    ratio,
+                    "the same" if tool == "duotone" else spread(over_seeds(found, "nominal")),
+                    f"{100 * found[0]['quantized_macs_share']:.0f} %" if found[0]["quantized_macs_share"] else "-",
+                    f"{min(seconds):.1f}" if seconds else "-",
+                )
+            )
+    head = (
+        "model", "tool", "method", "seeds", "distance as it runs", "of the best gradient-free peer's", "its own arithmetic",
+        "quantized", "seconds",
+    )  # fmt: skip
+    return markdown(head, lines)
+
+
+def goal_table() -> str:
+    """Ours against the best peer, model by model, and their mean."""
+    lines: list[tuple[str, ...]] = []
+    ratios: dict[bool, list[float]] = {False: [], True: []}
+    for model, rows in comparison().items():
+        ours = over_seeds(candidates(rows).get(("duotone", "dpq"), []), "contract")
+        cells = [model, f"{mean(ours):.4f}" if ours else "-"]
+        for gradient in (False, True):
+            bar = best_peer(rows, gradient)
+            if bar and ours:
+                ratios[gradient].append(mean(ours) / bar[1])
+            cells += [bar[0] if bar else "-", f"{mean(ours) / bar[1]:.3f}" if bar and ours else "-"]
+        lines.append(tuple(cells))
+    if ratios[False]:
+        lines.append(("**mean**", "", "", f"**{mean(ratios[False]):.3f}**", "", f"**{mean(ratios[True]):.3f}**"))
+    return markdown(("model", "dpq", "best peer without gradients", "ratio", "best peer of all", "ratio"), lines)
+
+
+def task_table() -> str:
+    """Task accuracy of what was asked, in per cent, with standard errors."""
+    rows = [row for found in comparison().values() for row in found if row["tasks"] and row["kl"] is not None]
+    lines = [
+        (row["model"], row["tool"], row["method"], task, f"{100 * value:.1f} ± {100 * error:.1f}")
+        for row in rows
+        for task, (value, error) in row["tasks"].items()
+    ]
+    return markdown(("model", "tool", "method", "task", "accuracy, %"), sorted(lines, key=lambda line: (line[0], line[3])))
+
+
+def ablation_table() -> str:
+    """KL of every variant, one column a model and target."""
+    newest = {(row["variant"], row["model"], row["target"]): row["kl"] for row in records("ablation")}
+    columns = list(dict.fromkeys((model, target) for _, model, target in newest))
+    head = ("variant", *(f"{model}, {target}" for model, target in columns))
+    variants = dict.fromkeys(variant for variant, _, _ in newest)
+    cells = ((v, *(f"{newest[v, m, t]:.5f}" if (v, m, t) in newest else "-" for m, t in columns)) for v in variants)
+    return markdown(head, list(cells))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
     "layer-error": layer_error_table,
+    "comparison": comparison_table,
+    "goal": goal_table,
+    "tasks": task_table,
+    "ablation": ablation_table,
 }
 
 

@@ -2,7 +2,7 @@
 
     python bench/peers/compare.py MODEL --calibration TEXT... --text TEXT... [--seeds 0 1 2] [--peers llmcompressor:gptq ...]
 
-Appends rows to bench/records/accuracy.jsonl, each as soon as it is measured. The peers' environments come from setup.sh; a peer
+Appends rows to bench/records/comparison.jsonl, each as soon as it is measured. The peers' environments come from setup.sh; a peer
 without one gets a row that says so. MODEL is a local folder or a hub id; an encoder is judged by its sentence embeddings.
 """
 
@@ -33,7 +33,7 @@ from duotone.runtime.load import load
 from duotone.tasks import embedding_fidelity, fits_context, multiple_choice
 
 HERE = Path(__file__).resolve().parent
-RECORDS = HERE.parent / "records" / "accuracy.jsonl"
+RECORDS = HERE.parent / "records" / "comparison.jsonl"
 #: environment:recipe -> (tool, uses gradients, its key in ARITHMETICS)
 PEERS = {
     "llmcompressor:gptq": ("llm-compressor", False, "llm-compressor"),
