@@ -2,8 +2,8 @@
 
     python bench/peers/compare.py MODEL --calibration TEXT... --text TEXT... [--seeds 0 1 2] [--peers llmcompressor:gptq ...]
 
-Appends rows to bench/records/comparison.jsonl, each as soon as it is measured. The peers' environments come from setup.sh; a peer
-without one gets a row that says so. MODEL is a local folder or a hub id; an encoder is judged by its sentence embeddings.
+Appends rows to bench/records/comparison.jsonl, each as soon as it is measured. The peers' environments come from setup.sh; a
+peer without one gets a row that says so. MODEL is a local folder or a hub id; an encoder is judged by its sentence embeddings.
 """
 
 import argparse

@@ -166,8 +166,8 @@ def _nll(logp: Tensor, tokens: Tensor) -> Tensor:
     return -logp.gather(-1, tokens[:, 1:, None]).squeeze(-1).double().mean(-1)
 
 
-def standard_error(values_W: Tensor) -> float | None:
-    """Of the mean over windows; None for a single window, which has no spread to measure."""
-    if len(values_W) < 2:
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of independent values [n]; None for a single one, which has no spread to measure."""
+    if len(values) < 2:
         return None
-    return float(values_W.double().std() / math.sqrt(len(values_W)))
+    return float(values.double().std() / math.sqrt(len(values)))

@@ -31,6 +31,7 @@ from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.phases import Phases, peak_resident_bytes
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
+from duotone.solver.drift import bias_shift
 from duotone.solver.methods import METHODS, LayerReport, Problem, shared_factor
 from duotone.solver.statistics import Statistics
 from duotone.version import VERSION
@@ -97,9 +98,9 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
         stream = _open_stream(run, skeleton, windows) if windows is not None else None
         for index, block in enumerate(plan.blocks):
             tell(index, len(plan.blocks), block.path)
-            weights = _quantize_block(run, index, block, skeleton, stream)
+            weights, biases = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
-                _write_block(run, writer, block, weights)
+                _write_block(run, writer, block, weights, biases)
         tell(len(plan.blocks), len(plan.blocks), "writing")
         with phases("write"):
             report.weight_bytes = writer.finish()
@@ -115,15 +116,19 @@ def _silent(done: int, total: int, what: str) -> None:
 
 def _quantize_block(
     run: _Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
-) -> dict[str, QuantizedWeight]:
-    """Load one block and solve its linears, group after group, while the calibration windows walk through it."""
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """Load one block and solve its linears, group after group, while the calibration windows walk through it.
+
+    Returns the quantized weights, and the biases that have changed with them.
+    """
     with run.phases("read"):
         originals = _load_finite(run.plan, block.tensors)
     weights: dict[str, QuantizedWeight] = {}
+    biases: dict[str, Tensor] = {}
     if stream is None:
         for group in block.shared_inputs:
             weights |= _solve_group(run, group, originals, None)
-        return weights
+        return weights, biases
     fill(skeleton, originals, _compute_dtype(run.device), run.device)
     module, method = skeleton.get_submodule(block.path), run.plan.config.method_facts
     original = copy.deepcopy(module) if method.drift else None
@@ -131,16 +136,33 @@ def _quantize_block(
     with stream.enter(index, module, block.stops, block.streams, original) as observer:
         for group in block.shared_inputs:
             statistics = observer.observe(group[0], method.needs_statistics and method.sequential) or ahead.pop(group[0], None)
-            solved = _solve_group(run, group, originals, statistics)
+            free = statistics is not None and method.drift and all(f"{layer}.bias" in originals for layer in group)
+            solved = _solve_group(run, group, originals, statistics.centered() if statistics and free else statistics)
             for layer, weight in solved.items():
-                values = dequantize(weight).to(_compute_dtype(run.device))
-                skeleton.get_submodule(layer).weight.data = values  # pyright: ignore[reportAttributeAccessIssue]
+                linear, values = skeleton.get_submodule(layer), dequantize(weight)
+                if statistics is not None and free:
+                    biases[f"{layer}.bias"] = _corrected_bias(layer, originals, values, statistics)
+                    _set(linear, "bias", biases[f"{layer}.bias"])
+                _set(linear, "weight", values)
             weights |= solved
         stream.leave(observer)
     release(module)
     if not run.plan.config.scheme.target.dynamic_activations:
         weights = _with_input_scales(block, weights, observer.absmax)
-    return weights
+    return weights, biases
+
+
+def _corrected_bias(layer: str, originals: dict[str, Tensor], v_NK: Tensor, statistics: Statistics) -> Tensor:
+    """The bias that keeps the mean output the original's, in the BF16 it is stored in."""
+    w_NK = originals[f"{layer}.weight"].to(v_NK.device, torch.float32)
+    bias_N = originals[f"{layer}.bias"].to(v_NK.device, torch.float32)
+    return (bias_N + bias_shift(w_NK, v_NK, statistics)).to(torch.bfloat16)
+
+
+def _set(linear: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in a parameter's place, in the parameter's dtype."""
+    parameter = linear.get_parameter(name)
+    parameter.data = value.to(parameter.dtype)
 
 
 def _observe_ahead(run: _Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream) -> dict[str, Statistics]:
@@ -184,12 +206,15 @@ def _with_input_scales(
     return scaled
 
 
-def _write_block(run: _Run, writer: CheckpointWriter, block: BlockPlan, weights: dict[str, QuantizedWeight]) -> None:
+def _write_block(
+    run: _Run, writer: CheckpointWriter, block: BlockPlan, weights: dict[str, QuantizedWeight], biases: dict[str, Tensor]
+) -> None:
     """Pack a block's weights, copy its other tensors, and put all of them on disk."""
     for layer, weight in weights.items():
         writer.write(to_tensors(layer, weight))
         run.sidecar_layers[layer] = dict(side_scales(weight))
-    replaced = {f"{layer}.weight" for layer in weights}
+    writer.write({name: bias.cpu() for name, bias in biases.items()})
+    replaced = {f"{layer}.weight" for layer in weights} | biases.keys()
     _copy_through(run, writer, tuple(name for name in block.tensors if name not in replaced))
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from duotone.calibrate.data import first_token
 from duotone.errors import DuotoneError
+from duotone.evaluation import standard_error
 from duotone.models.skeleton import check_causal
 from duotone.models.tokenizer import check_tokens
 from duotone.questions import Item
@@ -250,6 +251,7 @@ def _pad(sequences: Sequence[list[int]], padding: int, device: torch.device | st
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values, and its standard error."""
-    values = values.double()
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+    """Mean of independent values, at least two, and its standard error."""
+    error = standard_error(values)
+    assert error is not None
+    return float(values.double().mean()), error

@@ -49,12 +49,12 @@ def draw_windows(
 ) -> TokenWindows:
     """`count` windows of `seq_len` tokens, in equal shares from each source, drawn by `seed` and kept in text order.
 
-    Each window begins with the token that begins every text, where the tokenizer has one. count=None takes every whole
+    Each window begins and ends with the tokens that begin and end every text, where the tokenizer has them. count=None takes every whole
     window. Raises DuotoneError when a source is missing, or shorter than one window.
     """
     if seq_len < 2:
         raise DuotoneError(f"--seq-len: found {seq_len}, expected at least 2 tokens")
-    bos = first_token(tokenizer)
+    first, last = first_token(tokenizer), last_token(tokenizer)
     shares = _shares(count, len(sources))
     parts: list[Tensor] = []
     notes: list[str] = []
@@ -64,7 +64,7 @@ def draw_windows(
         digest.update(text.encode("utf-8"))
         if share is not None:
             text = _thin(text, 2 * share * seq_len * _CHARACTERS_PER_TOKEN, seq_len * _CHARACTERS_PER_TOKEN, seed)
-        windows, offsets = _cut(tokenizer, text, seq_len - len(bos), 1 - len(bos))
+        windows, offsets = _cut(tokenizer, text, seq_len - len(first) - len(last), 1 - len(first))
         if not len(windows):
             found = _token_count(tokenizer, text)
             raise DuotoneError(
@@ -77,7 +77,8 @@ def draw_windows(
         elif share is not None and share > len(windows):
             notes.append(f"{Path(source).name}: holds {len(windows)} windows of {seq_len} tokens, {share} were asked for")
         text_bytes += sum(len(text[start:stop].encode("utf-8")) for start, stop in offsets.tolist())
-        parts.append(torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(windows), -1), windows], dim=1))
+        framed = [torch.tensor(ends, dtype=torch.int64).expand(len(windows), -1) for ends in (first, last)]
+        parts.append(torch.cat([framed[0], windows, framed[1]], dim=1))
     return TokenWindows(torch.cat(parts), tuple(sources), digest.hexdigest(), text_bytes, tuple(notes))
 
 
@@ -199,6 +200,12 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that begins every text: BOS for a decoder, [CLS] for an encoder; nothing when the tokenizer has neither."""
     names = (tokenizer.bos_token_id, tokenizer.cls_token_id)
     return [int(token) for token in names if isinstance(token, int)][:1]
+
+
+def last_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends every text of an encoder, [SEP]; nothing for a decoder, whose texts go on."""
+    is_encoder = tokenizer.bos_token_id is None and isinstance(tokenizer.cls_token_id, int)
+    return [tokenizer.sep_token_id] if is_encoder and isinstance(tokenizer.sep_token_id, int) else []
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, unpredicted: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 # Shapes: T tokens of a window, D hidden width.
 """Runs a model one block at a time on the hidden states of all calibration windows, and watches what its linears read.
 
-Two prefixes are carried side by side: the one quantized so far, whose inputs a linear will really see, and, for methods that aim at
-the original model's outputs, the original one.
+Two prefixes are carried side by side: the one quantized so far, whose inputs a linear will really see, and, for methods that
+aim at the original model's outputs, the original one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
-from duotone.errors import DuotoneError
 from duotone.phases import Phases
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
@@ -55,21 +54,22 @@ class Observer:
             if statistics:
                 with self.phases("hessian"):
                     sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
-                    sums.add(at.x, *_meant(at, meant))
+                    sums.add(at.x, *self._drift(name, at, meant))
         return None if sums is None else sums.finish(name)
+
+    def _drift(self, name: str, at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
+        """The original's input; or, before a linear that writes to the stream, how far the stream behind it would be off."""
+        if meant is None or self.original is None:
+            return None, None
+        if at.stream is None or meant.stream is None:
+            return meant.x, None
+        weight = self.original.stops[name].get_parameter("weight")
+        return None, meant.stream - at.stream + nn.functional.linear(meant.x - at.x, weight)
 
 
 def _nothing() -> Iterator[None]:
     while True:
         yield None
-
-
-def _meant(at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
-    """The original's input, and how far the residual stream has drifted from the original's."""
-    if meant is None:
-        return None, None
-    drift = None if at.stream is None or meant.stream is None else meant.stream - at.stream
-    return meant.x, drift
 
 
 @dataclass

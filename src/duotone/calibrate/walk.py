@@ -1,9 +1,10 @@
 # Shapes: T tokens of a window, K in_features, D hidden width.
 """Batches on their way through one block, held before each linear that is to be solved next.
 
-True sequential calibration wants the inputs of a block's second group of linears *after* its first group has been quantized. Running
-the block again for each group would cost several forward passes. Here every batch is a coroutine (a greenlet: the forward is not
-ours, so it cannot yield) that stops inside the module's own forward, and goes on once the weights before it have been replaced.
+True sequential calibration wants the inputs of a block's second group of linears *after* its first group has been quantized.
+Running the block again for each group would cost several forward passes. Here every batch is a coroutine (a greenlet: the
+forward is not ours, so it cannot yield) that stops inside the module's own forward, and goes on once the weights before it have
+been replaced.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,19 +56,20 @@ class BlockWalk:
     def __init__(
         self, block: nn.Module, calls: Sequence[Call], stops: Mapping[str, nn.Module], marks: Mapping[str, nn.Module]
     ) -> None:
-        self._block, self._stops, self._marks = block, stops, marks
+        self._block, self.stops, self._marks = block, stops, marks
         self._batches = [_Batch(greenlet(self._run)) for _ in calls]
         self._calls = list(calls)
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        for name, module in self._stops.items():
+        for name, module in self.stops.items():
             self._handles.append(module.register_forward_pre_hook(self._stop_at(name)))
         for name, module in self._marks.items():
             # Before the stops' hooks: a mark may be the very linear that another group stops at.
             self._handles.append(module.register_forward_pre_hook(self._note(name), prepend=True))
         return self
 
+    @torch.no_grad()  # as in every step: a forward that is unwound restores the grad mode that it found
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
@@ -102,16 +104,20 @@ class BlockWalk:
             batch.output = result
 
     def _run(self, batch: _Batch, call: Call) -> Any:
-        getcurrent().batch = batch  # pyright: ignore[reportAttributeAccessIssue]
-        return self._block(call.hidden, *call.positional, **call.named)
+        task: Any = getcurrent()
+        task.batch = batch
+        try:
+            return self._block(call.hidden, *call.positional, **call.named)
+        finally:
+            del task.batch  # a cycle would keep the activations until the collector comes by
 
     def _stop_at(self, name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             batch = _walking()
             if batch is not None:
                 batch.waiting_at, batch.x = name, inputs[0]
+                assert batch.task.parent is not None
                 batch.task.parent.switch()
-                batch.x = None
 
         return hook
 

@@ -11,9 +11,9 @@ class Adapter:
     """Where a transformer's blocks are and which linears of a block read the same input.
 
     model_types: `model_type` values of config.json. blocks: path of the list of blocks. shared_inputs: for each tensor a
-    block's linears read, the linears' paths inside the block, in running order. streams: for each linear whose output is added to
-    the residual stream as it is, the module that reads the stream before that. keep: paths of linears left in BF16 unless asked for, each
-    with its reason. auto: the transformers class that builds the model. architectures: which of config.json's
+    block's linears read, the linears' paths inside the block, in running order. streams: for each linear whose output is added
+    to the residual stream as it is, the module that reads the stream before that. keep: paths of linears left in BF16 unless
+    asked for, each with its reason. auto: the transformers class that builds the model. architectures: which of config.json's
     `architectures` this is the table of, the first one standing for a config that names none; empty: all of them.
     """
 

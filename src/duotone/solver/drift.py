@@ -1,12 +1,15 @@
 # Shapes: N out_features, K in_features. docs/objective.md derives this.
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The weight to aim at when the inputs have already drifted away from the original model's.
 
 With X the inputs behind the quantized prefix, X0 the original ones, and S, S0 the residual streams that the output is added to,
 
-    |S0 + X0 W^T - S - X V^T|^2  =  tr (V - W*) H (V - W*)^T + const,    W* = W + (W (X0 - X)^T X + (S0 - S)^T X) H^-1,
+    |S0 + X0 W^T - S - X V^T|^2  =  tr (V - W*) H (V - W*)^T + const,    W* = W + R^T X H^-1,    R = S0 - S + (X0 - X) W^T,
 
-so the solver rounds W* instead of W, under the same H = X^T X: nothing but the target changes, and a linear undoes what it can
-of the error that came before it. The inverse is damped: the drift is small, and its estimate has the noise of a short calibration.
+so the solver rounds W* instead of W, under the same H = X^T X: nothing but the target changes, and a linear undoes what it
+can of the error that came before it. The inverse is damped: the drift is small, and its estimate has the noise of a short
+calibration.
 """
 
 import torch
@@ -34,3 +37,18 @@ def corrected_target(w_NK: Tensor, statistics: Statistics) -> Tensor:
     diagonal += torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean.clamp(min=1e-30))
     factor_KK = torch.linalg.cholesky(damped_KK)
     return w_NK + torch.cholesky_solve(pull_NK.T, factor_KK).T
+
+
+def bias_shift(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> Tensor:
+    """What to add to the bias [N] so that the mean output (or stream behind it) is the original's, with V in W's place.
+
+    With a bias that does this, the objective above has covariances for second moments: pass `statistics.centered()` to the solver.
+    """
+    if statistics.mean is None:
+        raise ValueError("bias_shift: the statistics hold no means")
+    shift_N = (w_NK - v_NK) @ statistics.mean
+    if statistics.input_drift_mean is not None:
+        shift_N += w_NK @ statistics.input_drift_mean
+    if statistics.stream_drift_mean is not None:
+        shift_N += statistics.stream_drift_mean
+    return shift_N

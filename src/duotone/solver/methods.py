@@ -76,7 +76,7 @@ class Problem:
 
 #: Sweeps of coordinate descent after the column loop; most of what they bring comes in the first two.
 DESCENT_PASSES = 4
-#: Factors to try on a row's scales, judged by the loss after the column loop: what it can push on costs less than it seems.
+#: Factors to try on a row's searched scales, judged by the loss after the column loop: what it can push on costs less than it seems.
 SCALE_SLIDES = (0.97, 1.03, 0.94, 1.06)
 
 
@@ -142,11 +142,11 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     """
     statistics, factor = _statistics(problem), _factor(problem)
     target = replace(problem, weight=corrected_target(problem.weight, statistics))
-    scales = search_scales(target.weight, problem.scheme)
+    scales = searched = search_scales(target.weight, problem.scheme)
     codes_NK = compensate(target, scales, nearest=True, passes=1)
     loss_N = _row_loss(target, codes_NK, scales)
     for share in SCALE_SLIDES:
-        trial = slide_scales(target.weight, scales, share, problem.scheme)
+        trial = slide_scales(target.weight, searched, share, problem.scheme)
         trial_codes_NK = compensate(target, trial, nearest=True, passes=1)
         trial_loss_N = _row_loss(target, trial_codes_NK, trial)
         better_N = trial_loss_N < loss_N

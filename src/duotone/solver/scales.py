@@ -40,7 +40,7 @@ class Scales:
         return self.group_scale * self.outer_scale[:, None]
 
     def where(self, rows_N: Tensor, other: "Scales") -> "Scales":
-        """These scales, with those of `other` in the rows that are True; an outer scale of the whole tensor is the same in both."""
+        """These scales, with those of `other` in the rows that are True; a tensor's one outer scale is the same in both."""
         zero = None
         if self.zero_point is not None and other.zero_point is not None:
             zero = torch.where(rows_N[:, None], other.zero_point, self.zero_point)
@@ -50,15 +50,6 @@ class Scales:
             else self.outer_scale
         )
         return Scales(torch.where(rows_N[:, None], other.group_scale, self.group_scale), zero, outer)
-
-    def columns(self) -> list[ColumnScales]:
-        """The scales group by group."""
-        step_GN, group_GN = self.step.T.contiguous(), self.group_scale.T.contiguous()
-        zero_GN = None if self.zero_point is None else self.zero_point.T.contiguous()
-        return [
-            ColumnScales(step_GN[g], group_GN[g], None if zero_GN is None else zero_GN[g], self.outer_scale)
-            for g in range(len(group_GN))
-        ]
 
 
 def fit_scales(w_NK: Tensor, scheme: Scheme) -> Scales:

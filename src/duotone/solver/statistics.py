@@ -1,7 +1,7 @@
 # Shapes: M tokens, N out_features, K in_features, D width of the residual stream (a writer's N).
 """What a layer's inputs say about the cost of an error in its weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,34 +15,56 @@ class Statistics:
 
     hessian: X^T X, float32 [K, K], X being the inputs that the already quantized prefix produces.
     input_drift: (X0 - X)^T X [K, K], X0 being the same inputs behind the original prefix; None when it was not run.
-    stream_drift: (S0 - S)^T X [D, K], S being the residual stream that the linear's output is added to; None when unknown.
+    stream_drift: R^T X [D, K], R = S0 + X0 W^T - S - X W^T being how far the residual stream behind the linear is off before
+    the linear is quantized; only of a linear that writes to the stream, where it stands in the place of input_drift.
+    mean, input_drift_mean [K], stream_drift_mean [D]: means of X, X0 - X and R over the tokens.
     """
 
     hessian: Tensor
     tokens: int
     input_drift: Tensor | None = None
     stream_drift: Tensor | None = None
+    mean: Tensor | None = None
+    input_drift_mean: Tensor | None = None
+    stream_drift_mean: Tensor | None = None
+
+    def centered(self) -> "Statistics":
+        """Covariances in the place of second moments: what is left to a linear whose bias takes up all means."""
+        if self.mean is None:
+            return self
+        return replace(
+            self,
+            hessian=self.hessian.addr(self.mean, self.mean, alpha=-1),
+            input_drift=_less(self.input_drift, self.input_drift_mean, self.mean),
+            stream_drift=_less(self.stream_drift, self.stream_drift_mean, self.mean),
+        )
+
+
+def _less(moment: Tensor | None, left_mean: Tensor | None, mean: Tensor) -> Tensor | None:
+    return None if moment is None or left_mean is None else moment.addr(left_mean, mean, alpha=-1)
 
 
 class StatisticsAccumulator:
-    """Adds up second moments over batches in float32; sums do not depend on how tokens are cut into batches (to rounding)."""
+    """Adds up moments over batches in float32; sums do not depend on how tokens are cut into batches (to rounding)."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._hessian_KK = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._input_KK: Tensor | None = None
-        self._stream_DK: Tensor | None = None
+        self._sum_K = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._input: tuple[Tensor, Tensor] | None = None
+        self._stream: tuple[Tensor, Tensor] | None = None
         self._tokens = 0
 
     def add(self, x: Tensor, original: Tensor | None = None, stream_drift: Tensor | None = None) -> None:
         """Add inputs [..., K], with what they are in the original model, and the stream's drift [..., D], where known."""
         x_MK = x.reshape(-1, x.shape[-1]).float()
-        self._hessian_KK.addmm_(x_MK.T, x_MK)
+        for start, end in _panels(x_MK.shape[1]):  # X^T X is symmetric: its upper part will do
+            self._hessian_KK[start:end, start:].addmm_(x_MK[:, start:end].T, x_MK[:, start:])
+        self._sum_K += x_MK.sum(0)
         self._tokens += x_MK.shape[0]
         if original is not None:
-            drift_MK = original.reshape(x_MK.shape).float() - x_MK
-            self._input_KK = _add(self._input_KK, drift_MK, x_MK)
+            self._input = _add(self._input, original.reshape(x_MK.shape).float() - x_MK, x_MK)
         if stream_drift is not None:
-            self._stream_DK = _add(self._stream_DK, stream_drift.reshape(len(x_MK), -1).float(), x_MK)
+            self._stream = _add(self._stream, stream_drift.reshape(len(x_MK), -1).float(), x_MK)
 
     def finish(self, layer: str) -> Statistics:
         """The averaged statistics, in the accumulator's own memory: the end of it.
@@ -53,15 +75,25 @@ class StatisticsAccumulator:
             raise DuotoneError(f"{layer}: found no calibration token, expected at least one")
         if not bool(torch.isfinite(self._hessian_KK.diagonal()).all()):
             raise DuotoneError(f"{layer}: calibration inputs are not finite, expected finite activations in every channel")
-        means = [
-            None if total is None else total.div_(self._tokens) for total in (self._hessian_KK, self._input_KK, self._stream_DK)
-        ]
-        assert means[0] is not None
-        return Statistics(means[0], self._tokens, means[1], means[2])
+        drifts = (
+            (None, None) if sums is None else tuple(total.div_(self._tokens) for total in sums)
+            for sums in (self._input, self._stream)
+        )
+        (input_drift, input_mean), (stream_drift, stream_mean) = drifts
+        hessian, mean = self._hessian_KK.div_(self._tokens), self._sum_K.div_(self._tokens)
+        for start, end in _panels(len(hessian)):
+            hessian[end:, start:end] = hessian[start:end, end:].T
+        return Statistics(hessian, self._tokens, input_drift, stream_drift, mean, input_mean, stream_mean)
 
 
-def _add(total: Tensor | None, left_MD: Tensor, x_MK: Tensor) -> Tensor:
-    """total + left^T x, starting from nothing."""
-    if total is None:
-        return left_MD.T @ x_MK
-    return total.addmm_(left_MD.T, x_MK)
+def _panels(columns: int) -> list[tuple[int, int]]:
+    """Four panels of columns, none so narrow that a product of it would be slow."""
+    width = max(256, -(-columns // 4))
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def _add(sums: tuple[Tensor, Tensor] | None, left_MD: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """left^T x and the sum of left over tokens, added to what there is."""
+    if sums is None:
+        return left_MD.T @ x_MK, left_MD.sum(0)
+    return sums[0].addmm_(left_MD.T, x_MK), sums[1].add_(left_MD.sum(0))
