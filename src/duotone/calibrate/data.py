@@ -49,8 +49,8 @@ def draw_windows(
 ) -> TokenWindows:
     """`count` windows of `seq_len` tokens, in equal shares from each source, drawn by `seed` and kept in text order.
 
-    Each window begins and ends with the tokens that begin and end every text, where the tokenizer has them. count=None takes every whole
-    window. Raises DuotoneError when a source is missing, or shorter than one window.
+    Each window begins and ends with the tokens that begin and end every text, where the tokenizer has them. count=None takes
+    every whole window. Raises DuotoneError when a source is missing, or shorter than one window.
     """
     if seq_len < 2:
         raise DuotoneError(f"--seq-len: found {seq_len}, expected at least 2 tokens")

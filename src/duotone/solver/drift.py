@@ -42,7 +42,7 @@ def corrected_target(w_NK: Tensor, statistics: Statistics) -> Tensor:
 def bias_shift(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> Tensor:
     """What to add to the bias [N] so that the mean output (or stream behind it) is the original's, with V in W's place.
 
-    With a bias that does this, the objective above has covariances for second moments: pass `statistics.centered()` to the solver.
+    With a bias that does this, the objective above has covariances for second moments: the solver gets `statistics.centered()`.
     """
     if statistics.mean is None:
         raise ValueError("bias_shift: the statistics hold no means")

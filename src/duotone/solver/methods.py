@@ -76,7 +76,7 @@ class Problem:
 
 #: Sweeps of coordinate descent after the column loop; most of what they bring comes in the first two.
 DESCENT_PASSES = 4
-#: Factors to try on a row's searched scales, judged by the loss after the column loop: what it can push on costs less than it seems.
+#: Factors to try on a row's searched scales, judged by the loss after the column loop, which pushes much of it on.
 SCALE_SLIDES = (0.97, 1.03, 0.94, 1.06)
 
 
