@@ -59,9 +59,11 @@ def test_gptq_layout(tmp_path: Path, checkpoint_format: str) -> None:
     zero = 8 if checkpoint_format == "gptq_v2" else 7
     zeros = torch.full((2, 1), sum(zero << 4 * i for i in range(8)), dtype=torch.int64)
     tensors = {
-        "x.qweight": packed.to(torch.int32).contiguous(), "x.qzeros": zeros.to(torch.int32), "x.scales": linear.scale.T.half().contiguous(),
+        "x.qweight": packed.to(torch.int32).contiguous(),
+        "x.qzeros": zeros.to(torch.int32),
+        "x.scales": linear.scale.T.half().contiguous(),
         "x.g_idx": torch.arange(256, dtype=torch.int32) // 128,
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "checkpoint_format": checkpoint_format}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from duotone.calibrate.stream import WAITING_BYTES
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import SourceFolder
@@ -266,7 +267,7 @@ def estimate(plan: Plan) -> Estimate:
     if config.needs_statistics:
         for block in plan.blocks:
             widths = [plan.shapes[group[0]][1] for group in block.shared_inputs]
-            flops += sum(2.0 * tokens * k**2 + k**3 for k in widths)
+            flops += sum((3.0 if config.method_facts.drift else 1.5) * tokens * k**2 + k**3 for k in widths)
             hessian_bytes = max(hessian_bytes, 4 * (sum(k**2 for k in widths) + 4 * max(widths) ** 2))
         flops += sum(4.0 * n * k**2 for n, k in plan.shapes.values())
         columns = sum(k for _, k in plan.shapes.values())
@@ -275,8 +276,12 @@ def estimate(plan: Plan) -> Estimate:
     )
     largest = 4 * max(n * k for n, k in plan.shapes.values())
     outside_bytes = 4 * sum(spec.nbytes // 2 for name, spec in plan.outputs.items() if name in plan.outside)
-    hidden_bytes = 4 * tokens * int(plan.source.config.get("hidden_size", 0))
-    peak = _BASE_BYTES + 2 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + 2 * hidden_bytes
+    # Windows wait inside a block: about six states of the hidden width each, and the widest linear's input.
+    hidden, widest = int(plan.source.config.get("hidden_size", 0)), max(k for _, k in plan.shapes.values())
+    prefixes = 2 if config.method_facts.drift else 1
+    waiting_bytes = prefixes * min(4 * tokens * (6 * hidden + widest), WAITING_BYTES)
+    state_bytes = 2 * prefixes * 4 * tokens * hidden
+    peak = _BASE_BYTES + 3 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + waiting_bytes + state_bytes
     seconds = flops / (_EFFICIENCY * _measured_flops()) + columns * _COLUMN_SECONDS + weights * 2e-8
     return Estimate(seconds, peak, plan.disk_bytes)
 

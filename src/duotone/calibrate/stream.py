@@ -5,7 +5,7 @@ Two prefixes are carried side by side: the one quantized so far, whose inputs a 
 aim at the original model's outputs, the original one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,8 @@ from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
 #: Tokens of one forward pass: enough to fill the machine, small beside the weights of a block.
 _BATCH_TOKENS = 4096
+#: Activations of batches that wait inside a block, of each of the two prefixes. Beyond it batches walk anew to every stop.
+WAITING_BYTES = 2 * 1024**3
 
 
 class _AllCaptured(Exception):
@@ -123,7 +125,15 @@ class BlockStream:
     ) -> BlockWalk:
         calls = [Call(states, *self.arguments[index][len(states)]) for states in hidden]
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
-        return BlockWalk(block, calls, at, noted)
+        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values()))
+
+
+def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
+    """How many batches may wait inside a block: each holds about six states of the hidden width and the widest input."""
+    widest = max((int(linear.get_parameter("weight").shape[1]) for linear in linears), default=0)
+    states = hidden[0]
+    held_bytes = states.element_size() * states.numel() // states.shape[-1] * (6 * states.shape[-1] + widest)
+    return int(WAITING_BYTES // held_bytes)
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ class _Batch:
     """A batch's coroutine, where it waits, and the inputs of marked modules it has passed."""
 
     task: greenlet
+    #: False: enough others wait. It is unwound after each stop, and walks anew through the weights replaced since to the next.
+    waits: bool = True
     waiting_at: str | None = None
     x: Tensor | None = None
     output: Any = None
@@ -50,14 +52,21 @@ class BlockWalk:
     """A context: all batches walk one block together, from stop to stop.
 
     stops: linears to stop before, in the order the block runs them. marks: for some stops, the module whose input is the
-    residual stream that the linear's output is added to.
+    residual stream that the linear's output is added to. waiting: how many batches may wait inside the block, holding their
+    activations; the others walk from its start to every stop again, which takes time and gives the same numbers. None: all.
     """
 
     def __init__(
-        self, block: nn.Module, calls: Sequence[Call], stops: Mapping[str, nn.Module], marks: Mapping[str, nn.Module]
+        self,
+        block: nn.Module,
+        calls: Sequence[Call],
+        stops: Mapping[str, nn.Module],
+        marks: Mapping[str, nn.Module],
+        waiting: int | None = None,
     ) -> None:
         self._block, self.stops, self._marks = block, stops, marks
-        self._batches = [_Batch(greenlet(self._run)) for _ in calls]
+        allowed = len(calls) if waiting is None else waiting
+        self._batches = [_Batch(greenlet(self._run), waits=i < allowed) for i in range(len(calls))]
         self._calls = list(calls)
         self._handles: list[Any] = []
 
@@ -74,8 +83,7 @@ class BlockWalk:
         for handle in self._handles:
             handle.remove()
         for batch in self._batches:
-            if batch.task and not batch.task.dead:
-                batch.task.throw()  # unwinds the abandoned forward
+            self._unwind(batch)
 
     @torch.no_grad()
     def until(self, name: str) -> Iterator[Arrival]:
@@ -87,6 +95,8 @@ class BlockWalk:
                 self._go(batch, call)
             assert batch.x is not None
             yield Arrival(batch.x, batch.passed.get(name))
+            if not batch.waits:
+                self._unwind(batch)
 
     @torch.no_grad()
     def finish(self) -> list[Tensor]:
@@ -95,6 +105,13 @@ class BlockWalk:
             while not batch.task.dead:
                 self._go(batch, call)
         return [batch.output[0] if isinstance(batch.output, tuple) else batch.output for batch in self._batches]
+
+    def _unwind(self, batch: _Batch) -> None:
+        """Give up a batch's forward where it stands; its activations are free, and it can start anew."""
+        if batch.task and not batch.task.dead:
+            batch.task.throw()
+        batch.task, batch.waiting_at, batch.x = greenlet(self._run), None, None
+        batch.passed.clear()
 
     def _go(self, batch: _Batch, call: Call) -> None:
         """One step: to the next stop, or to the end."""

@@ -64,7 +64,7 @@ class StatisticsAccumulator:
         if original is not None:
             self._input = _add(self._input, original.reshape(x_MK.shape).float() - x_MK, x_MK)
         if stream_drift is not None:
-            self._stream = _add(self._stream, stream_drift.reshape(len(x_MK), -1).float(), x_MK)
+            self._stream = _add(self._stream, stream_drift.reshape(-1, stream_drift.shape[-1]).float(), x_MK)
 
     def finish(self, layer: str) -> Statistics:
         """The averaged statistics, in the accumulator's own memory: the end of it.
