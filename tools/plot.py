@@ -28,7 +28,13 @@ def draw() -> None:
         bar = best_peer(rows, gradient=False)
         if bar:
             panel.axvline(0.6 * bar[1], color=OURS, linewidth=1, linestyle=":")
-        panel.set_yticks(range(len(bars)), [f"{tool}\n{method}" for tool, method, _, _ in bars], fontsize=7)
+        whole = max(found[0]["quantized_macs_share"] for *_, found in bars)
+        labels = [
+            f"{tool}\n{method}"
+            + ("" if (share := found[0]["quantized_macs_share"]) > 0.9 * whole else f"\n(only {share:.0%} in INT4)")
+            for tool, method, _, found in bars
+        ]
+        panel.set_yticks(range(len(bars)), labels, fontsize=7)
         panel.set_title(model)
         panel.set_xlabel("embedding error" if not over_kl(rows) else "KL, nats a token")
         panel.spines[["top", "right"]].set_visible(False)

@@ -39,9 +39,9 @@ class Arrival:
 class _Batch:
     """A batch's coroutine, where it waits, and the inputs of marked modules it has passed."""
 
-    task: greenlet
     #: False: enough others wait. It is unwound after each stop, and walks anew through the weights replaced since to the next.
-    waits: bool = True
+    waits: bool
+    task: greenlet | None = None
     waiting_at: str | None = None
     x: Tensor | None = None
     output: Any = None
@@ -66,7 +66,7 @@ class BlockWalk:
     ) -> None:
         self._block, self.stops, self._marks = block, stops, marks
         allowed = len(calls) if waiting is None else waiting
-        self._batches = [_Batch(greenlet(self._run), waits=i < allowed) for i in range(len(calls))]
+        self._batches = [_Batch(waits=i < allowed) for i in range(len(calls))]
         self._calls = list(calls)
         self._handles: list[Any] = []
 
@@ -90,7 +90,7 @@ class BlockWalk:
         """Let every batch walk on to the stop `name`. Raises DuotoneError naming it when the forward never comes there."""
         for batch, call in zip(self._batches, self._calls, strict=True):
             while batch.waiting_at != name:
-                if batch.task.dead:
+                if batch.task is not None and batch.task.dead:
                     raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
                 self._go(batch, call)
             assert batch.x is not None
@@ -102,21 +102,25 @@ class BlockWalk:
     def finish(self) -> list[Tensor]:
         """Let every batch walk to the end; the hidden states behind the block."""
         for batch, call in zip(self._batches, self._calls, strict=True):
-            while not batch.task.dead:
+            while batch.task is None or not batch.task.dead:
                 self._go(batch, call)
         return [batch.output[0] if isinstance(batch.output, tuple) else batch.output for batch in self._batches]
 
     def _unwind(self, batch: _Batch) -> None:
         """Give up a batch's forward where it stands; its activations are free, and it can start anew."""
-        if batch.task and not batch.task.dead:
+        if batch.task is not None and not batch.task.dead:
             batch.task.throw()
-        batch.task, batch.waiting_at, batch.x = greenlet(self._run), None, None
+        batch.task = batch.waiting_at = batch.x = None
         batch.passed.clear()
 
     def _go(self, batch: _Batch, call: Call) -> None:
         """One step: to the next stop, or to the end."""
         batch.waiting_at = batch.x = None
-        result = batch.task.switch() if batch.task else batch.task.switch(batch, call)
+        if batch.task is None:
+            batch.task = greenlet(self._run)
+            result = batch.task.switch(batch, call)
+        else:
+            result = batch.task.switch()
         if batch.task.dead:
             batch.output = result
 
@@ -133,7 +137,7 @@ class BlockWalk:
             batch = _walking()
             if batch is not None:
                 batch.waiting_at, batch.x = name, inputs[0]
-                assert batch.task.parent is not None
+                assert batch.task is not None and batch.task.parent is not None
                 batch.task.parent.switch()
 
         return hook
