@@ -1,28 +1,35 @@
 """The whole line on tiny models: quantize, read back, run, and compare with the contract done by hand."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import duotone
+from duotone.calibrate import stream
+from duotone.calibrate.data import draw_windows
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
 from duotone.models.skeleton import find_linears
+from duotone.models.tokenizer import load_tokenizer
 from duotone.plan import QuantizeConfig, estimate, make_plan
-from duotone.qweight import fp8_values
+from duotone.qweight import QuantizedWeight, dequantize, fp8_values
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
+from duotone.solver.methods import METHODS, LayerReport, Problem
 
 ModelMaker = Callable[..., Path]
-QUICK = {"samples": 8, "seq_len": 64, "device": "cpu"}
+QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu"}
 
 
 def linears_of(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -36,17 +43,23 @@ def folder_hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("target", ["hopper", "gaudi"])
 def test_runs_what_was_written(tiny_model: ModelMaker, text_file: Path, tmp_path: Path, model_type: str, target: str) -> None:
-    """Loaded logits equal, to float32 rounding, the original model with the contract written out in each linear."""
+    """Loaded logits equal, to float32 rounding, the original model with the contract written out in each linear.
+
+    Biases (Qwen2 has some) are those of the checkpoint, which make up for the weights.
+    """
     source = tiny_model(model_type)
     duotone.quantize(source, tmp_path / "out", target=target, calibration=(str(text_file),), **QUICK)
     model = load(tmp_path / "out", torch.float32, "cpu")
     by_hand = load(source, torch.float32, "cpu")
     ours = linears_of(model)
     assert set(ours) == {name for name in find_linears(by_hand) if name != "lm_head"}
-    reader = WeightReader(open_source(tmp_path / "out"))
+    reader, written = WeightReader(open_source(tmp_path / "out")), load_file(tmp_path / "out" / "model.safetensors")
     for name in ours:
         weight = reader.read(name)
         linear = by_hand.get_submodule(name)
+        if linear.bias is not None:
+            assert not torch.equal(written[f"{name}.bias"], linear.bias.bfloat16())
+            linear.bias.data = written[f"{name}.bias"].float()
 
         def forward(x: torch.Tensor, weight=weight, linear=linear) -> torch.Tensor:
             x8, scale = quantize_activations(x, weight.scheme.target, weight.input_scale)
@@ -147,6 +160,184 @@ def test_block_inputs_come_from_the_quantized_prefix(tiny_model: ModelMaker, tex
         ]
     assert errors["plain"][0] == errors["kept"][0]
     assert errors["plain"][1] != errors["kept"][1]
+
+
+def plain_model(source: Path, out: Path) -> PreTrainedModel:
+    """The original float32 model with the dequantized weights and the biases of `out`: what calibration runs."""
+    model, reader = load(source, torch.float32, "cpu"), WeightReader(open_source(out))
+    written = load_file(out / "model.safetensors")
+    for name in packed_layers(open_source(out)):
+        linear = model.get_submodule(name)
+        linear.weight.data = dequantize(reader.read(name))
+        if linear.bias is not None:
+            linear.bias.data = written[f"{name}.bias"].float()
+    return model
+
+
+def calibration_tokens(source: Path, text_file: Path) -> Tensor:
+    """The tokens that a run with QUICK calibrates on."""
+    return draw_windows(load_tokenizer(source), [str(text_file)], QUICK["seq_len"], QUICK["samples"], 0).tokens
+
+
+@pytest.mark.parametrize("target", ["hopper", "gaudi"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_drift_brings_the_model_nearer_to_the_original(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, model_type: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Final hidden states on the calibration tokens: nearer to the original's than with the same method blind to drift."""
+    source = tiny_model(model_type, initializer_range=0.15)
+    tokens = calibration_tokens(source, text_file)
+    with torch.no_grad():
+        original = load(source, torch.float32, "cpu").model(tokens).last_hidden_state
+        errors = []
+        for name in ("seeing", "blind"):
+            duotone.quantize(source, tmp_path / name, target=target, calibration=(str(text_file),), **QUICK)
+            found = plain_model(source, tmp_path / name).model(tokens).last_hidden_state
+            errors.append(float((found - original).square().sum() / original.square().sum()))
+            monkeypatch.setitem(METHODS, "dpq", dataclasses.replace(METHODS["dpq"], drift=False))
+    assert errors[0] < 0.85 * errors[1], errors
+
+
+def mean_outputs(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """Means over all tokens of what the linears give."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        return lambda *call: found.update({name: call[-1].flatten(0, 1).mean(0)})
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(watch(name))
+    with torch.no_grad():
+        model(tokens)
+    return found
+
+
+def test_biases_keep_the_mean_output(tiny_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """Where a linear has a bias (Qwen2's q, k, v) its mean output on the calibration is the original's, to BF16's precision."""
+    source = tiny_model("qwen2", initializer_range=0.15)
+    duotone.quantize(source, tmp_path / "out", calibration=(str(text_file),), **QUICK)
+    tokens, names = (
+        calibration_tokens(source, text_file),
+        [f"model.layers.{i}.self_attn.{c}_proj" for i in range(2) for c in "qkv"],
+    )
+    original, quantized = load(source, torch.float32, "cpu"), plain_model(source, tmp_path / "out")
+    wanted, found = (mean_outputs(model, names, tokens) for model in (original, quantized))
+    for name in names:
+        before, bias = (model.get_submodule(name).bias for model in (original, quantized))
+        assert bool(((found[name] - wanted[name]).abs() <= 2.0**-8 * bias.abs() + 1e-4).all())
+        assert (bias - before).abs().max() > 1e-2, "the biases hardly moved: nothing was tested"
+
+
+def test_dpq_solves_for_what_its_linears_read(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H of each linear is taken in the quantized model itself; covariances in place of moments where a bias takes up the mean."""
+    source = tiny_model("qwen2", initializer_range=0.15)
+    given: dict[str, Problem] = {}
+    solve = METHODS["dpq"].solve
+
+    def spy(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+        given[problem.layer] = problem
+        return solve(problem)
+
+    monkeypatch.setitem(METHODS, "dpq", dataclasses.replace(METHODS["dpq"], solve=spy))
+    duotone.quantize(source, tmp_path / "out", calibration=(str(text_file),), **QUICK)
+    model, seen = plain_model(source, tmp_path / "out"), {}
+
+    def watch(name: str) -> Any:
+        return lambda _, x: seen.update({name: x[0].flatten(0, 1).double()})
+
+    for name in given:
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        model(calibration_tokens(source, text_file))
+    assert len(given) == 14
+    for name, problem in given.items():
+        x = seen[name] - seen[name].mean(0) if name.endswith(("q_proj", "k_proj", "v_proj")) else seen[name]
+        expected, statistics = x.T @ x / len(x), problem.statistics
+        assert statistics is not None and (statistics.hessian.double() - expected).norm() < 1e-4 * expected.norm()
+        assert (statistics.stream_drift is not None) == name.endswith(("o_proj", "down_proj"))
+        drift = statistics.input_drift if statistics.stream_drift is None else statistics.stream_drift
+        # The first linears of a model read what they always did; nothing else does.
+        assert (drift is not None and bool(drift.any()) != name.startswith("model.layers.0.self_attn.")) or "o_proj" in name
+
+
+@pytest.mark.parametrize("method", ["gptq", "dpq-paper"])
+def test_methods_that_take_a_block_as_a_whole(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each linear is given X^T X of the block with its original weights behind the quantized prefix, and nothing else.
+
+    Against a plain reference of two passes a block: one with the original weights, watched, then one with the quantized ones.
+    """
+    source, text = tiny_model("qwen2", initializer_range=0.15), (str(text_file),)
+    given: dict[str, Problem] = {}
+    solve = METHODS[method].solve
+
+    def spy(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+        given[problem.layer] = problem
+        return solve(problem)
+
+    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], solve=spy))
+    duotone.quantize(source, tmp_path / "out", method=method, calibration=text, **QUICK)
+    model, quantized = load(source, torch.float32, "cpu"), plain_model(source, tmp_path / "out")
+    tokens = calibration_tokens(source, text_file)
+    for index in range(2):
+        for name, module in model.model.layers[index].named_modules():
+            if isinstance(module, nn.Linear):
+                seen: list[Tensor] = []
+                handle = module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].flatten(0, 1).double()))
+                with torch.no_grad():
+                    model(tokens)
+                handle.remove()
+                statistics = given[f"model.layers.{index}.{name}"].statistics
+                assert statistics is not None and statistics.tokens == len(seen[0])
+                assert statistics.input_drift is None and statistics.stream_drift is None
+                expected = seen[0].T @ seen[0] / len(seen[0])
+                assert (statistics.hessian.double() - expected).norm() < 1e-5 * expected.norm()
+        model.model.layers[index].load_state_dict(quantized.model.layers[index].state_dict())
+    original = load_file(source / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], bias) for name, bias in original.items() if name.endswith("proj.bias"))
+
+
+@pytest.mark.parametrize("method", ["gptq", "dpq"])
+def test_batches_that_walk_anew_give_the_same_bytes(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for batches that wait inside a block costs time only."""
+    monkeypatch.setattr(stream, "_BATCH_TOKENS", 192)
+    for name, memory in (("wait", stream.WAITING_BYTES), ("anew", 0)):
+        monkeypatch.setattr(stream, "WAITING_BYTES", memory)
+        duotone.quantize(tiny_model("qwen2"), tmp_path / name, method=method, calibration=(str(text_file),), **QUICK)
+    assert folder_hashes(tmp_path / "wait") == folder_hashes(tmp_path / "anew")
+
+
+def test_the_plan_knows_stops_and_streams(tiny_model: ModelMaker) -> None:
+    """A stop before each group that is left, by its first linear; streams of the writers that are left."""
+    source, path = open_source(tiny_model()), "model.layers.1"
+    block = make_plan(source, QuantizeConfig()).blocks[1]
+    stops = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert list(block.stops.items()) == [(f"{path}.{name}", name) for name in stops]
+    assert block.streams == {
+        f"{path}.self_attn.o_proj": "input_layernorm",
+        f"{path}.mlp.down_proj": "post_attention_layernorm",
+    }
+    ignore = ("re:.*q_proj", f"{path}.self_attn.o_proj", "re:.*layers.0.*")
+    nothing, block = make_plan(source, QuantizeConfig(ignore=ignore)).blocks
+    assert nothing.stops == nothing.streams == {}
+    assert list(block.stops.values()) == ["self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert block.streams == {f"{path}.mlp.down_proj": "post_attention_layernorm"}
+
+
+def test_a_block_of_which_nothing_is_quantized_is_walked_through(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path
+) -> None:
+    """Nothing is observed in it, and the next one is calibrated on all that comes out of it."""
+    ignore = ("re:model.layers.0.*",)
+    report = duotone.quantize(tiny_model(), tmp_path / "out", ignore=ignore, calibration=(str(text_file),), **QUICK)
+    assert len(report.layers) == 7 and all(layer.tokens == 512 for layer in report.layers)
+    assert all(layer.output_error is not None and layer.output_error < 0.05 for layer in report.layers)
 
 
 def test_static_scales_cover_what_was_seen(tiny_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,16 +96,21 @@ def run(model: torch.nn.Module, padded: bool = False) -> torch.Tensor:
 @pytest.mark.parametrize("target", ["hopper", "gaudi"])
 @pytest.mark.parametrize("method", ["rtn", "dpq"])
 def test_runs_what_was_written(tmp_path: Path, words_file: Path, method: str, target: str) -> None:
-    """Loaded embeddings equal the original model with the contract written out in each linear, padding or none."""
+    """Loaded embeddings equal the original model with the contract written out in each linear, padding or none.
+
+    `dpq` gives each linear another bias, which the checkpoint holds; `rtn` leaves them.
+    """
     source = save_encoder(tmp_path / "model")
     report = quantize(source, tmp_path / "out", words_file, method=method, target=target)
     model, by_hand = load(tmp_path / "out", torch.float32, "cpu"), load(source, torch.float32, "cpu")
-    reader = WeightReader(open_source(tmp_path / "out"))
+    reader, written = WeightReader(open_source(tmp_path / "out")), load_file(tmp_path / "out" / "model.safetensors")
     assert type(model) is BertModel
     assert len(report.layers) == 2 * LINEARS == len(packed_layers(open_source(tmp_path / "out")))
     for layer in (layer.layer for layer in report.layers):
         assert isinstance(model.get_submodule(layer), QuantizedLinear)
-        weight, linear = reader.read(layer), by_hand.get_submodule(layer)
+        weight, linear, bias = reader.read(layer), by_hand.get_submodule(layer), written[f"{layer}.bias"]
+        assert torch.equal(bias, linear.bias.bfloat16()) == (method == "rtn")
+        linear.bias.data = bias.float()
 
         def forward(x: torch.Tensor, weight=weight, linear=linear) -> torch.Tensor:
             x8, scale = quantize_activations(x, weight.scheme.target, weight.input_scale)
@@ -113,7 +119,7 @@ def test_runs_what_was_written(tmp_path: Path, words_file: Path, method: str, ta
 
         linear.forward = forward
     for name, parameter in by_hand.named_parameters():  # the checkpoint holds what is left as BF16
-        if name.rpartition(".")[0] not in find_linears(by_hand) or name.endswith("bias"):
+        if name.rpartition(".")[0] not in find_linears(by_hand):
             parameter.data = parameter.data.bfloat16().float()
     for padded in (False, True):
         found, expected = run(model, padded), run(by_hand, padded)
@@ -158,8 +164,9 @@ def test_each_head(tmp_path: Path, words_file: Path, model_class: type, prefix: 
     reasons = {layer.layer: layer.kept_because for layer in inspect_model(tmp_path / "out").layers}
     assert all(reasons[layer] == report.kept[layer] for layer in kept if layer in reasons)
     written, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
+    corrected = {f"{layer.layer}.bias" for layer in report.layers}
     for name in original.keys() & written.keys():
-        assert torch.equal(written[name], original[name].bfloat16())
+        assert torch.equal(written[name], original[name].bfloat16()) == (name not in corrected)
 
 
 def test_stream_equals_the_model(tmp_path: Path) -> None:
@@ -176,18 +183,56 @@ def test_stream_equals_the_model(tmp_path: Path) -> None:
     assert len(stream.hidden) == 2  # a full batch and a short one
     for i, block in enumerate(blocks):
         torch.testing.assert_close(torch.cat(stream.hidden), whole[i], rtol=1e-4, atol=1e-5)
-        statistics = stream.observe(i, block, {"down": block.output.dense})["down"]
-        stream.advance(i, block, {})
+        with stream.enter(i, block, {"down": "output.dense"}, {}) as observer:
+            statistics = observer.observe("down")
+            stream.leave(observer)
     torch.testing.assert_close(torch.cat(stream.hidden), whole[2], rtol=1e-4, atol=1e-5)
+    assert statistics is not None
     torch.testing.assert_close(statistics.hessian.double(), seen[0].T @ seen[0] / len(seen[0]), rtol=1e-4, atol=1e-6)
 
 
-def test_windows_begin_with_cls(tmp_path: Path, words_file: Path) -> None:
-    """Where there is no BOS, [CLS] stands before each window, and its first word is predicted text like the others."""
+def test_biases_keep_the_mean_stream(tmp_path: Path, words_file: Path) -> None:
+    """Behind each linear the mean over the calibration is the original's, to BF16's precision: of the residual stream if it
+    writes to one, as the norm behind it reads it, and of its own output if not."""
+    source = save_encoder(tmp_path / "model")
+    quantize(source, tmp_path / "out", words_file)
+    original, quantized = load(source, torch.float32, "cpu"), load(source, torch.float32, "cpu")
+    reader, written = WeightReader(open_source(tmp_path / "out")), load_file(tmp_path / "out" / "model.safetensors")
+    layers = packed_layers(open_source(tmp_path / "out"))
+    for layer in layers:
+        linear = quantized.get_submodule(layer)
+        linear.weight.data, linear.bias.data = dequantize(reader.read(layer)), written[f"{layer}.bias"].float()
+    tokens = draw_windows(load_tokenizer(source), [str(words_file)], 32, 8, seed=0).tokens
+
+    def means(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+
+        def watch(layer: str, reads: bool) -> Callable[..., None]:
+            return lambda *call: found.update({layer: (call[1][0] if reads else call[2]).flatten(0, 1).mean(0)})
+
+        for layer in layers:
+            writes = layer.endswith("output.dense")
+            module = model.get_submodule(layer.removesuffix("dense") + "LayerNorm" if writes else layer)
+            module.register_forward_hook(watch(layer, writes))
+        with torch.no_grad():
+            model(input_ids=tokens)
+        return found
+
+    wanted, found = means(original), means(quantized)
+    assert len(wanted) == 2 * LINEARS
+    for layer in layers:
+        bias = quantized.get_submodule(layer).bias
+        assert bool(((found[layer] - wanted[layer]).abs() <= 2.0**-8 * bias.abs() + 1e-4).all())
+        assert (bias - original.get_submodule(layer).bias).abs().max() > 5e-3, "the biases hardly moved: nothing was tested"
+
+
+def test_windows_look_like_texts(tmp_path: Path, words_file: Path) -> None:
+    """Where there is no BOS, [CLS] stands before each window and [SEP] behind it, and all between is text, as in a sentence."""
     tokenizer = load_tokenizer(save_encoder(tmp_path))
     windows = draw_windows(tokenizer, [str(words_file)], 16, 4, seed=0)
-    assert windows.tokens[:, 0].tolist() == [2] * 4
-    assert not (windows.tokens[:, 1:] < len(SPECIAL)).any()
+    assert windows.tokens.shape == (4, 16)
+    assert windows.tokens[:, 0].tolist() == [2] * 4 and windows.tokens[:, -1].tolist() == [3] * 4
+    assert not (windows.tokens[:, 1:-1] < len(SPECIAL)).any()
 
 
 def test_buffers_of_old_checkpoints_are_no_surprise(tmp_path: Path, words_file: Path) -> None:

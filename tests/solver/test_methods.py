@@ -15,8 +15,8 @@ from duotone.formats import E4M3, FloatFormat
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
 from duotone.solver import methods
+from duotone.solver.drift import corrected_target
 from duotone.solver.methods import (
-    DEFAULT_ORDER,
     METHODS,
     LayerReport,
     Problem,
@@ -29,7 +29,7 @@ from duotone.solver.methods import (
 )
 from duotone.solver.reorder import ORDERS
 from duotone.solver.scales import Scales, fit_paper_scales, fit_scales, fit_single_level, round_to_nearest, split_single_level
-from duotone.solver.search import search_scales
+from duotone.solver.search import search_scales, slide_scales
 from duotone.solver.statistics import Statistics
 from tests.oracles.obq import correlated_layer, damped, loss, obq
 
@@ -113,6 +113,16 @@ def order_of(hessian: Tensor, order: str, group_size: int) -> list[int]:
     return ORDERS[order](hessian.diagonal(), group_size).tolist()
 
 
+def plain_dpq(patch: pytest.MonkeyPatch, slides: tuple[float, ...] = ()) -> None:
+    """Leave of dpq the column loop on searched scales: no descent, and only the given slides of scales."""
+    patch.setattr(methods, "descend", lambda *args: args[1])
+    patch.setattr(methods, "SCALE_SLIDES", slides)
+
+
+def scales_of(weight: QuantizedWeight) -> Scales:
+    return Scales(weight.group_scale, weight.zero_point, weight.outer_scale)
+
+
 # ---- equality with OBQ
 
 
@@ -160,7 +170,7 @@ def test_dpq_equals_obq(
     order: str, target: Target, symmetric: bool, columns: int, group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before descent: OBQ that rounds to the nearest of 16 values, on the searched scales. Values, as codes may share one."""
-    monkeypatch.setattr(methods, "DESCENT_PASSES", 0)
+    plain_dpq(monkeypatch)
     w_NK, hessian = correlated_layer(16, columns, seed=columns, dtype=torch.float32)
     scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
     weight, _ = dpq(problem(w_NK, hessian, scheme, order=order))
@@ -173,6 +183,36 @@ def test_dpq_equals_obq(
     safe_N = rows.safe
     assert np.allclose(dequantize(weight).numpy()[safe_N], value[safe_N], rtol=1e-6, atol=0)
     assert_frozen(weight, scales)
+
+
+@CASES
+@SHAPES
+def test_dpq_keeps_the_slide_of_least_loss(
+    target: Target, symmetric: bool, columns: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before descent: of OBQ's results on the searched and on all slid scales, each row has the one of least damped loss."""
+    slides = (0.9, 1.1, 0.95)
+    plain_dpq(monkeypatch, slides)
+    w_NK, hessian = correlated_layer(24, columns, seed=columns, dtype=torch.float32)
+    scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
+    weight, _ = dpq(problem(w_NK, hessian, scheme, order="act"))
+    searched, rows, h_KK = search_scales(w_NK, scheme), Rows(24), damped(hessian.numpy(), 0.01)
+    tried = [searched, *(slide_scales(w_NK, searched, share, scheme) for share in slides)]
+    values, losses = [], []
+    for scales in tried:
+
+        def round_column(w_N: np.ndarray, k: int, scales: Scales = scales) -> tuple[np.ndarray, np.ndarray]:
+            return rows.entry(w_N, table_of(scales, k // group_size, target), scales.step.numpy()[:, k // group_size])
+
+        values.append(obq(w_NK.numpy(), h_KK, order_of(hessian, "act", group_size), round_column)[1])
+        losses.append([loss(w_NK[n : n + 1].numpy(), values[-1][n : n + 1], h_KK) for n in range(24)])
+    best_N = np.argmin(losses, axis=0)
+    first, second = np.sort(losses, axis=0)[:2]
+    safe_N = (rows.margin_N > 1e-3) & (second - first > 1e-4 * first)
+    assert safe_N.sum() >= 6 and len(set(best_N[safe_N])) > 1, "too few rows, or one slide for all, to see anything"
+    for n in np.flatnonzero(safe_N):
+        assert np.allclose(dequantize(weight).numpy()[n], values[best_N[n]][n], rtol=1e-6, atol=0)
+        assert torch.equal(weight.group_scale[n], tried[best_N[n]].group_scale[n])
 
 
 @CASES
@@ -268,15 +308,30 @@ def test_published_dpq_on_a_diagonal_hessian_is_round_to_nearest(order: str, tar
 
 @ORDER
 @CASES
-def test_dpq_on_a_diagonal_hessian_takes_the_nearest_value(order: str, target: Target, symmetric: bool) -> None:
-    """Any order, descent or not: each weight gets the nearest of its 16 values; in all they are nearer than rtn's."""
+def test_dpq_on_a_diagonal_hessian_takes_the_nearest_value(
+    order: str, target: Target, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any order, descent or not: each weight gets the nearest of its 16 values; in all they are nearer than rtn's.
+
+    With slides, those of the slid scales that it has then, which are no worse under the Hessian in any row; without, those
+    of the searched ones.
+    """
     w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
     scheme = Scheme(target, group_size=16, symmetric=symmetric)
-    solved, _ = dpq(problem(w_NK, hessian.diagonal().diag(), scheme, order=order))
+    given = problem(w_NK, hessian.diagonal().diag(), scheme, order=order)
+    slid, _ = dpq(given)
+    monkeypatch.setattr(methods, "SCALE_SLIDES", ())
+    solved, _ = dpq(given)
     nearest, _ = rtn(problem(w_NK, None, scheme))
     scales = search_scales(w_NK, scheme)
-    error_NK = (w_NK - dequantize(solved)).abs()
-    table_16NK = np.stack([table_of(scales, k // 16, target) for k in range(60)], axis=2)
+    error_NK, slid_error_NK = ((w_NK - dequantize(weight)).abs() for weight in (solved, slid))
+    table_16NK, slid_table_16NK = (
+        np.stack([table_of(its, k // 16, target) for k in range(60)], axis=2) for its in (scales, scales_of(slid))
+    )
+    assert np.array_equal(slid_error_NK.numpy(), np.abs(w_NK.numpy() - slid_table_16NK.astype(np.float32)).min(0))
+    weight_K = hessian.diagonal() + 0.01 * hessian.diagonal().mean()
+    loss_N, slid_loss_N = ((its.double().square() * weight_K).sum(-1) for its in (error_NK, slid_error_NK))
+    assert bool((slid_loss_N <= loss_N * (1 + 1e-6)).all()) and slid_loss_N.sum() < loss_N.sum()
     assert np.array_equal(error_NK.numpy(), np.abs(w_NK.numpy() - table_16NK.astype(np.float32)).min(0))
     assert error_NK.square().sum() < 0.95 * (w_NK - dequantize(nearest)).square().sum()
     assert not torch.equal(solved.codes, nearest.codes), "the nearest level always gave the nearest value: nothing was tested"
@@ -309,7 +364,7 @@ def test_dpq_without_fp8_rounding_is_gptq_with_static_scales(
     method: Any, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 replaced by the identity, no search and no descent: either DPQ is plain GPTQ on static scales (DPQ.md section 8)."""
-    monkeypatch.setattr(methods, "DESCENT_PASSES", 0)
+    plain_dpq(monkeypatch)
     monkeypatch.setattr(methods, "search_scales", fit_scales)
     wide = _Unrounded("exact", E4M3.exponent_bits, E4M3.mantissa_bits, E4M3.has_infinity)
     scheme = Scheme(Target("wide", wide, dynamic_activations=False, channel_outer_scale=False), 16, symmetric)
@@ -344,6 +399,43 @@ def test_dpq_beats_gptq_beats_rtn_on_average(target: Target, symmetric: bool, or
     assert of_gptq < of_rtn - np.log(1.3)
 
 
+@CASES
+def test_slides_raise_no_rows_loss(target: Target, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the last descent, no row's damped loss is above what it is without slides; after it, the sum is lower by 2 %."""
+    scheme = Scheme(target, group_size=16, symmetric=symmetric)
+    w_NK, hessian = correlated_layer(64, 64, seed=21, dtype=torch.float32)
+    given, slides = problem(w_NK, hessian, scheme, order="act"), methods.SCALE_SLIDES
+    h_KK = torch.from_numpy(damped(hessian.numpy(), 0.01)).double()
+
+    def row_loss(passes: int, slides: tuple[float, ...]) -> Tensor:
+        monkeypatch.setattr(methods, "DESCENT_PASSES", passes)
+        monkeypatch.setattr(methods, "SCALE_SLIDES", slides)
+        error_NK = (w_NK - dequantize(dpq(given)[0])).double()
+        return ((error_NK @ h_KK) * error_NK).sum(-1)
+
+    plain_N, slid_N = row_loss(0, ()), row_loss(0, slides)
+    assert bool((slid_N <= plain_N * (1 + 1e-5)).all()) and bool((slid_N < plain_N * 0.99).any())
+    assert row_loss(4, slides).sum() < 0.98 * row_loss(4, ()).sum()
+
+
+@pytest.mark.parametrize("writer", [True, False])
+def test_dpq_aims_at_the_corrected_target(writer: bool) -> None:
+    """With drift, dpq's codes are those it finds for the corrected target; its report is about the weight itself."""
+    w_NK, hessian = correlated_layer(24, 40, seed=22, dtype=torch.float32)
+    drift = 0.1 * torch.randn(24 if writer else 40, 40, generator=torch.Generator().manual_seed(0)) * hessian.diagonal().sqrt()
+    drifted = Statistics(hessian, 320, **{"stream_drift" if writer else "input_drift": drift})
+    given, scheme = problem(w_NK, hessian, Scheme(group_size=8), order="act"), Scheme(group_size=8)
+    found, report = dpq(dataclasses.replace(given, statistics=drifted))
+    target_NK = corrected_target(w_NK, drifted)
+    expected, _ = dpq(problem(target_NK, hessian, scheme, order="act"))
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.group_scale, expected.group_scale)
+    assert not torch.equal(found.codes, dpq(given)[0].codes), "drift moved no code: nothing was tested"
+    error_NK = (w_NK - dequantize(found)).double()
+    assert report.weight_error == pytest.approx(float(error_NK.square().sum() / w_NK.double().square().sum()), rel=1e-4)
+    for method in (gptq, dpq_paper):  # which know nothing of drift
+        assert torch.equal(method(dataclasses.replace(given, statistics=drifted))[0].codes, method(given)[0].codes)
+
+
 # ---- reports and refusals
 
 
@@ -354,7 +446,7 @@ def test_report(name: str, target: Target, symmetric: bool) -> None:
     w_NK, hessian = correlated_layer(8, 40, seed=14, dtype=torch.float32)
     hessian[3] = hessian[:, 3] = 0
     given = problem(w_NK, hessian, Scheme(target, group_size=8, symmetric=symmetric), damping_frac=0.02)
-    weight, report = METHODS[name](given)
+    weight, report = METHODS[name].solve(given)
     w, v, h = w_NK.numpy(), dequantize(weight).numpy(), hessian.numpy()
     assert report == LayerReport("layer", name, report.weight_error, report.output_error, 320, 0.02, 1)
     assert report.weight_error == pytest.approx(loss(w, v, np.eye(40)) / loss(w, 0 * w, np.eye(40)), rel=1e-5)
@@ -381,7 +473,7 @@ def test_rtn_needs_no_calibration_and_the_others_say_so() -> None:
             method(given)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("method", [method.solve for method in METHODS.values()], ids=METHODS.keys())
 @CASES
 def test_zero_and_tiny_weights(method: Any, target: Target, symmetric: bool) -> None:
     """All zeros stay zeros; a row a million times smaller than its neighbors stays finite and within 1e-6."""
@@ -398,7 +490,7 @@ def test_zero_and_tiny_weights(method: Any, target: Target, symmetric: bool) -> 
     assert (w_NK - values)[0].square().sum() < 0.1 * w_NK[0].square().sum()
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("method", [method.solve for method in METHODS.values()], ids=METHODS.keys())
 @pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=["hopper", "gaudi"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_non_finite_weights_are_an_error(method: Any, target: Target, bad: float) -> None:
@@ -424,6 +516,7 @@ def test_bad_damping(damping_frac: float) -> None:
 
 
 def test_tables_agree() -> None:
-    """Every method has a default order, and that order exists."""
-    assert DEFAULT_ORDER.keys() == METHODS.keys()
-    assert set(DEFAULT_ORDER.values()) <= ORDERS.keys()
+    """Every method's default order exists; whoever aims at the original's outputs has statistics, taken group by group."""
+    assert {method.order for method in METHODS.values()} <= ORDERS.keys()
+    assert all(method.needs_statistics and method.sequential for method in METHODS.values() if method.drift)
+    assert [name for name, method in METHODS.items() if not method.needs_statistics] == ["rtn"]

@@ -22,6 +22,7 @@ from duotone.solver.scales import (
     single_level,
     split_single_level,
 )
+from duotone.solver.sweep import Grid, Rule
 from tests.oracles.vllm_split import e4m3fn, load_split
 
 GROUP = 8
@@ -264,7 +265,9 @@ def test_nearest_entry_equals_a_search(target: Target, symmetric: bool, rows: in
     scheme = Scheme(target, group_size=GROUP, symmetric=symmetric)
     w_NK = weights(rows, 3 * GROUP, seed)
     scales = fit_scales(w_NK, scheme)
-    for j, column in enumerate(scales.columns()):
+    grid = Grid.of(scales, Rule.NEAREST_VALUE, scheme)
+    for j in range(3):
+        column = grid.column(j)
         table = np.stack([column.value(torch.full((rows,), float(code)), scheme).numpy() for code in range(16)])
         zero = np.zeros(rows, np.float32) if symmetric else scales.zero_point[:, j].numpy()
         products = (np.arange(-8, 8, dtype=np.float32)[:, None] - zero) * scales.group_scale[:, j].numpy()

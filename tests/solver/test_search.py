@@ -11,8 +11,9 @@ from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
 from duotone.solver.refine import descend
 from duotone.solver.scales import Scales, fit_scales, nearest_entry, round_to_nearest
-from duotone.solver.search import search_scales
+from duotone.solver.search import search_scales, slide_scales
 from duotone.solver.statistics import Statistics
+from duotone.solver.sweep import Grid, Rule
 
 
 def weight_of(w: torch.Tensor, scales: Scales, scheme: Scheme, codes: torch.Tensor | None = None) -> QuantizedWeight:
@@ -137,13 +138,13 @@ def test_descent_by_definition_in_any_order(damping: float) -> None:
 
     h = statistics.hessian.double()
     h = h + damping * statistics.hessian.diagonal().mean() * torch.eye(columns)
-    levels = torch.arange(16).float()[:, None].expand(16, rows)
+    levels, grid = torch.arange(16).float()[:, None].expand(16, rows), Grid.of(scales, Rule.NEAREST_VALUE, scheme)
     value, expected = dequantize(weight_of(w, scales, scheme, codes)).double(), codes.clone()
     for k in order.tolist():
         if h[k, k] <= 0:
             continue
         wanted = value[:, k] + (w.double() - value) @ h[:, k] / h[k, k]
-        table = scales.columns()[k // 16].value(levels, scheme).double()
+        table = grid.column(k // 16).value(levels, scheme).double()
         expected[:, k] = (table - wanted).abs().argmin(0).to(torch.uint8)
         value[:, k] = table.gather(0, expected[:, k].long()[None])[0]
     # Values, as two codes may share one; float32 may see a near-tie the other way, which costs that row a few codes.
@@ -153,13 +154,127 @@ def test_descent_by_definition_in_any_order(damping: float) -> None:
     assert (found != codes).double().mean() > 0.05
 
 
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 100),
+    magnitude=st.sampled_from([1e-7, 1e-3, 1.0, 300.0]),
+    target=st.sampled_from([HOPPER, GAUDI]),
+    symmetric=st.booleans(),
+    share=st.sampled_from([0.5, 0.94, 0.97, 1.0, 1.03, 1.06, 2.0]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_slid_scales_are_legal(
+    rows: int, columns: int, magnitude: float, target: Target, symmetric: bool, share: float, seed: int
+) -> None:
+    """Any weights, any share: a canonical pair (QuantizedWeight checks it) with the same zero points; so is any mix of rows.
+
+    hopper: each outer scale is the share of the old one, to a BF16 rounding. gaudi: the outer scale, a power of two, stays and
+    each group scale is the share of the old one, to a BF16 rounding.
+    """
+    scheme = Scheme(target, 32, symmetric)
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=generator) * magnitude
+    w[0] = 0
+    searched = search_scales(w, scheme)
+    slid = slide_scales(w, searched, share, scheme)
+    weight_of(w, slid, scheme)
+    chosen = torch.rand(rows, generator=generator) < 0.5
+    mixed = searched.where(chosen, slid)
+    weight_of(w, mixed, scheme)
+    assert symmetric == (slid.zero_point is None) == (mixed.zero_point is None)
+    if slid.zero_point is not None and searched.zero_point is not None:
+        assert torch.equal(slid.zero_point, searched.zero_point)
+    if target is HOPPER:
+        smallest = torch.tensor(scheme.smallest_outer_scale)
+        expected = (searched.outer_scale * share).clamp(min=smallest)
+        assert bool(((slid.outer_scale - expected).abs() <= 2.0**-8 * expected).all())
+    else:
+        assert torch.equal(slid.outer_scale, searched.outer_scale)
+        expected = (searched.group_scale * share).clamp(min=2.0**-24)
+        assert bool(((slid.group_scale - expected).abs() <= 2.0**-8 * expected).all())
+        assert torch.equal(slid.group_scale, slid.group_scale.bfloat16().float())
+
+
+@pytest.mark.parametrize("target", [HOPPER, GAUDI])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_slide_by_one_is_the_search(target: Target, symmetric: bool) -> None:
+    """The searched scales come back, but for rows of a channel-scaled target that min-max served as well or better.
+
+    The search leaves those at min-max, a slide searches their groups: under the same outer scale, and to no lower error.
+    """
+    scheme = Scheme(target, 32, symmetric)
+    w = torch.randn(60, 200, generator=torch.Generator().manual_seed(7)) * 0.02
+    w[:4] = w[:4].sign() * 0.02  # all of one size: nothing beats min-max
+    searched, minmax = search_scales(w, scheme), fit_scales(w, scheme)
+    slid = slide_scales(w, searched, 1.0, scheme)
+    assert torch.equal(slid.outer_scale, searched.outer_scale)
+    same = (slid.group_scale == searched.group_scale).all(-1)
+    kept = (searched.group_scale == minmax.group_scale).all(-1) & (target is HOPPER)
+    assert bool((same | kept).all()) and same[4:].double().mean() > 0.9
+    errors = [(dequantize(weight_of(w, scales, scheme)) - w).square().sum(-1) for scales in (slid, searched)]
+    assert bool((errors[1] <= errors[0] * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("share", [0.8, 0.97, 1.06])
+def test_a_slide_takes_the_best_groups_under_its_outer_scale(share: float) -> None:
+    """hopper, without zero points: no group has less error at another of the E4M3 values tried, by a plain loop.
+
+    Tried are seven, downwards from the first that is not below 1.06 of min-max. One group of a row may have to be at the peak.
+    """
+    scheme = Scheme(HOPPER, 16)
+    w = torch.randn(30, 80, generator=torch.Generator().manual_seed(8)) * 0.02
+    slid = slide_scales(w, search_scales(w, scheme), share, scheme)
+    values = HOPPER.fp8.decode(torch.arange(1, 127, dtype=torch.uint8))
+    values = values[torch.isfinite(values) & (values <= scheme.peak_group_scale)].tolist()
+    level, parts = torch.arange(-8.0, 8), w.view(30, 5, 16)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        """[30, 5] with every group at the scale [30, 5]: to the nearest INT4 level first, then to FP8."""
+        scaled = parts / slid.outer_scale[:, None, None]
+        product = (scaled / scale[..., None]).round().clamp(level[0], level[-1]) * scale[..., None]
+        return (HOPPER.fp8.round(product) - scaled).square().sum(-1)
+
+    errors = torch.stack([error(torch.full((30, 5), value)) for value in values])
+    covering = (1.06 * fit_scales(w, scheme).step / slid.outer_scale[:, None]).tolist()
+    best = torch.empty(30, 5)
+    for n, g in itertools.product(range(30), range(5)):
+        top = next((i for i, value in enumerate(values) if value >= covering[n][g]), len(values) - 1)
+        best[n, g] = errors[top - 6 : top + 1, n, g].min()
+    off = error(slid.group_scale) > best * (1 + 1e-5)
+    assert bool((slid.group_scale[off] == scheme.peak_group_scale).all())
+    assert bool((off.sum(-1) <= 1).all())
+
+
+@pytest.mark.parametrize("target", [HOPPER, GAUDI])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_where_picks_rows(target: Target, symmetric: bool, rows: int) -> None:
+    """Each row is that of one or the other, in all three tensors; the outer scale of a whole tensor is not a row's."""
+    scheme = Scheme(target, 16, symmetric)
+    w = torch.randn(rows, 40, generator=torch.Generator().manual_seed(9)) * 0.1
+    one, other = fit_scales(w, scheme), slide_scales(w, fit_scales(w, scheme), 0.8, scheme)
+    if one.zero_point is not None:
+        other = Scales(other.group_scale, one.zero_point + (one.zero_point < 7), other.outer_scale)
+    for picked in itertools.islice(itertools.product([False, True], repeat=rows), 0, None, 5 if rows > 1 else 1):
+        mixed = one.where(torch.tensor(picked), other)
+        assert mixed.outer_scale.shape == one.outer_scale.shape
+        assert (mixed.zero_point is None) == symmetric
+        for n, take in enumerate(picked):
+            source = other if take else one
+            assert torch.equal(mixed.group_scale[n], source.group_scale[n])
+            assert mixed.zero_point is None or torch.equal(mixed.zero_point[n], source.zero_point[n])
+            at = n if target is HOPPER else 0
+            assert mixed.outer_scale[at] == source.outer_scale[at]
+
+
 def test_nearest_entry_is_the_nearest() -> None:
     """Against all 16 values, for scales that bend the grid and weights all over it."""
     for target in (HOPPER, GAUDI):
         scheme = Scheme(target, 16)
         w = torch.randn(200, 16, generator=torch.Generator().manual_seed(2)) * 0.1
         scales = fit_scales(w, scheme)
-        column = scales.columns()[0]
+        column = Grid.of(scales, Rule.NEAREST_VALUE, scheme).column(0)
         table = torch.stack([column.value(torch.full((200,), float(code)), scheme) for code in range(16)], -1)
         for k in range(16):
             _, value = nearest_entry(w[:, k], column, scheme)

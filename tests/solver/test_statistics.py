@@ -15,12 +15,15 @@ from duotone.solver.statistics import Statistics, StatisticsAccumulator
 CPU = torch.device("cpu")
 
 
-def accumulated(x_MK: torch.Tensor, cuts: list[int]) -> Statistics:
+def accumulated(
+    x_MK: torch.Tensor, cuts: list[int], original_MK: torch.Tensor | None = None, off_MD: torch.Tensor | None = None
+) -> Statistics:
     """Statistics of the tokens, cut into batches before the given rows."""
     edges = [0, *sorted(cuts), len(x_MK)]
     accumulator = StatisticsAccumulator(x_MK.shape[1], CPU)
     for start, stop in pairwise(edges):
-        accumulator.add(x_MK[start:stop])
+        given = (None if tokens is None else tokens[start:stop] for tokens in (original_MK, off_MD))
+        accumulator.add(x_MK[start:stop], *given)
     return accumulator.finish("layer")
 
 
@@ -36,6 +39,51 @@ def test_batches_do_not_matter_exactly(m: int, k: int, data: st.DataObject) -> N
     assert found.tokens == m
     assert found.hessian.dtype == torch.float32
     assert np.array_equal(found.hessian.numpy(), expected)
+    assert found.mean is not None and np.array_equal(found.mean.numpy(), x_MK.sum(0).astype(np.float32) / np.float32(m))
+    assert all(
+        other is None for other in (found.input_drift, found.stream_drift, found.input_drift_mean, found.stream_drift_mean)
+    )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(m=st.integers(1, 100), k=st.integers(1, 30), d=st.integers(1, 30), data=st.data())
+def test_drift_by_its_definition_in_any_batches(m: int, k: int, d: int, data: st.DataObject) -> None:
+    """(X0 - X)^T X / M, R^T X / M and their means, to the last bit on small integers; each alone or both."""
+    cuts = data.draw(st.lists(st.integers(0, m), max_size=5))
+    rng = np.random.default_rng(m * 100 + k)
+    x, x0, off = (rng.integers(-9, 10, (m, width)) for width in (k, k, d))
+    with_input, with_stream = data.draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+    tensors = [torch.from_numpy(values).float() for values in (x, x0, off)]
+    found = accumulated(tensors[0], cuts, tensors[1] if with_input else None, tensors[2] if with_stream else None)
+    for present, left, moment, mean in (
+        (with_input, x0 - x, found.input_drift, found.input_drift_mean),
+        (with_stream, off, found.stream_drift, found.stream_drift_mean),
+    ):
+        assert present == (moment is not None) == (mean is not None)
+        if moment is not None and mean is not None:
+            assert np.array_equal(moment.numpy(), (left.T @ x).astype(np.float32) / np.float32(m))
+            assert np.array_equal(mean.numpy(), left.sum(0).astype(np.float32) / np.float32(m))
+
+
+@pytest.mark.parametrize("k", [255, 256, 257, 600, 1025, 1300])
+def test_every_entry_of_a_wide_matrix(k: int) -> None:
+    """Only one triangle is computed, panel by panel: the other one is its mirror image, wherever the panels end."""
+    rng = np.random.default_rng(k)
+    x_MK = rng.integers(-9, 10, (12, k))
+    found = accumulated(torch.from_numpy(x_MK).float(), [5])
+    assert np.array_equal(found.hessian.numpy(), (x_MK.T @ x_MK).astype(np.float32) / np.float32(12))
+
+
+def test_drift_of_real_inputs_against_float64() -> None:
+    """A drift of a thousandth of the signal keeps three digits or more: differences are taken before they are summed."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 500, 20, generator=generator)
+    original, off = (x + 1e-3 * noise).bfloat16().float(), 1e-3 * noise[:, :7]
+    found = accumulated(x, [100, 101], original.view(50, 10, 20).view(500, 20), off)
+    assert found.input_drift is not None and found.stream_drift is not None
+    for moment, left in ((found.input_drift, original.double() - x.double()), (found.stream_drift, off.double())):
+        exact = left.T @ x.double() / 500
+        assert (moment.double() - exact).norm() < 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [500, 501, 777], list(range(0, 1000, 10))], ids=["one", "two", "four", "hundred"])
