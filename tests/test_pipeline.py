@@ -231,7 +231,7 @@ def test_biases_keep_the_mean_output(tiny_model: ModelMaker, text_file: Path, tm
 def test_dpq_solves_for_what_its_linears_read(
     tiny_model: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """H of each linear is taken in the quantized model itself; covariances instead of moments where a bias takes up the mean."""
+    """H of each linear is taken in the quantized model itself; covariances where a bias takes up the mean."""
     source = tiny_model("qwen2", initializer_range=0.15)
     given: dict[str, Problem] = {}
     solve = METHODS["dpq"].solve
