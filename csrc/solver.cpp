@@ -1,5 +1,5 @@
-// The solver's two ops through torch's stable ABI: one binary for every Python and every torch from 2.10 on.
-// What they compute is said in src/duotone/solver/sweep.py, whose torch versions they must agree with.
+// The solver's ops through torch's stable ABI: one binary for every Python and every torch from 2.10 on.
+// What they compute is said in src/duotone/solver/sweep.py and rows.py, whose torch versions they must agree with.
 #define TORCH_TARGET_VERSION 0x020a000000000000ULL
 
 #include <torch/csrc/stable/library.h>
@@ -94,6 +94,75 @@ Tensor scale_error(Tensor weight, Tensor candidates, std::optional<Tensor> zero_
   return error;
 }
 
+// What both row ops are given of a grid; `codes` and `values` are written in place.
+void set_rows(duotone::Rows& s, int64_t rows, int64_t columns, const Tensor& group_scale, const std::optional<Tensor>& zero_point,
+              const Tensor& outer_scale, const Tensor& group, double lowest_level, double fp8_max) {
+  STD_TORCH_CHECK(group_scale.dim() == 2, "group_scale: expected two dimensions");
+  const int64_t groups = group_scale.size(0);
+  check_shape(group_scale, {groups, rows}, "group_scale");
+  check_shape(group, {columns}, "group");
+  if (zero_point) check_shape(*zero_point, {groups, rows}, "zero_point");
+  s.rows = rows, s.columns = columns;
+  s.group_scale = floats(group_scale, "group_scale");
+  s.zero_point = zero_point ? floats(*zero_point, "zero_point") : nullptr;
+  s.group = data_of<int32_t>(group, ScalarType::Int, "group");
+  for (int64_t j = 0; j < columns; j++) STD_TORCH_CHECK(s.group[j] >= 0 && s.group[j] < groups, "group: found no such group");
+  s.outer_scale = floats(outer_scale, "outer_scale"), s.outer_per_row = outer_per_row(outer_scale, rows);
+  s.lowest = static_cast<float>(lowest_level), s.fp8_max = static_cast<float>(fp8_max);
+}
+
+std::tuple<Tensor, Tensor> beam_rows(Tensor target, Tensor coupling, Tensor unit, Tensor diagonal, Tensor group_scale,
+                                     std::optional<Tensor> zero_point, Tensor outer_scale, Tensor group,
+                                     std::optional<Tensor> codes, std::optional<Tensor> values, double lowest_level,
+                                     double fp8_max, int64_t width) {
+  STD_TORCH_CHECK(target.dim() == 2, "target: expected two dimensions");
+  STD_TORCH_CHECK(width > 0 && width <= 65536, "width: expected 1 to 65536");
+  STD_TORCH_CHECK(codes.has_value() == values.has_value(), "codes, values: expected both or neither");
+  const int64_t rows = target.size(0), columns = target.size(1);
+  check_shape(coupling, {rows, rows}, "coupling");
+  check_shape(unit, {columns, columns}, "unit");
+  check_shape(diagonal, {columns}, "diagonal");
+  duotone::Beam s{};
+  set_rows(s, rows, columns, group_scale, zero_point, outer_scale, group, lowest_level, fp8_max);
+  Tensor new_codes = torch::stable::new_empty(target, {rows, columns}, ScalarType::Byte);
+  Tensor new_values = torch::stable::new_empty(target, {rows, columns});
+  s.codes = static_cast<uint8_t*>(new_codes.mutable_data_ptr());
+  s.values = static_cast<float*>(new_values.mutable_data_ptr());
+  if (codes) {
+    check_shape(*codes, {rows, columns}, "codes");
+    check_shape(*values, {rows, columns}, "values");
+    std::memcpy(s.codes, data_of<uint8_t>(*codes, ScalarType::Byte, "codes"), rows * columns);
+    std::memcpy(s.values, floats(*values, "values"), sizeof(float) * rows * columns);
+  }
+  s.width = width, s.revisit = codes.has_value();
+  s.target = floats(target, "target"), s.coupling = floats(coupling, "coupling");
+  s.unit = floats(unit, "unit"), s.diagonal = floats(diagonal, "diagonal");
+  duotone::beam_rows(s);
+  return {new_codes, new_values};
+}
+
+std::tuple<Tensor, Tensor, Tensor> descend_rows(Tensor pull, Tensor curvature, Tensor hessian, Tensor group_scale,
+                                                std::optional<Tensor> zero_point, Tensor outer_scale, Tensor group, Tensor codes,
+                                                Tensor values, double lowest_level, double fp8_max) {
+  STD_TORCH_CHECK(pull.dim() == 2, "pull: expected two dimensions");
+  const int64_t columns = pull.size(0), rows = pull.size(1);
+  check_shape(curvature, {rows, rows}, "curvature");
+  check_shape(hessian, {columns, columns}, "hessian");
+  check_shape(codes, {columns, rows}, "codes");
+  check_shape(values, {columns, rows}, "values");
+  duotone::Descent s{};
+  set_rows(s, rows, columns, group_scale, zero_point, outer_scale, group, lowest_level, fp8_max);
+  Tensor new_codes = torch::stable::clone(codes), new_values = torch::stable::clone(values);
+  Tensor change = torch::stable::new_empty(pull, {columns, rows});
+  data_of<uint8_t>(new_codes, ScalarType::Byte, "codes"), floats(new_values, "values");
+  s.codes = static_cast<uint8_t*>(new_codes.mutable_data_ptr());
+  s.values = static_cast<float*>(new_values.mutable_data_ptr());
+  s.change = static_cast<float*>(change.mutable_data_ptr());
+  s.pull = floats(pull, "pull"), s.curvature = floats(curvature, "curvature"), s.hessian = floats(hessian, "hessian");
+  duotone::descend_rows(s);
+  return {new_codes, new_values, change};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(duotone, m) {
@@ -103,9 +172,19 @@ STABLE_TORCH_LIBRARY(duotone, m) {
   m.def(
       "scale_error(Tensor weight, Tensor candidates, Tensor? zero_point, Tensor outer_scale, Tensor? column_weight, "
       "float lowest_level, float fp8_max, int group_size) -> Tensor");
+  m.def(
+      "beam_rows(Tensor target, Tensor coupling, Tensor unit, Tensor diagonal, Tensor group_scale, Tensor? zero_point, "
+      "Tensor outer_scale, Tensor group, Tensor? codes, Tensor? values, float lowest_level, float fp8_max, int width) "
+      "-> (Tensor codes, Tensor values)");
+  m.def(
+      "descend_rows(Tensor pull, Tensor curvature, Tensor hessian, Tensor group_scale, Tensor? zero_point, "
+      "Tensor outer_scale, Tensor group, Tensor codes, Tensor values, float lowest_level, float fp8_max) "
+      "-> (Tensor codes, Tensor values, Tensor change)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("sweep", TORCH_BOX(&sweep));
   m.impl("scale_error", TORCH_BOX(&scale_error));
+  m.impl("beam_rows", TORCH_BOX(&beam_rows));
+  m.impl("descend_rows", TORCH_BOX(&descend_rows));
 }

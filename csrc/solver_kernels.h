@@ -1,9 +1,10 @@
-// The arithmetic of the two solver ops on plain pointers. N rows, K columns, B columns of a block, G groups, C candidates.
+// The arithmetic of the solver's ops on plain pointers. N rows, K columns, B columns of a block, G groups, C candidates.
 //
 // Plain loops over a fixed number of lanes: the compiler vectorizes them, and since no lane depends on the width of a
 // register and nothing is fused or reassociated (-ffp-contract=off, no -ffast-math), every instruction set gives the same bits.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -200,6 +201,270 @@ DUOTONE_CLONES void scale_error_rows(const ScaleError& s, int64_t first, int64_t
           for (int q = 0; q < half; q++) sum[q] += sum[q + half];
         s.error[at] = sum[0] * (outer * outer);
       }
+    }
+  }
+}
+
+// A weight's rows and columns in the order they are visited, for the two ops that let rows answer for one another.
+struct Rows {
+  int64_t rows, columns;
+  const float *group_scale, *zero_point;  // [G, N], [G, N] or null
+  const int32_t* group;                   // [K]
+  const float* outer_scale;               // [N] or [1]
+  bool outer_per_row;
+  float lowest, fp8_max;
+  uint8_t* codes;  // `beam_rows`: [N, K]; `descend_rows`: [B, N]
+  float* values;   // the same
+};
+
+struct Entry {
+  float level, value;
+};
+
+// The 16 values of one row in one group.
+struct Values {
+  float scale, zero, outer, low, high, fp8_max;
+
+  DUOTONE_INLINE Entry at(float level) const { return {level, fp8_product(level, zero, scale, fp8_max) * outer}; }
+  DUOTONE_INLINE Entry nearest(float w) const {
+    const Entry first = at(nearest_level(w, scale * outer, zero, low, high));
+    const float side = (w > first.value ? 1.0f : 0.0f) - (w < first.value ? 1.0f : 0.0f);
+    const Entry other = at(clamp(first.level + side, low, high));
+    return std::fabs(w - other.value) < std::fabs(w - first.value) ? other : first;
+  }
+  // The neighbor of the nearest on the far side of w; at an edge, the one before it.
+  DUOTONE_INLINE Entry second(float w, const Entry& first) const {
+    const float next = first.level + (w > first.value ? 1.0f : -1.0f);
+    return at(next >= low && next <= high ? next : 2.0f * first.level - next);
+  }
+};
+
+DUOTONE_INLINE Values values_of(const Rows& s, int64_t row, int64_t column) {
+  const int64_t at = s.group[column] * s.rows + row;
+  const float outer = s.outer_scale[s.outer_per_row ? row : 0];
+  return {s.group_scale[at], s.zero_point ? s.zero_point[at] : 0.0f, outer, s.lowest, s.lowest + 15.0f, s.fp8_max};
+}
+
+struct Beam : Rows {
+  int64_t width;
+  bool revisit;
+  const float* target;    // [N, K]
+  const float* coupling;  // [N, N]: row m holds what its error weighs in the wish of every other row
+  const float* unit;      // [K, K] transposed: row j holds what every earlier column k < j weighs in column j
+  const float* diagonal;  // [K]
+};
+
+struct Candidate {
+  float cost;
+  int32_t parent;
+  Entry entry;
+};
+
+DUOTONE_INLINE float sum_of(float* sum) {
+  for (int half = SUM_LANES / 2; half; half /= 2)
+    for (int q = 0; q < half; q++) sum[q] += sum[q + half];
+  return sum[0];
+}
+
+DUOTONE_INLINE float dot(const float* a, const float* b, int64_t count) {
+  float sum[SUM_LANES] = {}, tail = 0.0f;
+  int64_t k = 0;
+  for (; k + SUM_LANES <= count; k += SUM_LANES)
+    for (int q = 0; q < SUM_LANES; q++) sum[q] += a[k + q] * b[k + q];
+  for (; k < count; k++) tail += a[k] * b[k];
+  return sum_of(sum) + tail;
+}
+
+constexpr int SPAN = 32;  // columns that paths are carried through before what they left is written to their histories
+constexpr int TILE = 4;   // columns whose sums over a history are formed together: it is read once for them
+
+// What is kept of the paths of one row while its columns are decided. Inside a span only a few numbers follow a path from slot
+// to slot; its history stays where the path was when the span began.
+struct Path {
+  float cost;
+  int32_t origin;        // the slot of its history
+  float wish[SPAN];      // of the span's columns, all columns before the span taken into account
+  float left[SPAN];      // wish less value, of the span's columns decided
+  uint8_t codes[SPAN];
+};
+
+struct Paths {
+  explicit Paths(const Beam& s)
+      : path(s.width), left(s.width * s.columns), codes(s.width * s.columns), next_left(s.width * s.columns),
+        next_codes(s.width * s.columns), candidates(2 * s.width), order(2 * s.width), taken(s.width) {}
+  std::vector<Path> path;
+  std::vector<float> left, next_left;       // [width, K]: histories, and those being written
+  std::vector<uint8_t> codes, next_codes;   // [width, K]
+  std::vector<Candidate> candidates;
+  std::vector<int32_t> order;  // candidates, the survivors first
+  std::vector<int32_t> taken;  // by slot: the survivor that stays in it, or -1
+};
+
+// Wishes of the span's columns j0..j0+count-1 for every path.
+DUOTONE_INLINE void begin_span(const Beam& s, Paths& p, const float* wish, int64_t j0, int count, int32_t paths) {
+  for (int32_t b = 0; b < paths; b++) {
+    Path& path = p.path[b];
+    path.origin = b;
+    const float* left = &p.left[b * s.columns];
+    int c = 0;
+    for (; c + TILE <= count; c += TILE) {
+      const float* unit = s.unit + (j0 + c) * s.columns;
+      float sum[TILE][SUM_LANES] = {}, tail[TILE] = {};
+      int64_t k = 0;
+      for (; k + SUM_LANES <= j0; k += SUM_LANES)
+        for (int t = 0; t < TILE; t++)
+          for (int q = 0; q < SUM_LANES; q++) sum[t][q] += unit[t * s.columns + k + q] * left[k + q];
+      for (; k < j0; k++)
+        for (int t = 0; t < TILE; t++) tail[t] += unit[t * s.columns + k] * left[k];
+      for (int t = 0; t < TILE; t++) path.wish[c + t] = wish[j0 + c + t] + (sum_of(sum[t]) + tail[t]);
+    }
+    for (; c < count; c++) path.wish[c] = wish[j0 + c] + dot(s.unit + (j0 + c) * s.columns, left, j0);
+  }
+}
+
+// The span's columns become part of every path's history.
+DUOTONE_INLINE void end_span(const Beam& s, Paths& p, int64_t j0, int count, int32_t paths) {
+  for (int32_t b = 0; b < paths; b++) {
+    const Path& path = p.path[b];
+    const int64_t to = b * s.columns, from = path.origin * s.columns;
+    std::memcpy(&p.next_left[to], &p.left[from], sizeof(float) * j0);
+    std::memcpy(&p.next_codes[to], &p.codes[from], j0);
+    std::memcpy(&p.next_left[to + j0], path.left, sizeof(float) * count);
+    std::memcpy(&p.next_codes[to + j0], path.codes, count);
+  }
+  std::swap(p.left, p.next_left);
+  std::swap(p.codes, p.next_codes);
+}
+
+// The survivors take their places: the first child of a path stays in its slot, others are copied into slots left free.
+DUOTONE_INLINE void survive(const Beam& s, Paths& p, int c, float wish, int32_t count) {
+  std::fill(p.taken.begin(), p.taken.end(), -1);
+  std::sort(p.order.begin(), p.order.begin() + count);
+  for (int32_t i = 0; i < count; i++) {
+    const int32_t parent = p.candidates[p.order[i]].parent;
+    if (p.taken[parent] < 0) p.taken[parent] = p.order[i];
+  }
+  int32_t slot = 0;
+  for (int32_t i = 0; i < count; i++) {
+    const int32_t child = p.order[i], parent = p.candidates[child].parent;
+    if (p.taken[parent] == child) continue;
+    while (p.taken[slot] >= 0) slot++;
+    p.path[slot] = p.path[parent];
+    p.taken[slot] = child;
+  }
+  for (int32_t i = 0; i < count; i++) {  // survivors fill the slots from the first on: paths never get fewer
+    const Candidate& child = p.candidates[p.taken[i]];
+    p.path[i].cost = child.cost;
+    p.path[i].left[c] = wish - child.entry.value;
+    p.path[i].codes[c] = static_cast<uint8_t>(static_cast<int32_t>(child.entry.level - s.lowest));
+  }
+}
+
+// Decides one column of a span for all paths; how many paths there are then.
+DUOTONE_INLINE int32_t decide(const Beam& s, Paths& p, float wish, int64_t row, int64_t j0, int c, int32_t paths) {
+  const Values values = values_of(s, row, j0 + c);
+  const float* weights = s.unit + (j0 + c) * s.columns + j0;
+  const float curvature = s.diagonal[j0 + c] * s.diagonal[j0 + c];
+  for (int32_t b = 0; b < paths; b++) {
+    const Path& path = p.path[b];
+    const float w = path.wish[c] + dot(weights, path.left, c);
+    const Entry first = values.nearest(w), second = values.second(w, first);
+    const float near = w - first.value, far = w - second.value;
+    p.candidates[2 * b] = {path.cost + near * near * curvature, b, first};
+    p.candidates[2 * b + 1] = {path.cost + far * far * curvature, b, second};
+  }
+  const int32_t children = 2 * paths, count = static_cast<int32_t>(std::min<int64_t>(children, s.width));
+  for (int32_t i = 0; i < children; i++) p.order[i] = i;
+  const auto before = [&p](int32_t a, int32_t b) {
+    const float x = p.candidates[a].cost, y = p.candidates[b].cost;
+    return x < y || (x == y && a < b);  // a total order: the survivors are the same everywhere
+  };
+  if (count < children) std::nth_element(p.order.begin(), p.order.begin() + count, p.order.begin() + children, before);
+  survive(s, p, c, wish, count);
+  return count;
+}
+
+// Decides one row's columns in order, keeping the `width` cheapest paths; the index of the cheapest one at the end.
+DUOTONE_INLINE int32_t beam_row(const Beam& s, Paths& p, const float* wish, int64_t row) {
+  int32_t paths = 1;
+  p.path[0].cost = 0.0f;
+  for (int64_t j0 = 0; j0 < s.columns; j0 += SPAN) {
+    const int count = static_cast<int>(std::min<int64_t>(SPAN, s.columns - j0));
+    begin_span(s, p, wish, j0, count, paths);
+    for (int c = 0; c < count; c++) paths = decide(s, p, wish[j0 + c], row, j0, c, paths);
+    end_span(s, p, j0, count, paths);
+  }
+  int32_t best = 0;
+  for (int32_t b = 1; b < paths; b++)
+    if (p.path[b].cost < p.path[best].cost) best = b;
+  return best;
+}
+
+// What values cost a row with this wish.
+DUOTONE_INLINE float row_cost(const Beam& s, const float* wish, const float* values, float* left) {
+  float cost = 0.0f;
+  for (int64_t j = 0; j < s.columns; j++) {
+    left[j] = wish[j] - values[j];
+    const float error = left[j] + dot(s.unit + j * s.columns, left, j);
+    cost += error * error * (s.diagonal[j] * s.diagonal[j]);
+  }
+  return cost;
+}
+
+DUOTONE_CLONES void beam_rows(const Beam& s) {
+  Paths paths(s);
+  std::vector<float> error(s.rows * s.columns, 0.0f), wish(s.columns), left(s.columns);
+  if (s.revisit)
+    for (int64_t i = 0; i < s.rows * s.columns; i++) error[i] = s.target[i] - s.values[i];
+  for (int64_t n = 0; n < s.rows; n++) {
+    const float* target = s.target + n * s.columns;
+    std::memcpy(wish.data(), target, sizeof(float) * s.columns);
+    for (int64_t m = 0; m < (s.revisit ? s.rows : n); m++) {
+      if (m == n) continue;
+      const float weight = s.coupling[m * s.rows + n];
+      const float* other = error.data() + m * s.columns;
+      for (int64_t k = 0; k < s.columns; k++) wish[k] += weight * other[k];
+    }
+    const int32_t best = beam_row(s, paths, wish.data(), n);
+    float* values = s.values + n * s.columns;
+    if (s.revisit && row_cost(s, wish.data(), values, left.data()) <= paths.path[best].cost) continue;
+    for (int64_t k = 0; k < s.columns; k++) {
+      const uint8_t code = paths.codes[best * s.columns + k];
+      s.codes[n * s.columns + k] = code;
+      values[k] = values_of(s, n, k).at(static_cast<float>(code) + s.lowest).value;
+      error[n * s.columns + k] = target[k] - values[k];
+    }
+  }
+}
+
+struct Descent : Rows {
+  const float* pull;       // [B, N]: O E H of the block's columns
+  const float* curvature;  // [N, N]: O
+  const float* hessian;    // [B, B]
+  float* change;           // [B, N]: O times what the values moved by
+};
+
+DUOTONE_CLONES void descend_rows(const Descent& s) {
+  const int64_t rows = s.rows;
+  std::vector<float> pull(rows);
+  for (int64_t j = 0; j < s.columns; j++) {
+    float *moved = s.change + j * rows, *value = s.values + j * rows;
+    const float own = s.hessian[j * s.columns + j];
+    std::fill(moved, moved + rows, 0.0f);
+    std::memcpy(pull.data(), s.pull + j * rows, sizeof(float) * rows);
+    for (int64_t i = 0; i < j; i++) {
+      const float weight = s.hessian[i * s.columns + j];
+      const float* earlier = s.change + i * rows;
+      for (int64_t n = 0; n < rows; n++) pull[n] -= weight * earlier[n];
+    }
+    for (int64_t n = 0; n < rows; n++) {
+      const float* weights = s.curvature + n * rows;
+      const Entry to = values_of(s, n, j).nearest(value[n] + (pull[n] / own - moved[n]) / weights[n]);
+      const float step = to.value - value[n];
+      if (step == 0.0f) continue;
+      value[n] = to.value;
+      s.codes[j * rows + n] = static_cast<uint8_t>(static_cast<int32_t>(to.level - s.lowest));
+      for (int64_t m = 0; m < rows; m++) moved[m] += weights[m] * step;
     }
   }
 }

@@ -21,6 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "runtime"),
     ("loadability",),
     ("plan", "inspection"),
+    ("outcome",),
     ("pipeline",),
     ("evaluation", "questions"),
     ("tasks",),

@@ -111,7 +111,7 @@ def test_help_lists_the_commands() -> None:
 
 def test_quantize_json(quantized: tuple[Path, Outcome], original: Path) -> None:
     """One object with the fields of QuantizeReport, its figures those of the run, and nothing on standard error."""
-    from duotone.pipeline import QuantizeReport
+    from duotone.outcome import QuantizeReport
 
     out, outcome = quantized
     report = outcome.json()

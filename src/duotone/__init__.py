@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from duotone.errors import DuotoneError
     from duotone.evaluation import evaluate
-    from duotone.pipeline import Progress, QuantizeReport
+    from duotone.outcome import QuantizeReport
+    from duotone.pipeline import Progress
     from duotone.runtime.load import load
 
 __all__ = ["DuotoneError", "evaluate", "load", "quantize"]

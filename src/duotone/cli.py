@@ -35,6 +35,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
     method: Annotated[str, typer.Option(help="dpq, dpq-paper, gptq or rtn (rtn needs no calibration text).")] = "dpq",
+    effort: Annotated[
+        str, typer.Option(help="default, or high: closer to the original, with gradients, in several times the time.")
+    ] = "default",
     target: Annotated[str, typer.Option(help="hopper (what vLLM runs) or gaudi (the paper's).")] = "hopper",
     group_size: Annotated[int, typer.Option(help="Weights along K that share a scale.")] = 128,
     ignore: Annotated[list[str] | None, typer.Option(help="A linear to leave in BF16, or re:PATTERN; repeatable.")] = None,
@@ -45,7 +48,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
     damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
-    order: Annotated[str | None, typer.Option(help="gar, act or none; dpq takes gar and gptq act.")] = None,
+    order: Annotated[str | None, typer.Option(help="gar, act or none; dpq and gptq take act, dpq-paper gar.")] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points (vLLM does not load them).")] = False,
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
     device: Device = "auto",
@@ -72,6 +75,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
         seq_len=seq_len,
         damping_frac=damping,
         order=order,
+        effort=effort,
         seed=seed,
         device=device,
         strict=strict,

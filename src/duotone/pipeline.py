@@ -15,52 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
 from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions, locate_model
+from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.sidecar import FORMAT_VERSION, SIDECAR
 from duotone.checkpoint.source import open_source
 from duotone.checkpoint.writer import CheckpointWriter, check_output, output_folder, write_json
 from duotone.contract import static_activation_scale
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
-from duotone.loadability import vllm_warnings
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
+from duotone.outcome import QuantizeReport, calibration_facts, notes_of
 from duotone.phases import Phases, peak_resident_bytes
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
+from duotone.solver.couple import couple
 from duotone.solver.drift import bias_shift
-from duotone.solver.methods import METHODS, LayerReport, Problem, shared_factor
+from duotone.solver.methods import METHODS, Problem, shared_factor
 from duotone.solver.statistics import Statistics
 from duotone.version import VERSION
 
-#: (blocks done, blocks in all, what is being done)
+#: Where `--effort high` keeps curvatures while it runs, inside the folder that is being made.
+_SCRATCH = ".curvature"
+
+#: (steps done, steps in all, what is being done)
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass
-class QuantizeReport:
-    """What a run did: facts for the user, the sidecar and the records."""
-
-    model: str
-    out: str
-    config: QuantizeConfig
-    calibration: dict[str, Any] | None
-    layers: list[LayerReport] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    weight_bytes: int = 0
-    original_bytes: int = 0
-    bits_per_weight: float = 0.0
-    quantized_macs_share: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass
@@ -72,6 +55,7 @@ class _Run:
     phases: Phases
     report: QuantizeReport
     sidecar_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curvatures: Scratch | None = None
 
 
 def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progress: Progress | None = None) -> QuantizeReport:
@@ -85,7 +69,7 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
         plan = make_plan(open_source(folder), config)
         windows = _calibration_windows(plan) if config.needs_calibration else None
     report = QuantizeReport(
-        str(model), str(out), config, _calibration_facts(windows), kept=plan.kept, notes=_notes(plan, windows)
+        str(model), str(out), config, calibration_facts(windows), kept=plan.kept, notes=notes_of(plan, windows)
     )
     report.original_bytes = plan.source.weight_bytes
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
@@ -96,14 +80,20 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
             _copy_through(run, writer, plan.outside)
         skeleton = build_skeleton(plan.source.config, _compute_dtype(device))
         stream = _open_stream(run, skeleton, windows) if windows is not None else None
+        steps, before = len(plan.blocks), 0
+        if stream is not None and windows is not None and config.high_effort:
+            steps, before = 3 * steps, 2 * steps  # forward, backward, and the quantizing
+            _measure_curvature(run, skeleton, stream, windows, staging, lambda done: tell(done, steps, "measuring curvature"))
         for index, block in enumerate(plan.blocks):
-            tell(index, len(plan.blocks), block.path)
+            tell(before + index, steps, block.path)
             weights, biases = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
                 _write_block(run, writer, block, weights, biases)
-        tell(len(plan.blocks), len(plan.blocks), "writing")
+        tell(steps, steps, "writing")
         with phases("write"):
             report.weight_bytes = writer.finish()
+            if run.curvatures is not None:
+                run.curvatures.remove()
             _write_companions(run, staging)
     report.seconds = dict(phases.seconds)
     report.peak_bytes = peak_resident_bytes()
@@ -184,14 +174,18 @@ def _solve_group(
     if statistics is not None:
         with run.phases("factorize"):
             factor = shared_factor(statistics, config.scheme, config.solver, group[0])
-    weights: dict[str, QuantizedWeight] = {}
-    for layer in group:
-        with run.phases("solve"):
-            w_NK = originals[f"{layer}.weight"].to(run.device, torch.float32)
-            problem = Problem(layer, w_NK, statistics, factor, config.scheme, config.solver)
-            weights[layer], layer_report = METHODS[config.method].solve(problem)
-        run.report.layers.append(layer_report)
-    return weights
+    with run.phases("solve"):
+        values = (originals[f"{layer}.weight"].to(run.device, torch.float32) for layer in group)
+        problems = [
+            Problem(layer, w_NK, statistics, factor, config.scheme, config.solver)
+            for layer, w_NK in zip(group, values, strict=True)
+        ]
+        solved = [METHODS[config.method].solve(problem) for problem in problems]
+    if run.curvatures is not None:
+        with run.phases("couple"):
+            solved = couple(problems, [weight for weight, _ in solved], run.curvatures.read(group[0]))
+    run.report.layers.extend(report for _, report in solved)
+    return dict(zip(group, (weight for weight, _ in solved), strict=True))
 
 
 def _with_input_scales(
@@ -253,6 +247,30 @@ def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream
     return stream
 
 
+def _measure_curvature(
+    run: _Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, staging: Path, tell: Callable[[int], None]
+) -> None:
+    """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
+    plan, dtype = run.plan, _compute_dtype(run.device)
+    heads = [name for name in plan.outside if _is_parameter(skeleton, name) and skeleton.get_parameter(name).is_meta]
+    with run.phases("read"):
+        fill(skeleton, _load_finite(plan, tuple(heads)), dtype, run.device)
+        skeleton.tie_weights()
+        run.curvatures = Scratch(staging / _SCRATCH)
+    blocks = [skeleton.get_submodule(block.path) for block in plan.blocks]
+
+    def load(index: int) -> None:
+        with run.phases("read"):
+            fill(skeleton, _load_finite(plan, plan.blocks[index].tensors), dtype, run.device)
+
+    backward = Backward(
+        skeleton, blocks, [block.shared_inputs for block in plan.blocks], load, lambda index: release(blocks[index])
+    )
+    measure_curvature(backward, stream, windows.tokens, plan.config.seed, run.curvatures.write, tell)
+    for name in heads:
+        release(skeleton.get_submodule(name.rpartition(".")[0]))
+
+
 def _is_parameter(skeleton: nn.Module, name: str) -> bool:
     try:
         skeleton.get_parameter(name)
@@ -265,23 +283,6 @@ def _calibration_windows(plan: Plan) -> TokenWindows:
     config, folder = plan.config, plan.source.path
     sources = calibration_sources(config.calibration, folder)
     return draw_windows(load_tokenizer(folder), sources, plan.seq_len, config.samples, config.seed)
-
-
-def _calibration_facts(windows: TokenWindows | None) -> dict[str, Any] | None:
-    if windows is None:
-        return None
-    files = [Path(source.partition("#")[0]) for source in windows.sources]
-    names = [file.name if file.is_file() else source for file, source in zip(files, windows.sources, strict=True)]
-    return {"text": names, "tokens": windows.tokens.numel(), "windows": len(windows.tokens), "sha256": windows.sha256}
-
-
-def _notes(plan: Plan, windows: TokenWindows | None) -> list[str]:
-    notes = list(windows.notes) if windows is not None else []
-    if windows is not None and plan.seq_len < plan.config.seq_len:
-        notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
-    if plan.converted:
-        notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
-    return notes + vllm_warnings(plan.config.scheme, plan.shapes, plan.split_groups)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

@@ -18,13 +18,16 @@ from duotone.models.table import Adapter
 from duotone.scheme import TARGETS, Scheme, check_rules, matches
 from duotone.solver.methods import METHODS, Method, SolverOptions
 
+EFFORTS = ("default", "high")
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:
     """Everything a user may ask of `quantize`; field names are the command line's.
 
-    order None: the method's own default. calibration empty: the model folder's own text, else the default hub data set.
-    ignore: names or `re:` patterns of linears left in BF16. strict: a linear that must stay BF16 is an error.
+    order None: the method's own default. effort: `high` measures the curvature of the model's loss and searches codes for it.
+    calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
+    left in BF16. strict: a linear that must stay BF16 is an error.
     """
 
     method: str = "dpq"
@@ -37,14 +40,21 @@ class QuantizeConfig:
     seq_len: int = 2048
     damping_frac: float = 0.01
     order: str | None = None
+    effort: str = "default"
     seed: int = 0
     device: str = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, METHODS), ("target", self.target, TARGETS)):
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("target", self.target, TARGETS),
+            ("effort", self.effort, EFFORTS),
+        ):
             if value not in known:
                 raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
+        if self.high_effort and not self.method_facts.drift:
+            raise DuotoneError(f"--effort high: found --method {self.method}, expected dpq, whose targets it starts from")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)
@@ -65,6 +75,11 @@ class QuantizeConfig:
     def method_facts(self) -> Method:
         """What the method needs of the walk through the model."""
         return METHODS[self.method]
+
+    @property
+    def high_effort(self) -> bool:
+        """Is a backward pass through the model and a longer search asked for?"""
+        return self.effort == "high"
 
     @property
     def needs_statistics(self) -> bool:

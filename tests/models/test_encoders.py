@@ -29,8 +29,8 @@ from duotone.inspection import inspect_model
 from duotone.models.adapter import auto_class, find_adapter
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
+from duotone.outcome import QuantizeReport
 from duotone.phases import Phases
-from duotone.pipeline import QuantizeReport
 from duotone.qweight import dequantize, fp8_values
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load

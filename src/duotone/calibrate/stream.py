@@ -120,10 +120,15 @@ class BlockStream:
             if observer.original is not None:
                 self.original = observer.original.finish()
 
+    def calls(self, index: int, hidden: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
+        """What a block is called with for each batch of hidden states: these, and what follows by position and by name."""
+        for states in hidden:
+            yield states, *self.arguments[index][len(states)]
+
     def _walk(
         self, index: int, block: nn.Module, hidden: Sequence[Tensor], stops: Mapping[str, str], marks: Mapping[str, str]
     ) -> BlockWalk:
-        calls = [Call(states, *self.arguments[index][len(states)]) for states in hidden]
+        calls = [Call(*call) for call in self.calls(index, hidden)]
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
         return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values()))
 

@@ -10,6 +10,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from duotone.formats import E4M3, E4M3FN, FloatFormat
 
 #: setup.py puts the file next to the package, under whichever suffix the interpreter gives extensions.
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,5 +34,10 @@ def unavailable() -> str | None:
 
 
 def available() -> bool:
-    """Are torch.ops.duotone.sweep and .scale_error there, for tensors on the CPU?"""
+    """Are the ops torch.ops.duotone.* there, for tensors on the CPU?"""
     return unavailable() is None
+
+
+def compiled(fp8: FloatFormat, tensor: Tensor) -> bool:
+    """Do the solver's compiled ops take this tensor? Their FP8 rounding is E4M3's, of either kind."""
+    return fp8 in (E4M3FN, E4M3) and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and available()

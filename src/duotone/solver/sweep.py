@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from duotone.contract import fp8_product
-from duotone.formats import E4M3, E4M3FN
 from duotone.kernels import native
 from duotone.scheme import Scheme
 from duotone.solver.scales import ColumnScales, Scales, grouped, nearest_code, nearest_entry
@@ -78,7 +77,7 @@ def sweep(base_BN: Tensor, reference_BN: Tensor, coupling_BB: Tensor, grid: Grid
     Column j rounds base_j + sum_{i<j} coupling[i, j] * (reference_i - value_i); of `coupling` only i < j is read.
     group_B: int32, the group of each column.
     """
-    if not _compiled(grid.scheme, base_BN):
+    if not native.compiled(grid.scheme.target.fp8, base_BN):
         return sweep_torch(base_BN, reference_BN, coupling_BB, grid, group_B)
     return torch.ops.duotone.sweep(
         base_BN.contiguous(),
@@ -119,7 +118,7 @@ def scale_error(
 
     Zero points and outer scale are those of `start`. With `column_weight_K`, each column's squared error counts that often.
     """
-    if not _compiled(scheme, w_NK):
+    if not native.compiled(scheme.target.fp8, w_NK):
         return scale_error_torch(w_NK, candidates_NGC, start, scheme, group_size, column_weight_K)
     return torch.ops.duotone.scale_error(
         w_NK.contiguous(),
@@ -152,9 +151,3 @@ def scale_error_torch(
                 squared_NGg *= weight_Gg
             error_NGC[rows, :, c] = squared_NGg.sum(-1) * outer_N[rows, None].square()
     return error_NGC
-
-
-def _compiled(scheme: Scheme, tensor: Tensor) -> bool:
-    """Does the extension take this? Its FP8 rounding is E4M3's, of either kind."""
-    known = scheme.target.fp8 in (E4M3FN, E4M3)
-    return known and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and native.available()

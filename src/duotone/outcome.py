@@ -1,0 +1,53 @@
+"""What a run did: facts for the user, the sidecar and the records."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from duotone.calibrate.data import TokenWindows
+from duotone.loadability import vllm_warnings
+from duotone.plan import Plan, QuantizeConfig
+from duotone.solver.methods import LayerReport
+
+
+@dataclass
+class QuantizeReport:
+    """Everything `quantize` has to say. seconds: by phase. kept: linears left in BF16, each with its reason."""
+
+    model: str
+    out: str
+    config: QuantizeConfig
+    calibration: dict[str, Any] | None
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    weight_bytes: int = 0
+    original_bytes: int = 0
+    bits_per_weight: float = 0.0
+    quantized_macs_share: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return dataclasses.asdict(self)
+
+
+def calibration_facts(windows: TokenWindows | None) -> dict[str, Any] | None:
+    """The text that was calibrated on: file names without folders, counts, and a hash of the tokens."""
+    if windows is None:
+        return None
+    files = [Path(source.partition("#")[0]) for source in windows.sources]
+    names = [file.name if file.is_file() else source for file, source in zip(files, windows.sources, strict=True)]
+    return {"text": names, "tokens": windows.tokens.numel(), "windows": len(windows.tokens), "sha256": windows.sha256}
+
+
+def notes_of(plan: Plan, windows: TokenWindows | None) -> list[str]:
+    """What the user should know about this run before it starts."""
+    notes = list(windows.notes) if windows is not None else []
+    if windows is not None and plan.seq_len < plan.config.seq_len:
+        notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
+    if plan.converted:
+        notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
+    return notes + vllm_warnings(plan.config.scheme, plan.shapes, plan.split_groups)
