@@ -135,8 +135,16 @@ std::tuple<Tensor, Tensor> beam_rows(Tensor target, Tensor coupling, Tensor unit
     std::memcpy(s.values, floats(*values, "values"), sizeof(float) * rows * columns);
   }
   s.width = width, s.revisit = codes.has_value();
-  s.target = floats(target, "target"), s.coupling = floats(coupling, "coupling");
-  s.unit = floats(unit, "unit"), s.diagonal = floats(diagonal, "diagonal");
+  s.target = floats(target, "target"), s.coupling = floats(coupling, "coupling"), s.diagonal = floats(diagonal, "diagonal");
+  s.padded = (columns + duotone::SPAN - 1) / duotone::SPAN * duotone::SPAN;
+  const float* weights = floats(unit, "unit");
+  std::vector<float> padded(static_cast<size_t>(columns * s.padded));
+  for (int64_t k = 0; k < columns; k++)
+    for (int64_t j = k + 1; j < columns; j++) {
+      const int64_t span = j / duotone::SPAN, at = j % duotone::SPAN;
+      padded[(span * columns + k) * duotone::SPAN + at] = weights[k * columns + j];
+    }
+  s.unit = padded.data();
   duotone::beam_rows(s);
   return {new_codes, new_values};
 }

@@ -232,11 +232,6 @@ struct Values {
     const Entry other = at(clamp(first.level + side, low, high));
     return std::fabs(w - other.value) < std::fabs(w - first.value) ? other : first;
   }
-  // The neighbor of the nearest on the far side of w; at an edge, the one before it.
-  DUOTONE_INLINE Entry second(float w, const Entry& first) const {
-    const float next = first.level + (w > first.value ? 1.0f : -1.0f);
-    return at(next >= low && next <= high ? next : 2.0f * first.level - next);
-  }
 };
 
 DUOTONE_INLINE Values values_of(const Rows& s, int64_t row, int64_t column) {
@@ -250,40 +245,19 @@ struct Beam : Rows {
   bool revisit;
   const float* target;    // [N, K]
   const float* coupling;  // [N, N]: row m holds what its error weighs in the wish of every other row
-  const float* unit;      // [K, K] transposed: row j holds what every earlier column k < j weighs in column j
+  int64_t padded;         // columns of `unit`: K and zeros to whole spans
+  const float* unit;      // [padded / SPAN, K, SPAN]: by span, what the error of row k weighs in every later column
   const float* diagonal;  // [K]
 };
 
-struct Candidate {
-  float cost;
-  int32_t parent;
-  Entry entry;
-};
-
-DUOTONE_INLINE float sum_of(float* sum) {
-  for (int half = SUM_LANES / 2; half; half /= 2)
-    for (int q = 0; q < half; q++) sum[q] += sum[q + half];
-  return sum[0];
-}
-
-DUOTONE_INLINE float dot(const float* a, const float* b, int64_t count) {
-  float sum[SUM_LANES] = {}, tail = 0.0f;
-  int64_t k = 0;
-  for (; k + SUM_LANES <= count; k += SUM_LANES)
-    for (int q = 0; q < SUM_LANES; q++) sum[q] += a[k + q] * b[k + q];
-  for (; k < count; k++) tail += a[k] * b[k];
-  return sum_of(sum) + tail;
-}
-
 constexpr int SPAN = 32;  // columns that paths are carried through before what they left is written to their histories
-constexpr int TILE = 4;   // columns whose sums over a history are formed together: it is read once for them
 
 // What is kept of the paths of one row while its columns are decided. Inside a span only a few numbers follow a path from slot
 // to slot; its history stays where the path was when the span began.
 struct Path {
   float cost;
   int32_t origin;        // the slot of its history
-  float wish[SPAN];      // of the span's columns, all columns before the span taken into account
+  float wish[SPAN];      // of the span's columns, all columns decided taken into account
   float left[SPAN];      // wish less value, of the span's columns decided
   uint8_t codes[SPAN];
 };
@@ -291,34 +265,34 @@ struct Path {
 struct Paths {
   explicit Paths(const Beam& s)
       : path(s.width), left(s.width * s.columns), codes(s.width * s.columns), next_left(s.width * s.columns),
-        next_codes(s.width * s.columns), candidates(2 * s.width), order(2 * s.width), taken(s.width) {}
+        next_codes(s.width * s.columns), wish(s.width), cost(2 * s.width), sorted(2 * s.width), level(2 * s.width),
+        value(2 * s.width), taken(s.width), moved(s.width) {}
   std::vector<Path> path;
-  std::vector<float> left, next_left;       // [width, K]: histories, and those being written
-  std::vector<uint8_t> codes, next_codes;   // [width, K]
-  std::vector<Candidate> candidates;
-  std::vector<int32_t> order;  // candidates, the survivors first
-  std::vector<int32_t> taken;  // by slot: the survivor that stays in it, or -1
+  std::vector<float> left, next_left;      // [width, K]: histories, and those being written
+  std::vector<uint8_t> codes, next_codes;  // [width, K]
+  std::vector<float> wish;                 // [paths]: of the column that is being decided
+  // Children of all paths, [2 * paths]: first those that take the nearest value, then those that take the one next to it.
+  std::vector<float> cost, sorted, level, value;
+  std::vector<int32_t> taken;  // by slot: the child that it will hold, or -1
+  std::vector<int32_t> moved;  // children that find their parent's slot taken
 };
 
-// Wishes of the span's columns j0..j0+count-1 for every path.
+// Wishes of the span's columns j0..j0+SPAN-1 for every path, two paths at a time: what they share is read once.
 DUOTONE_INLINE void begin_span(const Beam& s, Paths& p, const float* wish, int64_t j0, int count, int32_t paths) {
-  for (int32_t b = 0; b < paths; b++) {
-    Path& path = p.path[b];
-    path.origin = b;
-    const float* left = &p.left[b * s.columns];
-    int c = 0;
-    for (; c + TILE <= count; c += TILE) {
-      const float* unit = s.unit + (j0 + c) * s.columns;
-      float sum[TILE][SUM_LANES] = {}, tail[TILE] = {};
-      int64_t k = 0;
-      for (; k + SUM_LANES <= j0; k += SUM_LANES)
-        for (int t = 0; t < TILE; t++)
-          for (int q = 0; q < SUM_LANES; q++) sum[t][q] += unit[t * s.columns + k + q] * left[k + q];
-      for (; k < j0; k++)
-        for (int t = 0; t < TILE; t++) tail[t] += unit[t * s.columns + k] * left[k];
-      for (int t = 0; t < TILE; t++) path.wish[c + t] = wish[j0 + c + t] + (sum_of(sum[t]) + tail[t]);
+  const float* unit = s.unit + j0 * s.columns;
+  for (int32_t b = 0; b < paths; b += 2) {
+    const int32_t second = b + 1 < paths ? b + 1 : b;
+    const float *left0 = &p.left[b * s.columns], *left1 = &p.left[second * s.columns];
+    float sum0[SPAN], sum1[SPAN];  // local, so that they stay in registers
+    for (int q = 0; q < SPAN; q++) sum0[q] = sum1[q] = q < count ? wish[j0 + q] : 0.0f;
+    for (int64_t k = 0; k < j0; k++) {
+      const float *weights = unit + k * SPAN, l0 = left0[k], l1 = left1[k];
+      for (int q = 0; q < SPAN; q++) sum0[q] += l0 * weights[q];
+      for (int q = 0; q < SPAN; q++) sum1[q] += l1 * weights[q];
     }
-    for (; c < count; c++) path.wish[c] = wish[j0 + c] + dot(s.unit + (j0 + c) * s.columns, left, j0);
+    std::memcpy(p.path[b].wish, sum0, sizeof(sum0));
+    std::memcpy(p.path[second].wish, sum1, sizeof(sum1));
+    p.path[b].origin = b, p.path[second].origin = second;
   }
 }
 
@@ -336,51 +310,74 @@ DUOTONE_INLINE void end_span(const Beam& s, Paths& p, int64_t j0, int count, int
   std::swap(p.codes, p.next_codes);
 }
 
-// The survivors take their places: the first child of a path stays in its slot, others are copied into slots left free.
-DUOTONE_INLINE void survive(const Beam& s, Paths& p, int c, float wish, int32_t count) {
-  std::fill(p.taken.begin(), p.taken.end(), -1);
-  std::sort(p.order.begin(), p.order.begin() + count);
-  for (int32_t i = 0; i < count; i++) {
-    const int32_t parent = p.candidates[p.order[i]].parent;
-    if (p.taken[parent] < 0) p.taken[parent] = p.order[i];
+// Both children of every path: plain loops over paths, for the compiler to vectorize.
+DUOTONE_INLINE void bear(const Values& values, Paths& p, float curvature, int32_t paths) {
+  const float step = values.scale * values.outer;
+  const float* wish = p.wish.data();
+  float *level = p.level.data(), *value = p.value.data(), *cost = p.cost.data();
+  for (int32_t b = 0; b < paths; b++) {
+    const float w = wish[b], own = cost[b];
+    const float first = nearest_level(w, step, values.zero, values.low, values.high);
+    const float first_value = values.at(first).value;
+    const float side = (w > first_value ? 1.0f : 0.0f) - (w < first_value ? 1.0f : 0.0f);
+    const float other = clamp(first + side, values.low, values.high), other_value = values.at(other).value;
+    const bool nearer = std::fabs(w - other_value) < std::fabs(w - first_value);
+    const float near = nearer ? other : first, near_value = nearer ? other_value : first_value;
+    // The neighbor on the far side of w; at an edge, the one before it.
+    const float beyond = near + (w > near_value ? 1.0f : -1.0f);
+    const float far = (beyond < values.low) | (beyond > values.high) ? 2.0f * near - beyond : beyond;
+    const float far_value = values.at(far).value;
+    level[b] = near, value[b] = near_value, level[paths + b] = far, value[paths + b] = far_value;
+    cost[b] = own + (w - near_value) * (w - near_value) * curvature;
+    cost[paths + b] = own + (w - far_value) * (w - far_value) * curvature;
+  }
+}
+
+// The `count` cheapest children take their places: the first child of a path stays in its slot, others go to slots left free.
+// Of equal costs the lower index survives, so the outcome does not depend on how the threshold is found.
+DUOTONE_INLINE void survive(const Beam& s, Paths& p, const float* unit, int c, float wish, int32_t paths, int32_t count) {
+  const int32_t children = 2 * paths;
+  float threshold = INFINITY;
+  int32_t at_threshold = children;
+  if (count < children) {
+    std::copy(p.cost.begin(), p.cost.begin() + children, p.sorted.begin());
+    std::nth_element(p.sorted.begin(), p.sorted.begin() + count - 1, p.sorted.begin() + children);
+    threshold = p.sorted[count - 1];
+    at_threshold = count;
+    for (int32_t i = 0; i < children; i++) at_threshold -= p.cost[i] < threshold;
+  }
+  std::fill(p.taken.begin(), p.taken.begin() + count, -1);
+  int32_t moved = 0;
+  for (int32_t i = 0; i < children; i++) {
+    if (!(p.cost[i] < threshold) && !(p.cost[i] == threshold && at_threshold-- > 0)) continue;
+    const int32_t parent = i < paths ? i : i - paths;
+    if (p.taken[parent] < 0) p.taken[parent] = i;
+    else p.moved[moved++] = i;
   }
   int32_t slot = 0;
-  for (int32_t i = 0; i < count; i++) {
-    const int32_t child = p.order[i], parent = p.candidates[child].parent;
-    if (p.taken[parent] == child) continue;
+  for (int32_t i = 0; i < moved; i++) {
+    const int32_t child = p.moved[i];
     while (p.taken[slot] >= 0) slot++;
-    p.path[slot] = p.path[parent];
+    p.path[slot] = p.path[child < paths ? child : child - paths];
     p.taken[slot] = child;
   }
   for (int32_t i = 0; i < count; i++) {  // survivors fill the slots from the first on: paths never get fewer
-    const Candidate& child = p.candidates[p.taken[i]];
-    p.path[i].cost = child.cost;
-    p.path[i].left[c] = wish - child.entry.value;
-    p.path[i].codes[c] = static_cast<uint8_t>(static_cast<int32_t>(child.entry.level - s.lowest));
+    const int32_t child = p.taken[i];
+    Path& path = p.path[i];
+    const float left = wish - p.value[child];
+    path.cost = p.cost[child];
+    path.left[c] = left;
+    path.codes[c] = static_cast<uint8_t>(static_cast<int32_t>(p.level[child] - s.lowest));
+    for (int q = 0; q < SPAN; q++) path.wish[q] += left * unit[q];  // those of columns already decided no longer matter
   }
 }
 
 // Decides one column of a span for all paths; how many paths there are then.
 DUOTONE_INLINE int32_t decide(const Beam& s, Paths& p, float wish, int64_t row, int64_t j0, int c, int32_t paths) {
-  const Values values = values_of(s, row, j0 + c);
-  const float* weights = s.unit + (j0 + c) * s.columns + j0;
-  const float curvature = s.diagonal[j0 + c] * s.diagonal[j0 + c];
-  for (int32_t b = 0; b < paths; b++) {
-    const Path& path = p.path[b];
-    const float w = path.wish[c] + dot(weights, path.left, c);
-    const Entry first = values.nearest(w), second = values.second(w, first);
-    const float near = w - first.value, far = w - second.value;
-    p.candidates[2 * b] = {path.cost + near * near * curvature, b, first};
-    p.candidates[2 * b + 1] = {path.cost + far * far * curvature, b, second};
-  }
-  const int32_t children = 2 * paths, count = static_cast<int32_t>(std::min<int64_t>(children, s.width));
-  for (int32_t i = 0; i < children; i++) p.order[i] = i;
-  const auto before = [&p](int32_t a, int32_t b) {
-    const float x = p.candidates[a].cost, y = p.candidates[b].cost;
-    return x < y || (x == y && a < b);  // a total order: the survivors are the same everywhere
-  };
-  if (count < children) std::nth_element(p.order.begin(), p.order.begin() + count, p.order.begin() + children, before);
-  survive(s, p, c, wish, count);
+  for (int32_t b = 0; b < paths; b++) p.wish[b] = p.path[b].wish[c], p.cost[b] = p.path[b].cost;
+  bear(values_of(s, row, j0 + c), p, s.diagonal[j0 + c] * s.diagonal[j0 + c], paths);
+  const int32_t count = static_cast<int32_t>(std::min<int64_t>(2 * paths, s.width));
+  survive(s, p, s.unit + j0 * s.columns + (j0 + c) * SPAN, c, wish, paths, count);
   return count;
 }
 
@@ -400,20 +397,22 @@ DUOTONE_INLINE int32_t beam_row(const Beam& s, Paths& p, const float* wish, int6
   return best;
 }
 
-// What values cost a row with this wish.
-DUOTONE_INLINE float row_cost(const Beam& s, const float* wish, const float* values, float* left) {
+// What values cost a row with this wish. sum: [padded], for what earlier columns leave to later ones.
+DUOTONE_INLINE float row_cost(const Beam& s, const float* wish, const float* values, float* sum) {
   float cost = 0.0f;
+  std::memcpy(sum, wish, sizeof(float) * s.columns);
   for (int64_t j = 0; j < s.columns; j++) {
-    left[j] = wish[j] - values[j];
-    const float error = left[j] + dot(s.unit + j * s.columns, left, j);
+    const float error = sum[j] - values[j], left = wish[j] - values[j];
     cost += error * error * (s.diagonal[j] * s.diagonal[j]);
+    for (int64_t j0 = j / SPAN * SPAN; j0 < s.padded; j0 += SPAN)
+      for (int q = 0; q < SPAN; q++) sum[j0 + q] += left * s.unit[j0 * s.columns + j * SPAN + q];
   }
   return cost;
 }
 
 DUOTONE_CLONES void beam_rows(const Beam& s) {
   Paths paths(s);
-  std::vector<float> error(s.rows * s.columns, 0.0f), wish(s.columns), left(s.columns);
+  std::vector<float> error(s.rows * s.columns, 0.0f), wish(s.columns), sum(s.padded);
   if (s.revisit)
     for (int64_t i = 0; i < s.rows * s.columns; i++) error[i] = s.target[i] - s.values[i];
   for (int64_t n = 0; n < s.rows; n++) {
@@ -427,7 +426,7 @@ DUOTONE_CLONES void beam_rows(const Beam& s) {
     }
     const int32_t best = beam_row(s, paths, wish.data(), n);
     float* values = s.values + n * s.columns;
-    if (s.revisit && row_cost(s, wish.data(), values, left.data()) <= paths.path[best].cost) continue;
+    if (s.revisit && row_cost(s, wish.data(), values, sum.data()) <= paths.path[best].cost) continue;
     for (int64_t k = 0; k < s.columns; k++) {
       const uint8_t code = paths.codes[best * s.columns + k];
       s.codes[n * s.columns + k] = code;

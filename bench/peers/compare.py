@@ -135,6 +135,8 @@ def _row(tool: str, method: str, scheme: str, calibration: Any, arithmetic: str)
 
 
 def _our_row(bench: AccuracyBench, judge: Judge, method: str, calibration: Any, with_tasks: bool) -> dict[str, Any]:
+    method, _, effort = method.partition(":")
+    bench = replace(bench, effort=effort or bench.effort)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         report = quantize_in_a_process(bench, method, "hopper", out)
@@ -143,6 +145,7 @@ def _our_row(bench: AccuracyBench, judge: Judge, method: str, calibration: Any, 
     if judge.windows is not None:
         floor = activation_floor(locate_model(bench.model), model, judge.windows, judge.reference)
     return _row("duotone", method, "w4a8", calibration, "contract") | judge.columns(model, with_tasks) | {
+        "effort": bench.effort,
         "bits_per_weight": report["bits_per_weight"], "quantized_macs_share": report["quantized_macs_share"],
         "kl_activation_floor": floor, "quantize_seconds": sum(report["seconds"].values()), "peak_bytes": report["peak_bytes"],
         "phase_seconds": report["seconds"],
@@ -222,7 +225,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--text", nargs="+", default=[], help="text to judge on, which no model here has seen")
     parser.add_argument("--calibration", nargs="+", required=True)
-    parser.add_argument("--methods", nargs="*", default=["rtn", "gptq", "dpq-paper", "dpq"])
+    parser.add_argument(
+        "--methods", nargs="*", default=["rtn", "gptq", "dpq-paper", "dpq", "dpq:high"], help="METHOD or METHOD:EFFORT"
+    )
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
     parser.add_argument("--group-size", type=int, default=128)

@@ -43,6 +43,7 @@ class AccuracyBench:
     seq_len: int = 256
     eval_samples: int | None = 128
     seed: int = 0
+    effort: str = "default"
 
 
 def accuracy_rows(bench: AccuracyBench) -> Iterator[dict[str, Any]]:
@@ -86,7 +87,7 @@ def quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: P
     """`duotone quantize` as a user runs it; its report. Raises DuotoneError with what the command said."""
     command = [sys.executable, "-m", "duotone", "quantize", bench.model, str(out), "--json", "--method", method]
     command += ["--target", target, "--group-size", str(bench.group_size), "--samples", str(bench.samples)]
-    command += ["--seq-len", str(bench.seq_len), "--seed", str(bench.seed), "--device", "cpu"]
+    command += ["--seq-len", str(bench.seq_len), "--seed", str(bench.seed), "--device", "cpu", "--effort", bench.effort]
     for text in bench.calibration:
         command += ["--calibration", text]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,7 +113,7 @@ def _accuracy_row(bench: AccuracyBench, report: dict[str, Any], evaluation: Eval
         "tokens": result["tokens"],
         "tool": "duotone",
         "method": config["method"],
-        "effort": "default",
+        "effort": config["effort"],
         "target": config["target"],
         "scheme": "w4a8" if config["symmetric"] else "w4a8 asymmetric",
         "group_size": config["group_size"],

@@ -26,7 +26,7 @@ from duotone.solver.solve import Factor
 from duotone.solver.sweep import Grid, Rule
 
 #: Rows whose curvature is kept in one matrix; more are cut into parts that know nothing of each other.
-MAX_ROWS = 2048
+MAX_ROWS = 1024
 #: Added to O, as a share of each linear's mean diagonal: its estimate has the noise of sampled gradients.
 CURVATURE_DAMPING = 0.03
 #: Paths of the beam search, and how often each row is searched again with all others known. docs/LOG.md has the trials.

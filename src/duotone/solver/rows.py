@@ -38,7 +38,7 @@ def beam_rows(
     return torch.ops.duotone.beam_rows(
         target_NK.contiguous(),
         coupling_NN.contiguous(),
-        unit_KK.T.contiguous(),
+        unit_KK.contiguous(),
         diagonal_K.contiguous(),
         grid.group_scale_GN,
         grid.zero_point_GN,
