@@ -21,7 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "runtime"),
     ("loadability",),
     ("plan", "inspection"),
-    ("outcome",),
+    ("outcome", "estimate"),
     ("pipeline",),
     ("evaluation", "questions"),
     ("tasks",),

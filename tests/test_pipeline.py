@@ -1,6 +1,7 @@
 """The whole line on tiny models: quantize, read back, run, and compare with the contract done by hand."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections.abc import Callable
@@ -20,13 +21,16 @@ from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
+from duotone.estimate import estimate
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
-from duotone.plan import QuantizeConfig, estimate, make_plan
+from duotone.plan import QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize, fp8_values
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
+from duotone.solver.couple import couple
 from duotone.solver.methods import METHODS, LayerReport, Problem
+from tests.calibrate.test_curvature import close, in_one_pass
 
 ModelMaker = Callable[..., Path]
 QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu"}
@@ -430,3 +434,108 @@ def test_unknown_option_is_refused(tiny_model: ModelMaker, tmp_path: Path) -> No
         duotone.quantize(tiny_model(), tmp_path / "out", group_sise=64)
     with pytest.raises(DuotoneError, match="--order"):
         duotone.quantize(tiny_model(), tmp_path / "out", order="random")
+
+
+# ---- effort high
+
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_high_effort_leaves_an_ordinary_checkpoint(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Same bytes each time, the files and scales of a default run with other codes, no scratch, and it loads and runs."""
+    source, text = tiny_model(model_type, **SMALL), (str(text_file),)
+    told: list[tuple[int, int, str]] = []
+    report = duotone.quantize(
+        source, tmp_path / "a", progress=lambda *step: told.append(step), effort="high", calibration=text, **QUICK
+    )
+    for name, effort in (("b", "high"), ("default", "default")):
+        duotone.quantize(source, tmp_path / name, effort=effort, calibration=text, **QUICK)
+    assert folder_hashes(tmp_path / "a") == folder_hashes(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "default"]
+    assert folder_hashes(tmp_path / "a").keys() == folder_hashes(tmp_path / "default").keys()
+    settings = [json.loads((tmp_path / name / "duotone.json").read_text())["settings"] for name in ("a", "default")]
+    assert settings[0] == settings[1] | {"effort": "high"} != settings[1]
+    high, default = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "default"))
+    assert len(report.layers) == 14 and all(0 < layer.weight_error < 0.1 for layer in report.layers)
+    for layer in (layer.layer for layer in report.layers):
+        assert not torch.equal(high[f"{layer}.weight_packed"], default[f"{layer}.weight_packed"])
+    first = "model.layers.0.self_attn.q_proj.weight_scale"  # what comes before it is the same: so are its scales
+    assert torch.equal(high[first], default[first])
+    model = load(tmp_path / "a", torch.float32, "cpu")
+    assert len(linears_of(model)) == 14
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(torch.arange(48)[None]).logits).all())
+    done, steps, _ = zip(*told, strict=True)
+    assert list(done) == sorted(done) and done[-1] == steps[-1] and set(steps) == {6}
+    assert {"curvature", "couple"} <= report.seconds.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_high_effort_is_given_the_curvature_of_the_original(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O of each group is that of one backward pass through the whole original model on the calibration windows.
+
+    The output head is loaded for it, whether its weights are its own or those of the embedding; an ignored linear has no rows.
+    """
+    source, ignore = tiny_model(tie_word_embeddings=tied, initializer_range=0.15, **SMALL), ("re:.*k_proj",)
+    given: dict[str, list[Tensor]] = {}
+
+    def spy(problems: list[Problem], weights: list[QuantizedWeight], curvature: list[Tensor]) -> Any:
+        given[problems[0].layer] = curvature
+        return couple(problems, weights, curvature)
+
+    monkeypatch.setattr("duotone.pipeline.couple", spy)
+    duotone.quantize(source, tmp_path / "out", effort="high", ignore=ignore, calibration=(str(text_file),), **QUICK)
+    groups = [
+        group for block in make_plan(open_source(source), QuantizeConfig(ignore=ignore)).blocks for group in block.shared_inputs
+    ]
+    tokens, original = calibration_tokens(source, text_file), load(source, torch.float32, "cpu")
+    close(given, in_one_pass(original, groups, [tokens], 0))
+    assert [len(parts[0]) for parts in given.values()] == [64 + 32, 64, 2 * 96, 64] * 2
+
+
+def test_high_effort_on_a_full_disk(
+    tiny_model: ModelMaker, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full in the middle of the backward pass: one sentence, and nothing is left."""
+    write, written = Path.write_bytes, []
+
+    def fill_up(path: Path, data: bytes) -> int:
+        if path.suffix == ".safetensors":
+            written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    with pytest.raises(DuotoneError, match=r"\.curvature: the disk is full"):
+        duotone.quantize(tiny_model(**SMALL), tmp_path / "out", effort="high", calibration=(str(text_file),), **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "dpq-paper"])
+def test_high_effort_needs_dpq(tiny_model: ModelMaker, tmp_path: Path, method: str) -> None:
+    """Another method has no target to search codes for: refused before any work, both options named."""
+    with pytest.raises(DuotoneError, match=rf"^--effort high: found --method {method}, expected dpq"):
+        duotone.quantize(tiny_model(), tmp_path / "out", method=method, effort="high")
+    with pytest.raises(DuotoneError, match=r"^--effort: found 'highest', expected one of default, high"):
+        duotone.quantize(tiny_model(), tmp_path / "out", effort="highest")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_high_effort_is_nearer_to_the_original(shared: Path, tmp_path: Path) -> None:
+    """stories260K: the KL on text that nobody calibrated on falls by a tenth or two."""
+    source = shared / "models" / "stories260K"
+    stories = json.loads((shared / "data" / "tinystories" / "tinystories_1000.json").read_text())
+    (tmp_path / "stories.txt").write_text("\n\n".join(stories[:300]))
+    text, unseen = (str(tmp_path / "stories.txt"),), [str(shared / "data" / "tinystories" / "tinystories_val.txt")]
+    kl = {}
+    for effort in ("default", "high"):
+        out = tmp_path / effort
+        duotone.quantize(source, out, group_size=32, effort=effort, calibration=text, samples=32, seq_len=128, device="cpu")
+        kl[effort] = duotone.evaluate(out, unseen, reference=source, seq_len=128, samples=16, device="cpu").kl
+    assert 0 < kl["high"] < 0.95 * kl["default"], kl

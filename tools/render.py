@@ -5,6 +5,7 @@ Usage: python tools/render.py [--check]. Between `<!-- table: NAME -->` and `<!-
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,33 +230,67 @@ def comparison_table() -> str:
     return markdown(head, lines)
 
 
+#: Our two answers, each with whether its bar may be a peer that tunes by gradients.
+OURS = (("dpq", False), ("dpq --effort high", True))
+
+
 def goal_table() -> str:
     """Ours against the best peer, model by model, and their mean."""
     lines: list[tuple[str, ...]] = []
-    ratios: dict[bool, list[float]] = {False: [], True: []}
+    ratios: dict[str, list[float]] = {method: [] for method, _ in OURS}
     for model, rows in comparison().items():
-        ours = over_seeds(candidates(rows).get(("duotone", "dpq"), []), "contract")
-        cells = [model, f"{mean(ours):.4f}" if ours else "-"]
-        for gradient in (False, True):
+        cells = [model]
+        for method, gradient in OURS:
+            ours = over_seeds(candidates(rows).get(("duotone", method), []), "contract")
             bar = best_peer(rows, gradient)
-            if gradient and not any(row.get("gradient") and row["quantized_macs_share"] > 0.8 for row in rows):
-                bar = None  # none that tunes has been run here
             if bar and ours:
-                ratios[gradient].append(mean(ours) / bar[1])
-            cells += [bar[0] if bar else "-", f"{mean(ours) / bar[1]:.3f}" if bar and ours else "-"]
+                ratios[method].append(mean(ours) / bar[1])
+            cells += [f"{mean(ours):.4f}" if ours else "-", f"{bar[0]} {bar[1]:.4f}" if bar else "-"]
+            cells.append(f"{mean(ours) / bar[1]:.2f}" if bar and ours else "-")
         lines.append(tuple(cells))
-    means = [f"**{mean(ratios[gradient]):.3f}**" if ratios[gradient] else "-" for gradient in (False, True)]
-    lines.append(("**mean**", "", "", means[0], "", means[1]))
+    means = [f"**{mean(found):.2f}**" if found else "-" for found in ratios.values()]
+    lines.append(("**mean**", "", "", means[0], "", "", means[1]))
     return markdown(
-        ("model", "dpq", "best peer without gradients", "ratio", "best peer, tuned by gradients too", "ratio"), lines
+        ("model", "dpq", "best peer without gradients", "ratio", "dpq --effort high", "best peer of all", "ratio"), lines
     )
+
+
+def by_window(rows: list[dict[str, Any]], column: str) -> list[float]:
+    """A candidate's figure for each evaluation window, mean over its seeds."""
+    return [mean(list(values)) for values in zip(*(row[column] for row in rows), strict=True)]
+
+
+def paired_table() -> str:
+    """Ours less the best peer, window by window: mean and standard error over the same windows of text."""
+    lines: list[tuple[str, ...]] = []
+    for model, rows in comparison().items():
+        found = {name: [r for r in group if r["arithmetic"] == "contract"] for name, group in candidates(rows).items()}
+        named = {" ".join(name): group for name, group in found.items()}
+        for method, gradient in OURS:
+            bar, ours = best_peer(rows, gradient), found.get(("duotone", method), [])
+            if not bar or not ours or "kl_windows" not in ours[0]:
+                continue
+            cells = [model, method, bar[0]]
+            for column in ("kl_windows", "nll_windows"):
+                pairs = zip(by_window(ours, column), by_window(named[bar[0]], column), strict=True)
+                difference = [mine - theirs for mine, theirs in pairs]
+                error = statistics.stdev(difference) / len(difference) ** 0.5
+                cells.append(f"{mean(difference):+.5f} ± {error:.5f}")
+            lines.append(tuple(cells))
+    return markdown(("model", "method", "peer", "difference of KL", "difference of NLL"), lines)
 
 
 def task_table() -> str:
     """Task accuracy of what was asked, in per cent, with standard errors."""
     rows = [row for found in comparison().values() for row in found if row["tasks"] and row["kl"] is not None]
     lines = [
-        (row["model"], row["tool"], row["method"], task, f"{100 * value:.1f} ± {100 * error:.1f}")
+        (
+            row["model"],
+            row["tool"],
+            row["method"] + (" --effort high" if row["effort"] == "high" else ""),
+            task,
+            f"{100 * value:.1f} ± {100 * error:.1f}",
+        )
         for row in rows
         for task, (value, error) in row["tasks"].items()
     ]
@@ -278,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer-error": layer_error_table,
     "comparison": comparison_table,
     "goal": goal_table,
+    "paired": paired_table,
     "tasks": task_table,
     "ablation": ablation_table,
 }

@@ -94,8 +94,9 @@ def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:
     from duotone.checkpoint.hub import locate_model
     from duotone.checkpoint.source import open_source
     from duotone.checkpoint.writer import check_output
+    from duotone.estimate import estimate
     from duotone.loadability import vllm_warnings
-    from duotone.plan import estimate, make_plan
+    from duotone.plan import make_plan
 
     check_output(out)
     plan = make_plan(open_source(locate_model(model)), config)

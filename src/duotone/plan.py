@@ -1,12 +1,10 @@
 # Shapes: N out_features, K in_features.
 """What will be done, decided from config and headers alone: which linears, which tensors, how long, how much."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 
-from duotone.calibrate.stream import WAITING_BYTES
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import SourceFolder
@@ -256,57 +254,3 @@ def _outputs(
             converted.append(name)
         outputs[name] = TensorSpec("BF16" if spec.is_float else spec.dtype, spec.shape)
     return outputs, tuple(converted)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take on this machine, from shapes and one short measurement of its matrix products."""
-
-    seconds: float
-    peak_bytes: int
-    disk_bytes: int
-
-
-#: Interpreter, torch and transformers before any weight.
-_BASE_BYTES = 500_000_000
-#: Share of the measured matrix-product speed that mixed work reaches; and seconds a column of the solver's Python loop.
-_EFFICIENCY, _COLUMN_SECONDS = 0.6, 1.5e-4
-
-
-def estimate(plan: Plan) -> Estimate:
-    """Seconds, peak memory and disk of a plan. An estimate: within about a factor of two."""
-    config = plan.config
-    tokens = config.samples * plan.seq_len if config.needs_calibration else 0
-    weights = sum(n * k for n, k in plan.shapes.values())
-    flops, columns, hessian_bytes = 4.0 * tokens * weights, 0, 0
-    if config.needs_statistics:
-        for block in plan.blocks:
-            widths = [plan.shapes[group[0]][1] for group in block.shared_inputs]
-            flops += sum((3.0 if config.method_facts.drift else 1.5) * tokens * k**2 + k**3 for k in widths)
-            hessian_bytes = max(hessian_bytes, 4 * (sum(k**2 for k in widths) + 4 * max(widths) ** 2))
-        flops += sum(4.0 * n * k**2 for n, k in plan.shapes.values())
-        columns = sum(k for _, k in plan.shapes.values())
-    block_bytes = 4 * max(
-        sum(n * k for g in block.shared_inputs for n, k in (plan.shapes[x] for x in g)) for block in plan.blocks
-    )
-    largest = 4 * max(n * k for n, k in plan.shapes.values())
-    outside_bytes = 4 * sum(spec.nbytes // 2 for name, spec in plan.outputs.items() if name in plan.outside)
-    # Windows wait inside a block: about six states of the hidden width each, and the widest linear's input.
-    hidden, widest = int(plan.source.config.get("hidden_size", 0)), max(k for _, k in plan.shapes.values())
-    prefixes = 2 if config.method_facts.drift else 1
-    waiting_bytes = prefixes * min(4 * tokens * (6 * hidden + widest), WAITING_BYTES)
-    state_bytes = 2 * prefixes * 4 * tokens * hidden
-    peak = _BASE_BYTES + 3 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + waiting_bytes + state_bytes
-    seconds = flops / (_EFFICIENCY * _measured_flops()) + columns * _COLUMN_SECONDS + weights * 2e-8
-    return Estimate(seconds, peak, plan.disk_bytes)
-
-
-def _measured_flops(size: int = 768) -> float:
-    """FLOP/s of a float32 matrix product here, best of a few."""
-    a = torch.ones(size, size)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best

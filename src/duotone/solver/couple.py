@@ -11,6 +11,7 @@ argument.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,24 +57,25 @@ def couple(
     first = problems[0]
     if first.statistics is None or first.factor is None:
         raise ValueError(f"{first.layer}: coupling needs calibration statistics")
-    targets = [corrected_target(problem.weight, first.statistics) for problem in problems]
+    # One value after the other: this is work for a CPU, whatever the device of the rest.
+    targets = [corrected_target(problem.weight, first.statistics).cpu() for problem in problems]
     codes = [weight.codes.clone() for weight in weights]
     parts = row_parts([len(target) for target in targets])
-    hessian_KK = first.statistics.hessian.clone()
-    hessian_KK.diagonal().add_(first.factor.damping_frac * hessian_KK.diagonal().mean())
+    factor = _on_cpu(first.factor)
+    hessian_KK = first.statistics.hessian.cpu().clone()
+    hessian_KK.diagonal().add_(factor.damping_frac * hessian_KK.diagonal().mean())
 
     def round_part(rows: list[Tensor], curvature_NN: Tensor) -> list[Tensor]:
         target_NK = torch.cat([target[index] for target, index in zip(targets, rows, strict=True)])
         scales = _stack([_rows_of(weight, index) for weight, index in zip(weights, rows, strict=True)])
-        damped_NN = _damped(curvature_NN.to(target_NK.device), [len(index) for index in rows])
-        assert first.factor is not None
-        codes_NK = _round_together(target_NK, scales, damped_NN, hessian_KK, first.factor, first.scheme, first.layer)
+        damped_NN = _damped(curvature_NN, [len(index) for index in rows])
+        codes_NK = _round_together(target_NK, scales, damped_NN, hessian_KK, factor, first.scheme, first.layer)
         return list(codes_NK.split([len(index) for index in rows]))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a part is one thread's work, whatever their number
         for rows, found in zip(parts, pool.map(round_part, parts, curvature), strict=True):
             for code, index, new in zip(codes, rows, found, strict=True):
-                code[index] = new
+                code[index.to(code.device)] = new.to(code.device)
     return [
         finish("dpq", problem, code, Scales(weight.group_scale, weight.zero_point, weight.outer_scale))
         for problem, weight, code in zip(problems, weights, codes, strict=True)
@@ -128,10 +130,13 @@ def _damped(curvature_NN: Tensor, rows: list[int]) -> Tensor:
     return damped_NN
 
 
+def _on_cpu(factor: Factor) -> Factor:
+    return replace(factor, unit_KK=factor.unit_KK.cpu(), diagonal_K=factor.diagonal_K.cpu(), order_K=factor.order_K.cpu())
+
+
 def _rows_of(weight: QuantizedWeight, rows_N: Tensor) -> Scales:
-    zero = weight.zero_point
-    outer = weight.outer_scale.expand(len(weight.codes))
-    return Scales(weight.group_scale[rows_N], None if zero is None else zero[rows_N], outer[rows_N])
+    zero = None if weight.zero_point is None else weight.zero_point.cpu()
+    return _take(Scales(weight.group_scale.cpu(), zero, weight.outer_scale.cpu().expand(len(weight.codes))), rows_N)
 
 
 def _take(scales: Scales, rows_N: Tensor) -> Scales:
