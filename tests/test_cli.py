@@ -149,6 +149,26 @@ def test_quantize_prints_a_summary(original: Path, tmp_path: Path) -> None:
     assert "\x1b" not in outcome.out + outcome.err, "a pipe gets no colors"
 
 
+def test_effort_reaches_the_run(
+    tiny_model: Callable[..., Path],
+    quantized: tuple[Path, Outcome],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`--effort high` is what is reported and stored, and what was done; without it, `default`."""
+    monkeypatch.setattr("duotone.solver.couple.BEAM_WIDTH", 1)
+    source = tiny_model(hidden_size=64, intermediate_size=96, head_dim=16)
+    arguments = (source, tmp_path / "out", "--calibration", text_file, *CALIBRATED, "--json")
+    report = invoke("quantize", *arguments, "--effort", "high").json()
+    assert report["config"]["effort"] == "high"
+    assert json.loads((tmp_path / "out" / "duotone.json").read_text())["settings"]["effort"] == "high"
+    assert report["seconds"]["curvature"] > 0
+    default = quantized[1].json()
+    assert default["config"]["effort"] == "default"
+    assert "curvature" not in default["seconds"]
+
+
 def test_dry_run(quantized: tuple[Path, Outcome], original: Path, tmp_path: Path) -> None:
     """Nothing is written, and what is foreseen is what the run then took: bytes exactly, the layers and the one kept."""
     out, outcome = quantized
