@@ -267,8 +267,7 @@ def _measure_curvature(
         skeleton, blocks, [block.shared_inputs for block in plan.blocks], load, lambda index: release(blocks[index])
     )
     measure_curvature(backward, stream, windows.tokens, plan.config.seed, run.curvatures.write, tell)
-    for name in heads:
-        release(skeleton.get_submodule(name.rpartition(".")[0]))
+    release(skeleton, heads)
 
 
 def _is_parameter(skeleton: nn.Module, name: str) -> bool:

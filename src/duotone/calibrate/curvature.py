@@ -21,6 +21,8 @@ from duotone.errors import DuotoneError
 from duotone.solver.couple import row_parts
 from duotone.solver.statistics import StatisticsAccumulator
 
+#: Logits of one step of the head: 1 GiB in float32.
+_HEAD_VALUES = 2**28
 #: (name of a group's first linear, curvature of each of its parts): keeps them
 Keep = Callable[[str, list[Tensor]], None]
 
@@ -52,13 +54,13 @@ def measure_curvature(
         with _loaded(backward, index), stream.phases("curvature"), torch.no_grad():
             outputs = (block(states, *positional, **named) for states, positional, named in stream.calls(index, entered[-1]))
             entered.append([_hidden(output) for output in outputs])
-        tell(index)
+        tell(index + 1)
     with stream.phases("curvature"):
         gradients = _head_gradients(backward, entered.pop(), tokens, seed)
     for index in reversed(range(len(backward.blocks))):
         with _loaded(backward, index), stream.phases("curvature"):
             gradients = _block_gradients(backward, index, stream, entered.pop(), gradients, keep)
-        tell(2 * len(backward.blocks) - 1 - index)
+        tell(2 * len(backward.blocks) - index)
 
 
 @contextmanager
@@ -76,25 +78,33 @@ def _hidden(output: Any) -> Tensor:
 
 def _head_gradients(backward: Backward, states: Sequence[Tensor], tokens: Tensor, seed: int) -> list[Tensor]:
     """Gradients [windows, T, D] in the last block's outputs, batch by batch, of the log-likelihood of labels drawn from it."""
-    model, last = backward.model, len(backward.blocks) - 1
     # Labels are drawn on the CPU: the same on every device.
     generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(getattr(backward.model.config, "vocab_size", 0) or 1)
+    windows = max(1, _HEAD_VALUES // (tokens.shape[1] * vocabulary))
     gradients: list[Tensor] = []
     for batch, hidden in zip(tokens.split([len(hidden) for hidden in states]), states, strict=True):
-        leaf = hidden.detach().requires_grad_()
-        for index, block in enumerate(backward.blocks):
-            block.forward = _return_leaf(leaf) if index == last else _pass_on
-        try:
-            with torch.enable_grad():
-                output = model(input_ids=batch.to(model.device), use_cache=False)
-                logits = getattr(output, "logits", None)
-                _loss(output.last_hidden_state if logits is None else logits, logits is not None, generator).backward()
-        finally:
-            for block in backward.blocks:
-                del block.forward
-        assert leaf.grad is not None
-        gradients.append(leaf.grad)
+        parts = zip(batch.split(windows), hidden.split(windows), strict=True)
+        gradients.append(torch.cat([_head_gradient(backward, ids, part, generator) for ids, part in parts]))
     return gradients
+
+
+def _head_gradient(backward: Backward, ids: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
+    """One step of it: the model is called as ever, with blocks that hand the states through."""
+    leaf, model = states.detach().requires_grad_(), backward.model
+    for block in backward.blocks[:-1]:
+        block.forward = _pass_on
+    backward.blocks[-1].forward = _return_leaf(leaf)
+    try:
+        with torch.enable_grad():
+            output = model(input_ids=ids.to(model.device), use_cache=False)
+            logits = getattr(output, "logits", None)
+            _loss(output.last_hidden_state if logits is None else logits, logits is not None, generator).backward()
+    finally:
+        for block in backward.blocks:
+            del block.forward
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _return_leaf(leaf: Tensor) -> Callable[..., Tensor]:

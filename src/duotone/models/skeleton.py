@@ -3,7 +3,7 @@
 Code of the model comes from the installed transformers; code that lies in a model folder is never run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,11 +51,12 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, devic
             module.register_buffer(leaf, value)
 
 
-def release(module: nn.Module) -> None:
-    """Send a module's parameters back to meta; their memory is free again."""
-    for child in module.modules():
-        for leaf, parameter in child.named_parameters(recurse=False):
-            setattr(child, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+def release(module: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Send a module's parameters, all or those named, back to meta; their memory is free again."""
+    for name in [name for name, _ in module.named_parameters(remove_duplicate=False)] if names is None else names:
+        path, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(path)
+        setattr(parent, leaf, nn.Parameter(parent.get_parameter(leaf).to("meta"), requires_grad=False))
 
 
 def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
