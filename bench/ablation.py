@@ -32,7 +32,7 @@ from duotone.plan import QuantizeConfig
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER
-from duotone.solver import drift, methods, scales, sweep
+from duotone.solver import couple, drift, methods, scales, sweep
 
 RECORDS = Path(__file__).resolve().parent / "records" / "ablation.jsonl"
 CPU = torch.device("cpu")
@@ -91,6 +91,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "dpq with 12 descents": ({}, lambda: mock.patch.object(methods, "DESCENT_PASSES", 12)),
     "dpq, drift damping 0.01": ({}, lambda: mock.patch.object(drift, "DRIFT_DAMPING", 0.01)),
     "dpq, drift damping 0.2": ({}, lambda: mock.patch.object(drift, "DRIFT_DAMPING", 0.2)),
+    "dpq, effort high": ({"effort": "high"}, contextlib.nullcontext),
+    "dpq, effort high, 1 path": ({"effort": "high"}, lambda: mock.patch.object(couple, "BEAM_WIDTH", 1)),
+    "dpq, effort high, 16 paths": ({"effort": "high"}, lambda: mock.patch.object(couple, "BEAM_WIDTH", 16)),
+    "dpq, effort high, parts of 128 rows": ({"effort": "high"}, lambda: mock.patch.object(couple, "MAX_ROWS", 128)),
 }
 #: Only for the hopper target: the parts of our own recipe.
 OURS = tuple(name for name in VARIANTS if name.startswith(("dpq ", "dpq,")))

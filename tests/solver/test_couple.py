@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +20,11 @@ from duotone.solver import couple as couple_module
 from duotone.solver.couple import CURVATURE_DAMPING, couple, row_parts
 from duotone.solver.drift import corrected_target
 from duotone.solver.methods import Problem, SolverOptions, dpq, shared_factor
+from duotone.solver.scales import Scales
 from duotone.solver.statistics import Statistics
-from tests.oracles.obq import correlated_layer
-from tests.solver.test_rows import curvature_of, total_loss
+from duotone.solver.sweep import Grid, Rule
+from tests.oracles.obq import correlated_layer, damped, obq
+from tests.solver.test_rows import curvature_of, tables_of, total_loss
 from tests.solver.test_sweep import COMPILED
 
 #: Rows of a query, a key and a value projection, and the input they share.
@@ -195,12 +198,62 @@ def test_without_the_extension(target: Target, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("order", ["act", "gar", "none"])
-def test_any_order_of_columns(order: str) -> None:
-    """Codes come back in the original order of columns: with another's place the loss would be many times the method's."""
-    problems, weights = solved(Scheme(HOPPER, 16), order=order)
-    curvature = curvature_for(ROWS)
+@BOTH_TARGETS
+def test_a_single_path_is_obq_over_all_values(target: Target, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One path, nothing revisited: OBQ in float64 over the Kronecker product of O and H, all rows as one long row.
+
+    Rows from the most curvature down, columns in the factor's order; codes come back in the original places.
+    """
+    for name, value in (("BEAM_WIDTH", 1), ("REVISITS", 0), ("_DESCENT_PASSES", 0)):
+        monkeypatch.setattr(couple_module, name, value)
+    rows = (3, 1, 2)
+    problems, weights = solved(Scheme(target, 16), rows, order=order)
+    (o_NN,) = curvature_for(rows)
+    first = problems[0]
+    assert first.statistics is not None and first.factor is not None
+    means_N = torch.cat([part.mean().expand(len(part)) for part in o_NN.diagonal().split(rows)])
+    damped_NN = (o_NN + CURVATURE_DAMPING * torch.diag(means_N)).double().numpy()
+    hessian_KK = damped(first.statistics.hessian.double().numpy(), first.factor.damping_frac)
+    visited = [n * COLUMNS + k for n in np.argsort(-damped_NN.diagonal(), kind="stable") for k in first.factor.order_K.tolist()]
+    groups = torch.arange(COLUMNS) // 16
+    table = np.concatenate(
+        [tables_of(Grid.of(scales_of(weight), Rule.NEAREST_VALUE, first.scheme), groups) for weight in weights]
+    )
+    table = table.reshape(-1, 16)
+
+    def nearest(w_N: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
+        code = np.abs(table[at] - w_N[0]).argmin()
+        return code, table[at, code]
+
+    w = torch.cat([problem.weight for problem in problems]).double().reshape(1, -1).numpy()
+    expected, _ = obq(w, np.kron(damped_NN, hessian_KK), visited, nearest)
+    found = torch.cat([weight.codes for weight, _ in couple(problems, weights, [o_NN])])
+    assert np.array_equal(found.numpy(), expected.reshape(found.shape))
+
+
+def scales_of(weight: QuantizedWeight) -> Scales:
+    return Scales(weight.group_scale, weight.zero_point, weight.outer_scale)
+
+
+def test_it_ends_where_no_single_value_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After many sweeps over blocks of columns, none of the 16 values of any weight is better than the one it has."""
+    monkeypatch.setattr(couple_module, "_DESCENT_PASSES", 30)
+    monkeypatch.setattr(couple_module, "_BLOCK", 16)
+    monkeypatch.setattr(couple_module, "BEAM_WIDTH", 1)
+    rows = (8, 4)
+    problems, weights = solved(Scheme(HOPPER, 16), rows)
+    curvature = curvature_for(rows)
     found = [weight for weight, _ in couple(problems, weights, curvature)]
-    assert joint_loss(problems, found, curvature) < 0.8 * joint_loss(problems, weights, curvature)
+    least = joint_loss(problems, found, curvature)
+    assert least < 0.9 * joint_loss(problems, weights, curvature)
+    generator = torch.Generator().manual_seed(0)
+    for i, weight in enumerate(found):
+        for _ in range(150):
+            n, k, code = (int(torch.randint(limit, (1,), generator=generator)) for limit in (rows[i], COLUMNS, 16))
+            codes = weight.codes.clone()
+            codes[n, k] = code
+            moved = [*found[:i], replace(weight, codes=codes), *found[i + 1 :]]
+            assert joint_loss(problems, moved, curvature) >= least * (1 - 1e-5)
 
 
 def test_a_linear_without_curvature() -> None:

@@ -1,3 +1,5 @@
+# safetensors is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Tensors that are made early and needed late in a run, kept on disk in between."""
 
 import shutil
