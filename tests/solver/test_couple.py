@@ -42,14 +42,14 @@ def threads() -> Iterator[None]:
 
 
 def solved(
-    scheme: Scheme, rows: Sequence[int] = ROWS, seed: int = 0, drift: bool = False, order: str = "act"
+    scheme: Scheme, rows: Sequence[int] = ROWS, seed: int = 0, drift: bool = False, options: SolverOptions | None = None
 ) -> tuple[list[Problem], list[QuantizedWeight]]:
     """Linears on one correlated input, and dpq's answers."""
     w_NK, hessian_KK = correlated_layer(sum(rows), COLUMNS, seed, torch.float32)
     generator = torch.Generator().manual_seed(seed)
     moved_KK = 0.05 * torch.randn(COLUMNS, COLUMNS, generator=generator) if drift else None
     statistics = Statistics(hessian_KK, 8 * COLUMNS, moved_KK)
-    options = SolverOptions(order=order)
+    options = options or SolverOptions("act")
     factor = shared_factor(statistics, scheme, options, "linear0")
     problems = [Problem(f"linear{i}", w, statistics, factor, scheme, options) for i, w in enumerate(w_NK.split(list(rows)))]
     return problems, [dpq(problem)[0] for problem in problems]
@@ -207,7 +207,7 @@ def test_a_single_path_is_obq_over_all_values(target: Target, order: str, monkey
     for name, value in (("BEAM_WIDTH", 1), ("REVISITS", 0), ("_DESCENT_PASSES", 0)):
         monkeypatch.setattr(couple_module, name, value)
     rows = (3, 1, 2)
-    problems, weights = solved(Scheme(target, 16), rows, order=order)
+    problems, weights = solved(Scheme(target, 16), rows, options=SolverOptions(order))
     (o_NN,) = curvature_for(rows)
     first = problems[0]
     assert first.statistics is not None and first.factor is not None
@@ -241,7 +241,7 @@ def test_it_ends_where_no_single_value_helps(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(couple_module, "_BLOCK", 16)
     monkeypatch.setattr(couple_module, "BEAM_WIDTH", 1)
     rows = (8, 4)
-    problems, weights = solved(Scheme(HOPPER, 16), rows)
+    problems, weights = solved(Scheme(HOPPER, 16), rows, options=SolverOptions("act", damping_frac=0.3))
     curvature = curvature_for(rows)
     found = [weight for weight, _ in couple(problems, weights, curvature)]
     least = joint_loss(problems, found, curvature)
@@ -254,6 +254,18 @@ def test_it_ends_where_no_single_value_helps(monkeypatch: pytest.MonkeyPatch) ->
             codes[n, k] = code
             moved = [*found[:i], replace(weight, codes=codes), *found[i + 1 :]]
             assert joint_loss(problems, moved, curvature) >= least * (1 - 1e-5)
+
+
+def test_every_step_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The joint loss of one path; of a wider beam; with each row searched again for all others; with sweeps at the end."""
+    problems, weights = solved(Scheme(HOPPER, 16))
+    curvature, losses = curvature_for(ROWS), []
+    for width, revisits, passes in ((1, 0, 0), (16, 0, 0), (16, 1, 0), (16, 1, 4)):
+        monkeypatch.setattr(couple_module, "BEAM_WIDTH", width)
+        monkeypatch.setattr(couple_module, "REVISITS", revisits)
+        monkeypatch.setattr(couple_module, "_DESCENT_PASSES", passes)
+        losses.append(joint_loss(problems, [weight for weight, _ in couple(problems, weights, curvature)], curvature))
+    assert losses[0] > 1.05 * losses[1] and losses[1] > 1.02 * losses[2] and losses[2] > losses[3], losses
 
 
 def test_a_linear_without_curvature() -> None:
