@@ -85,7 +85,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "dpq without stream drift": ({}, lambda: mock.patch.object(methods, "corrected_target", _no_stream)),
     "dpq without drift": ({}, dpq_without(drift=False)),
     "dpq without drift and sequence": ({}, dpq_without(drift=False, sequential=False)),
-    "dpq without sequence": ({}, dpq_without(sequential=False)),
     "dpq without slid scales": ({}, lambda: mock.patch.object(methods, "SCALE_SLIDES", ())),
     "dpq with 1 descent": ({}, lambda: mock.patch.object(methods, "DESCENT_PASSES", 0)),
     "dpq with 12 descents": ({}, lambda: mock.patch.object(methods, "DESCENT_PASSES", 12)),
