@@ -258,14 +258,15 @@ def test_it_ends_where_no_single_value_helps(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_step_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The joint loss of one path; of a wider beam; with each row searched again for all others; with sweeps at the end."""
-    problems, weights = solved(Scheme(HOPPER, 16))
-    curvature, losses = curvature_for(ROWS), []
-    for width, revisits, passes in ((1, 0, 0), (16, 0, 0), (16, 1, 0), (16, 1, 4)):
-        monkeypatch.setattr(couple_module, "BEAM_WIDTH", width)
-        monkeypatch.setattr(couple_module, "REVISITS", revisits)
-        monkeypatch.setattr(couple_module, "_DESCENT_PASSES", passes)
-        losses.append(joint_loss(problems, [weight for weight, _ in couple(problems, weights, curvature)], curvature))
-    assert losses[0] > 1.05 * losses[1] and losses[1] > 1.02 * losses[2] and losses[2] > losses[3], losses
+    losses = np.zeros(4)
+    for seed in (1, 3):
+        (problems, weights), curvature = solved(Scheme(HOPPER, 16), seed=seed), curvature_for(ROWS, seed)
+        for i, (width, revisits, passes) in enumerate(((1, 0, 0), (16, 0, 0), (16, 1, 0), (16, 1, 4))):
+            monkeypatch.setattr(couple_module, "BEAM_WIDTH", width)
+            monkeypatch.setattr(couple_module, "REVISITS", revisits)
+            monkeypatch.setattr(couple_module, "_DESCENT_PASSES", passes)
+            losses[i] += joint_loss(problems, [weight for weight, _ in couple(problems, weights, curvature)], curvature)
+    assert losses[0] > 1.1 * losses[1] and losses[1] > 1.02 * losses[2] and losses[2] > losses[3], losses
 
 
 def test_a_linear_without_curvature() -> None:

@@ -295,9 +295,10 @@ def test_a_start_is_left_for_something_cheaper_only(beam: Callable[..., Found]) 
     """One row: of its start and what the beam finds, the one of less loss by definition, and the other one never."""
     kept = 0
     for seed in range(30):
-        case = random_case(1, 9, (HOPPER, GAUDI)[seed % 2], seed % 4 < 2, seed)
-        alone, start = case.run(beam, 2), case.run(beam, 512)[0].clone()
-        start[0, seed % 9] ^= seed % 3 == 0  # at its best, or one code off it
+        columns = 9 if seed % 5 else 70
+        case = random_case(1, columns, (HOPPER, GAUDI)[seed % 2], seed % 4 < 2, seed)
+        alone, start = case.run(beam, 2), case.run(beam, 128)[0].clone()
+        start[0, seed % columns] ^= seed % 3 == 0  # at its best, or one code off it
         given = start, decoded(start, case.grid, case.group_K)
         losses = [case.row_losses(values)[0] for values in (given[1], alone[1])]
         found_NK = case.run(beam, 2, given)[1]
@@ -445,7 +446,7 @@ def test_descent_by_definition(visit: Callable[..., tuple[Tensor, Tensor, Tensor
 
 @DESCENTS
 @given(
-    rows=st.integers(1, 40),
+    rows=st.integers(1, 20),
     columns=st.integers(1, 24),
     target=TARGETS,
     symmetric=st.booleans(),
