@@ -294,7 +294,7 @@ def test_wider_beams_find_less_loss(target: Target, symmetric: bool) -> None:
 def test_a_start_is_left_for_something_cheaper_only(beam: Callable[..., Found]) -> None:
     """One row: of its start and what the beam finds, the one of less loss by definition, and the other one never."""
     kept = 0
-    for seed in range(30):
+    for seed in range(20):
         columns = 9 if seed % 5 else 70
         case = random_case(1, columns, (HOPPER, GAUDI)[seed % 2], seed % 4 < 2, seed)
         alone, start = case.run(beam, 2), case.run(beam, 128)[0].clone()
@@ -304,7 +304,7 @@ def test_a_start_is_left_for_something_cheaper_only(beam: Callable[..., Found]) 
         found_NK = case.run(beam, 2, given)[1]
         assert case.row_losses(found_NK)[0] == pytest.approx(min(losses), rel=1e-5)
         kept += losses[0] < losses[1]
-    assert 5 < kept < 25, "one of the two was always the better: nothing was tested"
+    assert 3 < kept < 17, "one of the two was always the better: nothing was tested"
 
 
 @BEAMS
@@ -452,7 +452,7 @@ def test_descent_by_definition(visit: Callable[..., tuple[Tensor, Tensor, Tensor
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_a_descent_never_raises_the_loss(
     visit: Callable[..., tuple[Tensor, Tensor, Tensor]], rows: int, columns: int, target: Target, symmetric: bool, seed: int
 ) -> None:
