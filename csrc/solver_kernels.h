@@ -337,6 +337,8 @@ DUOTONE_INLINE void bear(const Values& values, Paths& p, float curvature, int32_
 // Of equal costs the lower index survives, so the outcome does not depend on how the threshold is found.
 DUOTONE_INLINE void survive(const Beam& s, Paths& p, const float* unit, int c, float wish, int32_t paths, int32_t count) {
   const int32_t children = 2 * paths;
+  // A cost that is no number has no order: it is the highest, so that `count` children survive whatever the weights hold.
+  for (int32_t i = 0; i < children; i++) p.cost[i] = p.cost[i] < INFINITY ? p.cost[i] : INFINITY;
   float threshold = INFINITY;
   int32_t at_threshold = children;
   if (count < children) {

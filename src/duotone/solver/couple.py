@@ -91,7 +91,7 @@ def _round_together(
     grid = Grid.of(_take(scales, order_N), Rule.NEAREST_VALUE, scheme)
     w_NK, o_NN = target_NK[order_N][:, order_K].contiguous(), curvature_NN[order_N][:, order_N].contiguous()
     flipped_NN, failed = torch.linalg.cholesky_ex(o_NN.flip(0, 1))
-    if int(failed):
+    if int(failed) or not bool(torch.isfinite(o_NN).all()):
         raise DuotoneError(f"{layer}: the curvature of its outputs does not factorize, expected a positive definite matrix")
     root_NN = flipped_NN.flip(0, 1)
     earlier_NN, others_NN = root_NN / root_NN.diagonal(), o_NN / o_NN.diagonal()
