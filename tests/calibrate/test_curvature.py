@@ -104,16 +104,17 @@ def in_one_pass(
     return moments
 
 
-def close(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> None:
-    """Every matrix, to 1e-4 of its size."""
+def deviation(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> float:
+    """The largest distance of a matrix from what it should be, as a share of its size."""
     assert found.keys() == expected.keys()
+    largest = 0.0
     for name, parts in found.items():
-        assert len(parts) == len(expected[name])
         for part, meant in zip(parts, expected[name], strict=True):
             assert part.dtype == torch.float32 and part.device.type == "cpu"
             assert torch.equal(part, part.T)
             assert meant.norm() > 0
-            assert (part.double() - meant).norm() <= 1e-4 * meant.norm(), name
+            largest = max(largest, float((part.double() - meant).norm() / meant.norm()))
+    return largest
 
 
 def untouched(backward: Backward) -> None:
@@ -151,7 +152,7 @@ def test_equals_one_pass_through_the_model(
     assert all(
         len(parts) == (1 if rows == 2048 else -(-sum_rows(backward, name, groups) // 50)) for name, parts in found.items()
     )
-    close(found, in_one_pass(load(folder, torch.float32, "cpu"), groups, tokens.split(3), 3))
+    assert deviation(found, in_one_pass(load(folder, torch.float32, "cpu"), groups, tokens.split(3), 3)) <= 1e-4
     other, _ = measured(backward, stream, tokens, seed=4)
     assert all((a[0] - b[0]).norm() > 0.05 * a[0].norm() for a, b in zip(found.values(), other.values(), strict=True))
 
@@ -185,7 +186,7 @@ def test_encoders(tmp_path: Path, model_class: type[PreTrainedModel], monkeypatc
     found, _ = measured(backward, stream, tokens, seed=1)
     untouched(backward)
     groups = [group for block in plan.blocks for group in block.shared_inputs]
-    close(found, in_one_pass(load(tmp_path / "model", torch.float32, "cpu"), groups, tokens.split(3), 1))
+    assert deviation(found, in_one_pass(load(tmp_path / "model", torch.float32, "cpu"), groups, tokens.split(3), 1)) <= 1e-4
 
 
 def resident(model: PreTrainedModel, groups: Sequence[tuple[str, ...]]) -> Backward:
@@ -312,4 +313,4 @@ def test_a_large_vocabulary_is_taken_in_steps(tiny_model: ModelMaker, monkeypatc
     tokens = torch.randint(0, 256, (7, 16), generator=torch.Generator().manual_seed(0))
     found, _ = measured(backward, start_stream(backward.model, backward.blocks, tokens, Phases()), tokens, seed=3)
     groups = [group for block in plan.blocks for group in block.shared_inputs]
-    close(found, in_one_pass(load(folder, torch.float32, "cpu"), groups, tokens.split([2, 1, 2, 1, 1]), 3))
+    assert deviation(found, in_one_pass(load(folder, torch.float32, "cpu"), groups, tokens.split([2, 1, 2, 1, 1]), 3)) <= 1e-4
