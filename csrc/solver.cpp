@@ -39,17 +39,27 @@ bool outer_per_row(const Tensor& outer_scale, int64_t rows) {
   return outer_scale.size(0) == rows;
 }
 
-std::tuple<Tensor, Tensor> sweep(Tensor base, Tensor reference, Tensor coupling, Tensor group_scale,
-                                 std::optional<Tensor> zero_point, Tensor outer_scale, Tensor group, double lowest_level,
-                                 double fp8_max, int64_t rule) {
-  STD_TORCH_CHECK(base.dim() == 2 && group_scale.dim() == 2, "base, group_scale: expected two dimensions");
-  STD_TORCH_CHECK(rule >= 0 && rule <= 2, "rule: expected 0, 1 or 2");
-  const int64_t columns = base.size(0), rows = base.size(1), groups = group_scale.size(0);
-  check_shape(reference, {columns, rows}, "reference");
-  check_shape(coupling, {columns, columns}, "coupling");
+// A grid's tensors: group scales and zero points [G, N], the group of each column.
+void check_grid(const Tensor& group_scale, const std::optional<Tensor>& zero_point, const Tensor& group, int64_t rows,
+                int64_t columns) {
+  STD_TORCH_CHECK(group_scale.dim() == 2, "group_scale: expected two dimensions");
+  const int64_t groups = group_scale.size(0);
   check_shape(group_scale, {groups, rows}, "group_scale");
   check_shape(group, {columns}, "group");
   if (zero_point) check_shape(*zero_point, {groups, rows}, "zero_point");
+  const int32_t* of = data_of<int32_t>(group, ScalarType::Int, "group");
+  for (int64_t j = 0; j < columns; j++) STD_TORCH_CHECK(of[j] >= 0 && of[j] < groups, "group: found no such group");
+}
+
+std::tuple<Tensor, Tensor> sweep(Tensor base, Tensor reference, Tensor coupling, Tensor group_scale,
+                                 std::optional<Tensor> zero_point, Tensor outer_scale, Tensor group, double lowest_level,
+                                 double fp8_max, int64_t rule) {
+  STD_TORCH_CHECK(base.dim() == 2, "base: expected two dimensions");
+  STD_TORCH_CHECK(rule >= 0 && rule <= 2, "rule: expected 0, 1 or 2");
+  const int64_t columns = base.size(0), rows = base.size(1);
+  check_shape(reference, {columns, rows}, "reference");
+  check_shape(coupling, {columns, columns}, "coupling");
+  check_grid(group_scale, zero_point, group, rows, columns);
   Tensor codes = torch::stable::new_empty(base, {columns, rows}, ScalarType::Byte);
   Tensor values = torch::stable::new_empty(base, {columns, rows});
   // By columns, so that a column's weights are read one after the other.
@@ -64,7 +74,6 @@ std::tuple<Tensor, Tensor> sweep(Tensor base, Tensor reference, Tensor coupling,
   s.group_scale = floats(group_scale, "group_scale");
   s.zero_point = zero_point ? floats(*zero_point, "zero_point") : nullptr;
   s.group = data_of<int32_t>(group, ScalarType::Int, "group");
-  for (int64_t j = 0; j < columns; j++) STD_TORCH_CHECK(s.group[j] >= 0 && s.group[j] < groups, "group: found no such group");
   s.outer_scale = floats(outer_scale, "outer_scale"), s.outer_per_row = outer_per_row(outer_scale, rows);
   s.lowest = static_cast<float>(lowest_level), s.fp8_max = static_cast<float>(fp8_max);
   s.codes = static_cast<uint8_t*>(codes.mutable_data_ptr()), s.values = static_cast<float*>(values.mutable_data_ptr());
@@ -97,16 +106,11 @@ Tensor scale_error(Tensor weight, Tensor candidates, std::optional<Tensor> zero_
 // What both row ops are given of a grid; `codes` and `values` are written in place.
 void set_rows(duotone::Rows& s, int64_t rows, int64_t columns, const Tensor& group_scale, const std::optional<Tensor>& zero_point,
               const Tensor& outer_scale, const Tensor& group, double lowest_level, double fp8_max) {
-  STD_TORCH_CHECK(group_scale.dim() == 2, "group_scale: expected two dimensions");
-  const int64_t groups = group_scale.size(0);
-  check_shape(group_scale, {groups, rows}, "group_scale");
-  check_shape(group, {columns}, "group");
-  if (zero_point) check_shape(*zero_point, {groups, rows}, "zero_point");
+  check_grid(group_scale, zero_point, group, rows, columns);
   s.rows = rows, s.columns = columns;
   s.group_scale = floats(group_scale, "group_scale");
   s.zero_point = zero_point ? floats(*zero_point, "zero_point") : nullptr;
   s.group = data_of<int32_t>(group, ScalarType::Int, "group");
-  for (int64_t j = 0; j < columns; j++) STD_TORCH_CHECK(s.group[j] >= 0 && s.group[j] < groups, "group: found no such group");
   s.outer_scale = floats(outer_scale, "outer_scale"), s.outer_per_row = outer_per_row(outer_scale, rows);
   s.lowest = static_cast<float>(lowest_level), s.fp8_max = static_cast<float>(fp8_max);
 }
