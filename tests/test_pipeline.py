@@ -30,7 +30,7 @@ from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.solver.couple import couple
 from duotone.solver.methods import METHODS, LayerReport, Problem
-from tests.calibrate.test_curvature import close, in_one_pass
+from tests.calibrate.test_curvature import deviation, in_one_pass
 
 ModelMaker = Callable[..., Path]
 QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu"}
@@ -496,7 +496,7 @@ def test_high_effort_is_given_the_curvature_of_the_original(
         group for block in make_plan(open_source(source), QuantizeConfig(ignore=ignore)).blocks for group in block.shared_inputs
     ]
     tokens, original = calibration_tokens(source, text_file), load(source, torch.float32, "cpu")
-    close(given, in_one_pass(original, groups, [tokens], 0))
+    assert deviation(given, in_one_pass(original, groups, [tokens], 0)) <= 1e-4
     assert [len(parts[0]) for parts in given.values()] == [64 + 32, 64, 2 * 96, 64] * 2
 
 
