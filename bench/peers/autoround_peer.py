@@ -17,6 +17,8 @@ import torch
 from job import Job, Refusal, run
 
 TWO_LEVEL = "fp8_to_int_sym"
+#: Tokens of one tuning step: its default of 8 windows, more of them where they are short.
+STEP_TOKENS = int(os.environ.get("PEER_STEP", 2048))
 RECIPES: dict[str, dict[str, Any]] = {  # without lr: 1/iters, AutoRound's own
     "w4a16-200": {"iters": 200},
     "w4a16-light": {"iters": 50, "lr": 5e-3},  # what its command auto-round-light sets
@@ -38,7 +40,8 @@ def quantize(job: Job) -> None:
     settings = {"scheme": "W4A16", "group_size": job.group_size} | RECIPES[job.recipe]
     settings["iters"] = int(os.environ.get("PEER_ITERS", settings["iters"]))
     tokens = job.load_tokens()
-    settings |= {"dataset": list(tokens.split(8)), "batch_size": 8, "nsamples": len(tokens), "seqlen": tokens.shape[1]}
+    batch = max(8, STEP_TOKENS // tokens.shape[1])
+    settings |= {"dataset": list(tokens.split(batch)), "batch_size": batch, "nsamples": len(tokens), "seqlen": tokens.shape[1]}
     model, tokenizer = job.load_model("auto"), AutoTokenizer.from_pretrained(job.model)
     try:
         with job.refusable():

@@ -30,6 +30,10 @@ from duotone.solver.sweep import Grid, Rule
 MAX_ROWS = 1024
 #: Added to O, as a share of each linear's mean diagonal: its estimate has the noise of sampled gradients.
 CURVATURE_DAMPING = 0.03
+#: Added besides, to every linear: that share of the curvature of the one whose rounding costs most, in units of their own
+#: rounding errors. A linear that the loss hardly feels would else take up all the others' errors, and leave the range in which
+#: its curvature holds.
+RESPONSE_DAMPING = 0.01
 #: Paths of the beam search, and how often each row is searched again with all others known. docs/LOG.md has the trials.
 BEAM_WIDTH, REVISITS = 128, 1
 #: Sweeps of coordinate descent over all values at the end.
@@ -66,10 +70,10 @@ def couple(
     hessian_KK.diagonal().add_(factor.damping_frac * hessian_KK.diagonal().mean())
 
     def round_part(rows: list[Tensor], curvature_NN: Tensor) -> list[Tensor]:
-        target_NK = torch.cat([target[index] for target, index in zip(targets, rows, strict=True)])
+        aims = [target[index] for target, index in zip(targets, rows, strict=True)]
         scales = _stack([_rows_of(weight, index) for weight, index in zip(weights, rows, strict=True)])
-        damped_NN = _damped(curvature_NN, [len(index) for index in rows])
-        codes_NK = _round_together(target_NK, scales, damped_NN, hessian_KK, factor, first.scheme, first.layer)
+        damped_NN = _damped(curvature_NN, aims)
+        codes_NK = _round_together(torch.cat(aims), scales, damped_NN, hessian_KK, factor, first.scheme, first.layer)
         return list(codes_NK.split([len(index) for index in rows]))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a part is one thread's work, whatever their number
@@ -121,12 +125,16 @@ def _descend(
     return codes_KN
 
 
-def _damped(curvature_NN: Tensor, rows: list[int]) -> Tensor:
+def _damped(curvature_NN: Tensor, targets: Sequence[Tensor]) -> Tensor:
     """O with its damping, linear by linear: a key's gradients may be far smaller than a value's. Without any: identity."""
     damped_NN = curvature_NN.clone()
-    for diagonal in damped_NN.diagonal().split(rows):
-        mean = diagonal.mean()
-        diagonal += torch.where(mean > 0, CURVATURE_DAMPING * mean, torch.ones_like(mean))
+    diagonals = damped_NN.diagonal().split([len(target) for target in targets])
+    means = [float(diagonal.mean()) for diagonal in diagonals]
+    powers = [float(target.square().mean()) for target in targets]  # rounding errors are in proportion to it
+    dearest = max(mean * power for mean, power in zip(means, powers, strict=True))
+    for diagonal, mean, power in zip(diagonals, means, powers, strict=True):
+        response = RESPONSE_DAMPING * dearest / power if power > 0 else 0.0
+        diagonal += CURVATURE_DAMPING * mean + response if mean > 0 else 1.0
     return damped_NN
 
 
