@@ -17,8 +17,8 @@ import torch
 from job import Job, Refusal, run
 
 TWO_LEVEL = "fp8_to_int_sym"
-#: Tokens of one tuning step: its default of 8 windows, more of them where they are short.
-STEP_TOKENS = int(os.environ.get("PEER_STEP", 2048))
+#: Tokens of one tuning step: eight windows, the default, or more where windows are short. docs/LOG.md has the comparison.
+STEP_TOKENS = 2048
 RECIPES: dict[str, dict[str, Any]] = {  # without lr: 1/iters, AutoRound's own
     "w4a16-200": {"iters": 200},
     "w4a16-light": {"iters": 50, "lr": 5e-3},  # what its command auto-round-light sets
