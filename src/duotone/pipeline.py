@@ -76,6 +76,7 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
     run = _Run(plan, device, phases, report)
     with output_folder(out) as staging:
         with phases("write"):
+            copy_companions(plan.source.path, staging)
             writer = CheckpointWriter(staging, plan.outputs)
             _copy_through(run, writer, plan.outside)
         skeleton = build_skeleton(plan.source.config, _compute_dtype(device))
@@ -94,7 +95,7 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
             report.weight_bytes = writer.finish()
             if run.curvatures is not None:
                 run.curvatures.remove()
-            _write_companions(run, staging)
+            _write_settings(run, staging)
     report.seconds = dict(phases.seconds)
     report.peak_bytes = peak_resident_bytes()
     return report
@@ -289,13 +290,12 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _write_companions(run: _Run, staging: Path) -> None:
-    """config.json, duotone.json, tokenizer and the rest: what makes weights a model."""
+def _write_settings(run: _Run, staging: Path) -> None:
+    """config.json and duotone.json: how to read the weights, and where they come from."""
     plan, report = run.plan, run.report
     config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
     config["quantization_config"] = quantization_config(plan.config.scheme, sorted(plan.kept))
     write_json(staging / "config.json", config)
-    copy_companions(plan.source.path, staging)
     for layer in report.layers:
         run.sidecar_layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
     settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device"}}

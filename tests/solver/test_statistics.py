@@ -119,11 +119,11 @@ def test_no_token_is_an_error() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e25], ids=["nan", "inf", "minus-inf", "overflow"])
 def test_non_finite_inputs_are_an_error(bad: float) -> None:
-    """One bad value among many, also one whose square leaves float32: the message names the layer."""
+    """One bad value among many, also one whose square leaves float32: the message names the layer and what it was."""
     x_MK = torch.ones(64, 8)
     x_MK[40, 5] = bad
     accumulator = StatisticsAccumulator(8, CPU)
     accumulator.add(x_MK)
     accumulator.add(torch.ones(8, 8))
-    with pytest.raises(DuotoneError, match=r"layers\.0\.q_proj: .*not finite"):
-        accumulator.finish("layers.0.q_proj")
+    with pytest.raises(DuotoneError, match=r"layers\.0\.q_proj: gradients are not finite"):
+        accumulator.finish("layers.0.q_proj", "gradients")

@@ -151,7 +151,7 @@ def _block_gradients(
         assert leaf.grad is not None
         entered.append(leaf.grad)
     for name, totals in sums.items():
-        keep(name, [total.finish(name).hessian.cpu() for total in totals])
+        keep(name, [total.finish(name, "gradients of its outputs").hessian.cpu() for total in totals])
     return entered
 
 

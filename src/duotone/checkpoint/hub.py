@@ -1,5 +1,6 @@
 """A model on this machine: a local folder as it is, or a hub id downloaded once into the hub's own cache."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -35,9 +36,41 @@ def locate_model(model: str | Path) -> Path:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence beside the new weights."""
-    for pattern in _PATTERNS:
-        for file in sorted(source.glob(pattern)):
-            if file.suffix != ".safetensors" and file.name not in _NOT_COPIED and file.is_file():
-                with reporting_full_disk(out):
-                    shutil.copyfile(file, out / file.name)
+    """Copy tokenizer, generation config, chat template and licence beside the new weights.
+
+    Of a sentence-transformers model also the folders that its modules.json names, such as 1_Pooling, with their weights. Raises
+    DuotoneError when one of them is no folder directly in `source`.
+    """
+    for file in _matching(source):
+        if file.suffix != ".safetensors" and file.name not in _NOT_COPIED:
+            _copy(file, out / file.name)
+    for folder in _module_folders(source):
+        (out / folder.name).mkdir()
+        for file in _matching(folder):
+            _copy(file, out / folder.name / file.name)
+
+
+def _matching(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _PATTERNS for file in folder.glob(pattern) if file.is_file()})
+
+
+def _copy(file: Path, to: Path) -> None:
+    with reporting_full_disk(to.parent):
+        shutil.copyfile(file, to)
+
+
+def _module_folders(source: Path) -> list[Path]:
+    """The folders of modules after the transformer: pooling, dense layers, normalization."""
+    listing = source / "modules.json"
+    if not listing.is_file():
+        return []
+    try:
+        names = [module["path"] for module in json.loads(listing.read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DuotoneError(f"{listing}: found no list of modules, expected one with a path each") from None
+    folders = [source / str(name) for name in dict.fromkeys(names) if name]
+    for folder in folders:
+        # A link may lead anywhere; what lies there is not this model's.
+        if folder.parent != source or folder.name == ".." or folder.is_symlink() or not folder.is_dir():
+            raise DuotoneError(f"{listing}: found the path {folder.name!r}, expected a folder directly beside it")
+    return folders

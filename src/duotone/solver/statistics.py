@@ -66,15 +66,15 @@ class StatisticsAccumulator:
         if stream_drift is not None:
             self._stream = _add(self._stream, stream_drift.reshape(-1, stream_drift.shape[-1]).float(), x_MK)
 
-    def finish(self, layer: str) -> Statistics:
+    def finish(self, layer: str, of: str = "calibration inputs") -> Statistics:
         """The averaged statistics, in the accumulator's own memory: the end of it.
 
-        Raises DuotoneError, naming the layer, when no token or a non-finite input was seen.
+        Raises DuotoneError, naming the layer and what this was the statistics of, when no token or a non-finite value was seen.
         """
         if not self._tokens:
             raise DuotoneError(f"{layer}: found no calibration token, expected at least one")
         if not bool(torch.isfinite(self._hessian_KK.diagonal()).all()):
-            raise DuotoneError(f"{layer}: calibration inputs are not finite, expected finite activations in every channel")
+            raise DuotoneError(f"{layer}: {of} are not finite, expected finite values in every channel")
         drifts = (
             (None, None) if sums is None else tuple(total.div_(self._tokens) for total in sums)
             for sums in (self._input, self._stream)
