@@ -4,6 +4,7 @@ Usage: python tools/render.py [--check]. Between `<!-- table: NAME -->` and `<!-
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -134,15 +135,31 @@ def layer_error_table() -> str:
     return markdown(
         head,
         [
-            (names.get(recipe, recipe), *(f"{newest[recipe, order, target]:.5f}" for target, order in columns))
+            (str(names.get(recipe, recipe)), *(f"{newest[recipe, order, target]:.5f}" for target, order in columns))
             for recipe in recipes
         ],
     )
 
 
-def comparison() -> dict[str, list[dict[str, Any]]]:
-    """By model: the newest row of every tool, method, arithmetic and seed."""
-    newest = {(r["model"], r["tool"], r["method"], r["effort"], r["arithmetic"], r["seed"]): r for r in records("comparison")}
+def windows_of(row: dict[str, Any]) -> int:
+    """How many windows a row was calibrated on; 0 without calibration."""
+    return row["calibration"]["windows"] if row["calibration"] else 0
+
+
+def comparison(windows: dict[str, int] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """By model: the newest row of every tool, method, arithmetic and seed, of those calibrated on so many windows.
+
+    windows: by model; where none is given, as many as the model's newest row of ours.
+    """
+    rows = records("comparison")
+    chosen = {row["model"]: windows_of(row) for row in rows if row["tool"] == "duotone" and row["calibration"]} | (
+        windows or {}
+    )
+    newest = {
+        (r["model"], r["tool"], r["method"], r["effort"], r["arithmetic"], r["seed"]): r
+        for r in rows
+        if windows_of(r) in {0, chosen[r["model"]]}
+    }
     models: dict[str, list[dict[str, Any]]] = {}
     for row in newest.values():
         models.setdefault(row["model"], []).append(row)
@@ -280,6 +297,52 @@ def paired_table() -> str:
     return markdown(("model", "method", "peer", "difference of KL", "difference of NLL"), lines)
 
 
+def windows_table() -> str:
+    """Models that were calibrated on windows of more than one length: each tool's distance on either."""
+    shapes: dict[str, dict[int, int]] = {}
+    for row in records("comparison"):
+        if row["calibration"]:
+            shapes.setdefault(row["model"], {})[windows_of(row)] = row["calibration"]["tokens"]
+    lines: list[tuple[str, ...]] = []
+    for model, tokens in shapes.items():
+        if len(tokens) < 2:
+            continue
+        found = [candidates(comparison({model: windows})[model]) for windows in tokens]
+        lengths = [f"{count // windows} tokens" for windows, count in tokens.items()]
+        for name in found[0]:
+            cells = [spread(over_seeds(each.get(name, []), "contract")) for each in found]
+            if "-" not in cells and cells[0] != cells[1]:
+                lines.append(
+                    (model, " ".join(name), *(f"{cell} ({length})" for cell, length in zip(cells, lengths, strict=True)))
+                )
+    return markdown(("model", "tool", "long windows", "short windows"), lines)
+
+
+def bound_table() -> str:
+    """What `--effort high` loses by rounding, the least that any rounding could, and what that would make of the KL."""
+    newest = {row["model"]: row for row in records("bound")}
+    lines: list[tuple[str, ...]] = []
+    for model, rows in comparison().items():
+        ours = [row for row in rows if row["tool"] == "duotone" and row["effort"] == "high"]
+        bar = best_peer(rows, gradient=True)
+        if model not in newest or not ours or not bar:
+            continue
+        times = newest[model]["loss"] / newest[model]["bound"]
+        cells = [model, f"{times:.2f}"]
+        floor, kl = ours[0]["kl_activation_floor"], mean(over_seeds(ours, "contract"))
+        if floor is None:
+            lines.append((*cells, *("-" for _ in range(5))))
+            continue
+        reached = (kl, floor + (kl - floor) * CUBE / times, floor + (kl - floor) / times, floor)
+        lines.append((*cells, *(f"{value:.4f} ({value / bar[1]:.2f})" for value in reached), f"{bar[1]:.4f}"))
+    head = ("model", "loss over bound", "KL", "with a cube's loss", "with a ball's", "activations alone", "best peer")
+    return markdown(head, lines)
+
+
+#: Second moment of a cube over a ball's of the same volume, in many dimensions.
+CUBE = math.pi * math.e / 6
+
+
 def task_table() -> str:
     """Task accuracy of what was asked, in per cent, with standard errors."""
     rows = [row for found in comparison().values() for row in found if row["tasks"] and row["kl"] is not None]
@@ -314,6 +377,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison_table,
     "goal": goal_table,
     "paired": paired_table,
+    "windows": windows_table,
+    "bound": bound_table,
     "tasks": task_table,
     "ablation": ablation_table,
 }

@@ -72,7 +72,7 @@ def couple(
     def round_part(rows: list[Tensor], curvature_NN: Tensor) -> list[Tensor]:
         aims = [target[index] for target, index in zip(targets, rows, strict=True)]
         scales = _stack([_rows_of(weight, index) for weight, index in zip(weights, rows, strict=True)])
-        damped_NN = _damped(curvature_NN, aims)
+        damped_NN = damped(curvature_NN, aims)
         codes_NK = _round_together(torch.cat(aims), scales, damped_NN, hessian_KK, factor, first.scheme, first.layer)
         return list(codes_NK.split([len(index) for index in rows]))
 
@@ -125,7 +125,7 @@ def _descend(
     return codes_KN
 
 
-def _damped(curvature_NN: Tensor, targets: Sequence[Tensor]) -> Tensor:
+def damped(curvature_NN: Tensor, targets: Sequence[Tensor]) -> Tensor:
     """O with its damping, linear by linear: a key's gradients may be far smaller than a value's. Without any: identity."""
     damped_NN = curvature_NN.clone()
     diagonals = damped_NN.diagonal().split([len(target) for target in targets])
