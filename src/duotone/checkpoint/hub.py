@@ -60,7 +60,7 @@ def _copy(file: Path, to: Path) -> None:
 
 
 def _module_folders(source: Path) -> list[Path]:
-    """The folders of modules after the transformer: pooling, dense layers, normalization."""
+    """The folders of modules after the transformer: pooling, dense layers. One without settings (Normalize) may have none."""
     listing = source / "modules.json"
     if not listing.is_file():
         return []
@@ -71,6 +71,7 @@ def _module_folders(source: Path) -> list[Path]:
     folders = [source / str(name) for name in dict.fromkeys(names) if name]
     for folder in folders:
         # A link may lead anywhere; what lies there is not this model's.
-        if folder.parent != source or folder.name == ".." or folder.is_symlink() or not folder.is_dir():
+        outside = folder.parent != source or folder.name == ".." or folder.is_symlink()
+        if outside or (folder.exists() and not folder.is_dir()):
             raise DuotoneError(f"{listing}: found the path {folder.name!r}, expected a folder directly beside it")
-    return folders
+    return [folder for folder in folders if folder.exists()]
