@@ -1,6 +1,7 @@
 """What each part is worth, in KL: the published recipe taken apart, and ours.
 
-    python bench/ablation.py MODEL --calibration TEXT... --text TEXT... [--group-size 128]
+    python bench/ablation.py MODEL --calibration TEXT... --text TEXT... [--group-size 128] [--paper]
+    python bench/ablation.py ENCODER --calibration TEXT... --piqa FOLDER --seq-len 16 --samples 2048
 
 Appends one row a variant to bench/records/ablation.jsonl. The rows that no option of `duotone quantize` reaches (other
 activations, a part of the recipe left out) are made here by replacing that part, in this process only.
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,18 +23,23 @@ from torch import Tensor, nn
 from duotone.bench import append_records, provenance
 from duotone.calibrate.data import draw_windows
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.reader import WeightReader, packed_layers
+from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations, static_activation_scale
-from duotone.evaluation import Evaluation, evaluate_windows
+from duotone.evaluation import evaluate_windows
 from duotone.formats import E4M3FN
 from duotone.kernels import native
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
 from duotone.pipeline import quantize
 from duotone.plan import QuantizeConfig
+from duotone.questions import load_piqa_goals
+from duotone.qweight import QuantizedWeight, expand_groups
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER
 from duotone.solver import couple, drift, methods, scales, sweep
+from duotone.tasks import embedding_fidelity
 
 RECORDS = Path(__file__).resolve().parent / "records" / "ablation.jsonl"
 CPU = torch.device("cpu")
@@ -96,7 +103,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "dpq, effort high, parts of 128 rows": ({"effort": "high"}, lambda: mock.patch.object(couple, "MAX_ROWS", 128)),
 }
 #: Only for the hopper target: the parts of our own recipe.
-OURS = tuple(name for name in VARIANTS if name.startswith(("dpq ", "dpq,")))
+OURS = tuple(name for name in VARIANTS if name.startswith(("dpq ", "dpq,")) and name != "dpq, asymmetric")
 
 
 class FloatLinear(nn.Module):
@@ -160,13 +167,17 @@ class Ablation:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder, self.arguments = locate_model(arguments.model), arguments
         self.reference = load(self.folder, torch.float32, "cpu")
-        tokenizer = load_tokenizer(self.folder)
-        self.windows = draw_windows(tokenizer, arguments.text, arguments.seq_len, arguments.eval_samples, seed=0)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.sentences = load_piqa_goals(arguments.piqa)[: arguments.items] if arguments.piqa else []
+        self.windows = None
+        if not self.sentences:
+            self.windows = draw_windows(self.tokenizer, arguments.text, arguments.seq_len, arguments.eval_samples, seed=0)
         self.tokens = draw_windows(
-            tokenizer, arguments.calibration, arguments.seq_len, arguments.samples, arguments.seed
+            self.tokenizer, arguments.calibration, arguments.seq_len, arguments.samples, arguments.seed
         ).tokens
+        self.nominal: dict[str, Tensor] = {}
 
-    def rows(self) -> Iterator[tuple[str, str, Evaluation]]:
+    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(variant, target, figures)."""
         original = {name: module.weight.data for name, module in find_linears(self.reference).items() if name != "lm_head"}
         for name, weights in (
@@ -178,15 +189,22 @@ class Ablation:
             yield name, "hopper", self.judge(model)
         for target in ("hopper", "gaudi"):
             for name, (options, change) in VARIANTS.items():
-                if target == "hopper" or name not in OURS:
+                if name not in OURS or (target == "hopper" and not self.arguments.paper):
                     with change():
                         model = self.quantized(options | {"target": target})
                     yield name, target, self.judge(model)
                     if name in ("+ act-order", "+ both (dpq-paper)", "dpq"):
                         yield from self.other_activations(name, target, model)
 
-    def other_activations(self, name: str, target: str, model: Any) -> Iterator[tuple[str, str, Evaluation]]:
-        """The same weights with BF16 activations, and with the other target's: static where they are dynamic."""
+    def other_activations(self, name: str, target: str, model: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """The same weights with BF16 activations, and with the other target's: static where they are dynamic.
+
+        Of GPTQ also what it aims at: INT4 times its scale, never rounded to FP8.
+        """
+        if name == "+ act-order" and target == "hopper":
+            whole = load(self.folder, torch.float32, "cpu")
+            replaced(whole, self.nominal, lambda: untouched)
+            yield "W4A16: GPTQ with act-order, not rounded to FP8", target, self.judge(whole)
         layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         weights = {path: _weight(module) for path, module in layers.items()}
         other = Static if target == "hopper" else (lambda: per_token)
@@ -210,11 +228,31 @@ class Ablation:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             quantize(given.model, Path(scratch) / "out", config)
+            source = open_source(Path(scratch) / "out")
+            reader = WeightReader(source)
+            self.nominal = {layer: _single_level(reader.read(layer)) for layer in packed_layers(source)}
             return load(Path(scratch) / "out", torch.float32, "cpu")
 
-    def judge(self, model: Any) -> Evaluation:
-        """Figures against the original."""
-        return evaluate_windows(model, self.windows, self.reference, CPU)
+    def judge(self, model: Any) -> dict[str, Any]:
+        """Figures against the original: the KL, or an encoder's embedding error."""
+        if self.windows is None:
+            found = embedding_fidelity(model, self.reference, self.tokenizer, self.sentences, CPU)
+            return {"kl": None, "embedding_error": found.relative_error, "stderr": found.relative_error_stderr}
+        figures = asdict(evaluate_windows(model, self.windows, self.reference, CPU))
+        return {key: figures[key] for key in FIGURES}
+
+
+#: Of an evaluation, what a row holds.
+FIGURES = ("tokens", "kl", "kl_stderr", "perplexity", "reference_perplexity", "top1_agreement")
+
+
+def _single_level(weight: QuantizedWeight) -> Tensor:
+    """INT4 times the one scale of its group, in float32."""
+    scheme, (_, columns) = weight.scheme, weight.shape
+    level_NK = torch.tensor(scheme.levels)[weight.codes.long()]
+    if weight.zero_point is not None:
+        level_NK = level_NK - expand_groups(weight.zero_point, scheme.group_size, columns)
+    return level_NK * expand_groups(weight.group_scale * weight.outer_scale[:, None], scheme.group_size, columns)
 
 
 def _weight(module: Any) -> Tensor:
@@ -224,9 +262,12 @@ def _weight(module: Any) -> Tensor:
 
 def main() -> None:
     """Measure every variant of one model."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--text", nargs="+", default=[])
+    parser.add_argument("--piqa", help="folder of PIQA: its goals are an encoder's sentences")
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--paper", action="store_true", help="only the published recipe's parts and dpq")
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=128)
@@ -243,16 +284,10 @@ def main() -> None:
             "target": target,
             "group_size": arguments.group_size,
             "calibration": {"text": [_name(text) for text in arguments.calibration], "tokens": ablation.tokens.numel()},
-            "text": [_name(text) for text in arguments.text],
-            "tokens": found.tokens,
-            "kl": found.kl,
-            "kl_stderr": found.kl_stderr,
-            "perplexity": found.perplexity,
-            "reference_perplexity": found.reference_perplexity,
-            "top1_agreement": found.top1_agreement,
-        }
+            "text": [_name(text) for text in arguments.text] or ["piqa goals"],
+        } | found  # fmt: skip
         append_records(arguments.records, [row])
-        print(f"{row['model']} {target} {name}: {found.kl:.5f}", flush=True)
+        print(f"{row['model']} {target} {name}: {found['kl'] or found['embedding_error']:.5f}", flush=True)
 
 
 def _name(text: str) -> str:

@@ -10,8 +10,9 @@ moment than a ball, and a ball's is at least d volume^(2/d) / (2 pi e). So the m
 
     N K / (2 pi e) * geometric_mean(s^2) * det(O)^(1/N) * det(H)^(1/K)
 
-whatever the search, even if levels had no end. Rounding to a cube, which is what a column loop does when all its pivots are
-equal, has pi e / 6 = 1.42 times that. O and H are those that the search works with, damping included. Appends one row to
+whatever the search, even if levels had no end. A column loop over all values leaves sum(s^2 o h) / 12 on average, o and h the
+pivots of O and H in its order: pi e / 6 = 1.42 times the bound where all s^2 o h are equal, and more where they are not: a row that
+matters more has no more bits. O and H are those that the search works with, damping included. Appends one row to
 bench/records/bound.jsonl.
 """
 
@@ -33,22 +34,29 @@ from duotone.qweight import QuantizedWeight, dequantize
 from duotone.solver import couple as coupling
 from duotone.solver.drift import corrected_target
 from duotone.solver.methods import LayerReport, Problem
+from duotone.solver.solve import Factor
 
 RECORDS = Path(__file__).resolve().parent / "records" / "bound.jsonl"
 
 
 def part_losses(
-    targets: Sequence[Tensor], weights: Sequence[QuantizedWeight], curvature_NN: Tensor, hessian_KK: Tensor, damping: float
-) -> tuple[float, float]:
-    """Half of tr(O E H E^T) of linears rounded together, and the least that it can be on their scales, nats a token."""
+    targets: Sequence[Tensor], weights: Sequence[QuantizedWeight], curvature_NN: Tensor, hessian_KK: Tensor, factor: Factor
+) -> tuple[float, float, float]:
+    """Half of tr(O E H E^T) of linears rounded together, the least it can be on their scales, and what a column loop leaves."""
     o_NN = coupling.damped(curvature_NN, targets).double()
     read_K = hessian_KK.diagonal() > 0  # columns of padding cost nothing
-    h_KK = (hessian_KK + damping * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK))).double()[read_K][:, read_K]
+    damping = factor.damping_frac * hessian_KK.diagonal().mean()
+    h_KK = (hessian_KK + damping * torch.eye(len(hessian_KK))).double()[read_K][:, read_K]
     e_NK = torch.cat([target - dequantize(weight) for target, weight in zip(targets, weights, strict=True)])[:, read_K].double()
     step_NK = torch.cat([_steps(weight) for weight in weights])[:, read_K].double()
     rows, columns = e_NK.shape
     log_volume = 2 * float(step_NK.log().mean()) + _logdet(o_NN) / rows + _logdet(h_KK) / columns
-    return float(((o_NN @ e_NK @ h_KK) * e_NK).sum()) / 2, rows * columns * math.exp(log_volume) / (2 * math.pi * math.e) / 2
+    loss = float(((o_NN @ e_NK @ h_KK) * e_NK).sum())
+    bound = rows * columns * math.exp(log_volume) / (2 * math.pi * math.e)
+    order_K = (torch.cumsum(read_K, 0) - 1)[factor.order_K[read_K[factor.order_K]]]
+    o_N, h_K = _pivots(o_NN, torch.argsort(o_NN.diagonal(), descending=True, stable=True)), _pivots(h_KK, order_K)
+    loop = float(o_N @ step_NK.square() @ h_K) / 12
+    return loss / 2, bound / 2, loop / 2
 
 
 def _steps(weight: QuantizedWeight) -> Tensor:
@@ -57,13 +65,21 @@ def _steps(weight: QuantizedWeight) -> Tensor:
     return group_NG.repeat_interleave(weight.scheme.group_size, 1)[:, : weight.codes.shape[1]]
 
 
+def _pivots(matrix: Tensor, order: Tensor) -> Tensor:
+    """What of each variable is left when all that come after it in the order have made up for what they can."""
+    root = torch.linalg.cholesky(matrix[order][:, order].flip(0, 1))
+    pivots = torch.empty_like(order, dtype=matrix.dtype)
+    pivots[order] = root.diagonal().flip(0).square()
+    return pivots
+
+
 def _logdet(matrix: Tensor) -> float:
     return float(torch.linalg.cholesky(matrix).diagonal().log().sum()) * 2
 
 
-def measure(model: str, config: QuantizeConfig) -> list[tuple[str, float, float]]:
-    """(first linear, half loss, half bound) of each part that is rounded together."""
-    found: list[tuple[str, float, float]] = []
+def measure(model: str, config: QuantizeConfig) -> list[tuple[str, float, float, float]]:
+    """(first linear, half loss, half bound, half of a column loop's) of each part that is rounded together."""
+    found: list[tuple[str, float, float, float]] = []
     couple = coupling.couple
 
     def watch(problems: Sequence[Problem], weights: Sequence[QuantizedWeight], curvature: Sequence[Tensor]) -> Any:
@@ -74,7 +90,7 @@ def measure(model: str, config: QuantizeConfig) -> list[tuple[str, float, float]
         for rows, o_NN in zip(coupling.row_parts([len(target) for target in targets]), curvature, strict=True):
             aims = [target[index] for target, index in zip(targets, rows, strict=True)]
             parts = [_rows(weight, index) for (weight, _), index in zip(answers, rows, strict=True)]
-            found.append((problems[0].layer, *part_losses(aims, parts, o_NN, statistics.hessian, factor.damping_frac)))
+            found.append((problems[0].layer, *part_losses(aims, parts, o_NN, statistics.hessian, factor)))
         return answers
 
     with mock.patch.object(pipeline, "couple", watch), tempfile.TemporaryDirectory() as scratch:
@@ -103,13 +119,13 @@ def main() -> None:
         seq_len=given.seq_len, device="cpu",
     )  # fmt: skip
     found = measure(given.model, config)
-    loss, bound = sum(loss for _, loss, _ in found), sum(bound for _, _, bound in found)
+    loss, bound, loop = (sum(values) for values in list(zip(*found, strict=True))[1:])
     row = provenance(config.seed) | {
-        "model": Path(given.model).name, "group_size": given.group_size, "loss": loss, "bound": bound,
-        "parts": [[name, round(loss, 9), round(bound, 9)] for name, loss, bound in found],
+        "model": Path(given.model).name, "group_size": given.group_size, "loss": loss, "bound": bound, "column_loop": loop,
+        "parts": [[name, *(round(value, 9) for value in values)] for name, *values in found],
     }  # fmt: skip
     append_records(given.records, [row])
-    print(f"{row['model']}: half the sum of tr(O E H E') {loss:.5f}, at least {bound:.5f} ({loss / bound:.2f} times)")
+    print(f"{row['model']}: half the sum of tr(O E H E') {loss:.5f}, at least {bound:.5f}, in a column loop {loop:.5f}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Usage: python tools/render.py [--check]. Between `<!-- table: NAME -->` and `<!-
 """
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -327,20 +326,19 @@ def bound_table() -> str:
         bar = best_peer(rows, gradient=True)
         if model not in newest or not ours or not bar:
             continue
-        times = newest[model]["loss"] / newest[model]["bound"]
-        cells = [model, f"{times:.2f}"]
+        loss, bound, loop = (newest[model][name] for name in ("loss", "bound", "column_loop"))
+        cells = [model, f"{loop / bound:.2f}", f"{loss / bound:.2f}"]
         floor, kl = ours[0]["kl_activation_floor"], mean(over_seeds(ours, "contract"))
         if floor is None:
             lines.append((*cells, *("-" for _ in range(5))))
             continue
-        reached = (kl, floor + (kl - floor) * CUBE / times, floor + (kl - floor) / times, floor)
+        reached = (floor + (kl - floor) * loop / loss, kl, floor + (kl - floor) * bound / loss, floor)
         lines.append((*cells, *(f"{value:.4f} ({value / bar[1]:.2f})" for value in reached), f"{bar[1]:.4f}"))
-    head = ("model", "loss over bound", "KL", "with a cube's loss", "with a ball's", "activations alone", "best peer")
+    head = (
+        "model", "column loop", "--effort high", "KL with a column loop's loss", "KL", "with the least loss", "activations alone",
+        "best peer",
+    )  # fmt: skip
     return markdown(head, lines)
-
-
-#: Second moment of a cube over a ball's of the same volume, in many dimensions.
-CUBE = math.pi * math.e / 6
 
 
 def task_table() -> str:
@@ -362,7 +360,10 @@ def task_table() -> str:
 
 def ablation_table() -> str:
     """KL of every variant, one column a model and target."""
-    newest = {(row["variant"], row["model"], row["target"]): row["kl"] for row in records("ablation")}
+    newest = {
+        (row["variant"], row["model"], row["target"]): row["kl"] if row["kl"] is not None else row["embedding_error"]
+        for row in records("ablation")
+    }
     columns = list(dict.fromkeys((model, target) for _, model, target in newest))
     head = ("variant", *(f"{model}, {target}" for model, target in columns))
     variants = dict.fromkeys(variant for variant, _, _ in newest)
