@@ -27,8 +27,8 @@ def extensions() -> list[Extension]:
         return without("not supported on Windows")
     extension = Extension(
         "duotone._C",
-        ["csrc/solver.cpp"],
-        depends=["csrc/solver_kernels.h"],
+        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
         # torch's headers are not ours to mend: -isystem keeps their warnings to themselves.
         extra_compile_args=[*FLAGS, "-isystem", str(folder / "include")],
         library_dirs=[str(folder / "lib")],

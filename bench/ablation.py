@@ -206,7 +206,7 @@ class Ablation:
             replaced(whole, self.nominal, lambda: untouched)
             yield "W4A16: GPTQ with act-order, not rounded to FP8", target, self.judge(whole)
         layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-        weights = {path: _weight(module) for path, module in layers.items()}
+        weights = {path: module.dequantize() for path, module in layers.items()}
         other = Static if target == "hopper" else (lambda: per_token)
         for label, act in (("BF16 activations", lambda: untouched), ("the other activations", other)):
             changed = load(self.folder, torch.float32, "cpu")
@@ -253,11 +253,6 @@ def _single_level(weight: QuantizedWeight) -> Tensor:
     if weight.zero_point is not None:
         level_NK = level_NK - expand_groups(weight.zero_point, scheme.group_size, columns)
     return level_NK * expand_groups(weight.group_scale * weight.outer_scale[:, None], scheme.group_size, columns)
-
-
-def _weight(module: Any) -> Tensor:
-    packed = module._packed  # the reference backend keeps FP8 values and outer scale
-    return packed.values.float() * packed.outer_scale[:, None]
 
 
 def main() -> None:

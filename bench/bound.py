@@ -11,8 +11,8 @@ moment than a ball, and a ball's is at least d volume^(2/d) / (2 pi e). So the m
     N K / (2 pi e) * geometric_mean(s^2) * det(O)^(1/N) * det(H)^(1/K)
 
 whatever the search, even if levels had no end. A column loop over all values leaves sum(s^2 o h) / 12 on average, o and h the
-pivots of O and H in its order: pi e / 6 = 1.42 times the bound where all s^2 o h are equal, and more where they are not: a row that
-matters more has no more bits. O and H are those that the search works with, damping included. Appends one row to
+pivots of O and H in its order: pi e / 6 = 1.42 times the bound where all s^2 o h are equal, and more where they are not: a row
+that matters more has no more bits. O and H are those that the search works with, damping included. Appends one row to
 bench/records/bound.jsonl.
 """
 

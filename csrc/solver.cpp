@@ -10,28 +10,16 @@
 #include <tuple>
 
 #include "solver_kernels.h"
+#include "tensors.h"
 
 namespace {
 
+using duotone::check_shape;
+using duotone::data_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Reading through a pointer trusts these; the Python side has already put tensors into this form.
-template <typename T>
-const T* data_of(const Tensor& tensor, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, ": expected a contiguous CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": found another type than expected");
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
 const float* floats(const Tensor& tensor, const char* name) { return data_of<float>(tensor, ScalarType::Float, name); }
-
-void check_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* name) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (int64_t size : shape) same = same && tensor.size(i++) == size;
-  STD_TORCH_CHECK(same, name, ": found another shape than expected");
-}
 
 bool outer_per_row(const Tensor& outer_scale, int64_t rows) {
   STD_TORCH_CHECK(outer_scale.dim() == 1, "outer_scale: expected shape [N] or [1]");

@@ -335,8 +335,8 @@ def bound_table() -> str:
         reached = (floor + (kl - floor) * loop / loss, kl, floor + (kl - floor) * bound / loss, floor)
         lines.append((*cells, *(f"{value:.4f} ({value / bar[1]:.2f})" for value in reached), f"{bar[1]:.4f}"))
     head = (
-        "model", "column loop", "--effort high", "KL with a column loop's loss", "KL", "with the least loss", "activations alone",
-        "best peer",
+        "model", "column loop", "--effort high", "KL with a column loop's loss", "KL", "with the least loss",
+        "activations alone", "best peer",
     )  # fmt: skip
     return markdown(head, lines)
 

@@ -11,7 +11,8 @@ import torch
 import duotone
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
-from duotone.kernels import reference
+from duotone.kernels import cpu, dispatch, reference
+from duotone.qweight import dequantize
 from duotone.runtime.generate import generate
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
@@ -25,18 +26,21 @@ def test_dtype_casts_leave_the_contract_alone() -> None:
     """`.to(bfloat16)`, `.half()` and `.float()` change the bias only, never scales or FP8 values."""
     weight = make_weight(8, 64, Scheme(HOPPER, 32))
     linear = QuantizedLinear(weight, torch.randn(8))
-    x = torch.randn(3, 64)
     for cast in (torch.bfloat16, torch.float16, torch.float32):
         linear.to(cast)
         assert linear.bias is not None and linear.bias.dtype == cast
         assert linear._packed.outer_scale.dtype == torch.float32
-    assert torch.equal(reference.linear(x, linear._packed), reference.linear(x, reference.prepack(weight)))
+    assert torch.equal(linear.dequantize(), dequantize(weight))
 
 
-def test_repr_names_scheme_and_backend() -> None:
+def test_repr_names_scheme_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """`print(model)` says what runs."""
-    text = repr(QuantizedLinear(make_weight(8, 64, Scheme(HOPPER, 32)), None))
-    assert "in_features=64, out_features=8, bias=False, w4a8 hopper g32, backend=torch" in text
+    weight = make_weight(8, 64, Scheme(HOPPER, 32))
+    for module in (cpu, reference):
+        monkeypatch.setattr(dispatch, "BACKENDS", (module,))
+        if module.refuses(weight, torch.device("cpu")) is None:
+            text = repr(QuantizedLinear(weight, None))
+            assert f"in_features=64, out_features=8, bias=False, w4a8 hopper g32, backend={module.NAME}" in text
 
 
 def test_ordinary_folder_loads_as_transformers_loads_it(tiny_model: ModelMaker) -> None:

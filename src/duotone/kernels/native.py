@@ -1,7 +1,8 @@
 """The compiled extension: the ops torch.ops.duotone.*, loaded once, or a sentence that says why they are not there.
 
-It is optional: everything it computes, torch computes too, slower. The environment variable DUOTONE_NATIVE=0 leaves it
-unloaded (to compare, or to rule it out as a cause); it is the only variable that duotone reads.
+It is optional: everything it computes, torch computes too, slower. DUOTONE_NATIVE is the only environment variable that duotone
+reads: 0 leaves the extension unloaded (to compare, or to rule it out as a cause); portable, avx2 or avx512 has the linears of a
+quantized model take that path (kernels/cpu.py).
 """
 
 import os
@@ -21,7 +22,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 @cache
 def unavailable() -> str | None:
     """Why the compiled ops cannot be used, or None when they can. Loads them at the first call."""
-    if os.environ.get("DUOTONE_NATIVE") == "0":
+    if asked_path() == "0":
         return "DUOTONE_NATIVE=0"
     built = [path for suffix in EXTENSION_SUFFIXES if (path := _PACKAGE / f"_C{suffix}").exists()]
     if not built:
@@ -30,7 +31,22 @@ def unavailable() -> str | None:
         torch.ops.load_library(str(built[0]))
     except OSError as error:
         return f"the compiled extension does not load ({error})"
+    _describe_for_compilers()
     return None
+
+
+def _describe_for_compilers() -> None:
+    """What torch.compile needs to know of the ops that a running model calls: the shape of what they give."""
+
+    @torch.library.register_fake("duotone::linear")
+    def _(x: Tensor, codes: Tensor, index: Tensor, table: Tensor, outer_scale: Tensor, *_: object) -> Tensor:
+        del codes, index, table
+        return x.new_empty(x.shape[0], outer_scale.shape[0])
+
+
+def asked_path() -> str | None:
+    """What DUOTONE_NATIVE asks for, or None."""
+    return os.environ.get("DUOTONE_NATIVE") or None
 
 
 def available() -> bool:

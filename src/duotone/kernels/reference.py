@@ -26,9 +26,9 @@ class Packed:
     target: Target
 
 
-def refuses(weight: QuantizedWeight) -> str | None:
-    """Why this backend cannot run the weight, or None. It runs everything."""
-    del weight
+def refuses(weight: QuantizedWeight, device: torch.device) -> str | None:
+    """Why this backend cannot run the weight on a device, or None. It runs everything."""
+    del weight, device
     return None
 
 
@@ -37,8 +37,14 @@ def prepack(weight: QuantizedWeight) -> Packed:
     return Packed(fp8_values(weight).to(torch.bfloat16), weight.outer_scale, weight.input_scale, weight.scheme.target)
 
 
-def linear(x: Tensor, packed: Packed) -> Tensor:
-    """Y = ((sum_k x8 * w8) * outer_scale * s_x) rounded to x's dtype; x [..., K] -> [..., N]."""
+def values(packed: Packed) -> Tensor:
+    """The FP8 operand, float32 [N, K]."""
+    return packed.values.float()
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """Y = ((sum_k x8 * w8) * outer_scale * s_x) rounded to x's dtype, then + bias; x [..., K] -> [..., N]."""
     x8, input_scale = quantize_activations(x, packed.target, packed.input_scale)
     total = torch.nn.functional.linear(x8, packed.values.float())
-    return (total * packed.outer_scale * input_scale).to(x.dtype)
+    y = (total * packed.outer_scale * input_scale).to(x.dtype)
+    return y if bias is None else y + bias

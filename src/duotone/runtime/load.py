@@ -27,7 +27,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
     dtype = dtype or config_dtype(source.config)
     model = build_skeleton(source.config, dtype)
     if source.config.get("quantization_config") is not None:
-        _place_quantized(model, source)
+        _place_quantized(model, source, place)
     wanted = expected_tensors(model)
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
@@ -58,7 +58,7 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _place_quantized(model: PreTrainedModel, source: SourceFolder) -> None:
+def _place_quantized(model: PreTrainedModel, source: SourceFolder, place: torch.device) -> None:
     """Put a QuantizedLinear in the place of every linear the checkpoint holds packed."""
     reader, linears = WeightReader(source), find_linears(model)
     for layer in packed_layers(source):
@@ -69,7 +69,7 @@ def _place_quantized(model: PreTrainedModel, source: SourceFolder) -> None:
         if weight.shape != shape:
             raise DuotoneError(f"{layer}: found shape {list(weight.shape)}, expected {list(shape)} from config.json")
         parent, _, leaf = layer.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, _empty_bias(linears[layer])))
+        setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, _empty_bias(linears[layer]), place))
 
 
 def _empty_bias(linear: nn.Linear) -> Tensor | None:

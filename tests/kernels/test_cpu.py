@@ -1,0 +1,273 @@
+"""The compiled linear: every path this machine runs, against the contract, against each other, and against itself.
+
+A path that this CPU lacks is skipped by name; `portable` runs everywhere and has the register layout of avx512.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duotone.contract import quantize_activations
+from duotone.errors import DuotoneError
+from duotone.kernels import cpu, dispatch, native, reference
+from duotone.qweight import QuantizedWeight, fp8_values
+from duotone.runtime.linear import QuantizedLinear
+from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+from tests.kernels.test_reference import make_weight
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"compiled linear: {native.unavailable()}")
+RUNS = cpu.paths() if native.available() else []
+PATHS = [pytest.param(path, marks=pytest.mark.skipif(path not in RUNS, reason=f"this CPU has no {path}")) for path in cpu.PATHS]
+EVERY_PATH = pytest.mark.parametrize("path", PATHS)
+SCHEMES = st.builds(Scheme, st.sampled_from([HOPPER, GAUDI]), st.sampled_from([32, 64, 128]), st.booleans())
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Put torch's number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def packed_for(path: str, weight: QuantizedWeight) -> cpu.Packed:
+    return replace(cpu.prepack(weight), path=cpu.PATHS.index(path))
+
+
+def tokens_of(count: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Tokens of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, columns, generator=generator) * torch.logspace(-2, 1, count)[:, None]
+    return x.to(dtype)
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), scheme=SCHEMES)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_packing_loses_nothing(rows: int, columns: int, scheme: Scheme) -> None:
+    """The FP8 operand comes back bit for bit from what is packed, and padding aside it takes half a byte a weight."""
+    weight = make_weight(rows, columns, scheme)
+    packed = cpu.prepack(weight)
+    assert torch.equal(cpu.values(packed), fp8_values(weight))
+    assert packed.codes.numel() == -(-rows // 4) * 4 * -(-columns // 32) * 16
+
+
+@EVERY_PATH
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    tokens=st.integers(1, 60),
+    scheme=SCHEMES,
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_equals_float64(path: str, rows: int, columns: int, tokens: int, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Any shape, group, zero points and dtype: float64's product of the same operands, but for float32 sums and roundings."""
+    weight = make_weight(rows, columns, scheme)
+    x = tokens_of(tokens, columns, dtype)
+    x8, scale = quantize_activations(x, scheme.target, weight.input_scale)
+    operands, outer = fp8_values(weight).double(), weight.outer_scale.double()
+    exact = x8.double() @ operands.T * outer * scale.double()
+    magnitude = x8.double().abs() @ operands.abs().T * outer * scale.double()
+    found = cpu.linear(x, packed_for(path, weight))
+    assert found.shape == (tokens, rows) and found.dtype == dtype
+    last = 0 if dtype == torch.float32 else exact.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+    assert bool(((found.double() - exact).abs() <= magnitude * (columns + 3) * 2**-24 + last + 1e-30).all())
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_bitwise_on_exact_sums(path: str, dtype: torch.dtype, bias: bool) -> None:
+    """Where every sum is exact in float32 the reference's bits come out: quantization, scales, bias."""
+    scheme = Scheme(HOPPER, 32)
+    generator = torch.Generator().manual_seed(0)
+    group = torch.tensor([[56.0, 28.0], [56.0, 14.0], [56.0, 56.0]])
+    codes = torch.randint(0, 16, (3, 64), generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, group, torch.tensor([0.5, 0.25, 1.0]), scheme)
+    x = (torch.randint(-7, 8, (9, 64), generator=generator) * 64).to(dtype) * 0.37  # scales are no powers of two
+    added = torch.randn(3, generator=generator).to(dtype) if bias else None
+    found, meant = (module.linear(x, packed, added) for module, packed in both(path, weight))
+    assert torch.equal(found, meant)
+
+
+def both(path: str, weight: QuantizedWeight) -> list[tuple]:
+    return [(cpu, packed_for(path, weight)), (reference, reference.prepack(weight))]
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=["hopper", "gaudi"])
+def test_activations_are_rounded_as_the_contract_says(path: str, target: Target) -> None:
+    """An identity shows what the product reads: ties, subnormals, saturation, zeros, every token's own scale."""
+    scheme = Scheme(target, 32)
+    codes = torch.full((32, 32), 8, dtype=torch.uint8)
+    codes.fill_diagonal_(9)  # level 1
+    if target.channel_outer_scale:
+        codes[:, 0] = torch.where(torch.arange(32) == 0, 9, 8)
+        weight = QuantizedWeight(codes, torch.full((32, 1), 56.0), torch.ones(32), scheme)
+    else:
+        weight = QuantizedWeight(codes, torch.ones(32, 1), torch.ones(1), scheme, None, torch.tensor(0.25))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 32, generator=generator) * torch.logspace(-6, 3, 200)[:, None]
+    x[0], x[1, 1:], x[2] = 0, 0, torch.linspace(-448, 448, 32)
+    x[3] = torch.arange(32) * 2.0**-10  # ties and subnormals beside the largest
+    x[3, 0] = 448
+    found, meant = (module.linear(x, packed) for module, packed in both(path, weight))
+    assert torch.equal(found, meant)
+
+
+@EVERY_PATH
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_with_its_token(path: str, bad: float) -> None:
+    """One bad value makes its own token's outputs what the reference's are, NaN, and nobody else's."""
+    weight = make_weight(8, 64, Scheme(HOPPER, 32))
+    x = tokens_of(7, 64)
+    x[4, 33] = bad
+    found, meant = (module.linear(x, packed) for module, packed in both(path, weight))
+    assert bool(found[4].isnan().all()) and bool(meant[4].isnan().all())
+    rest = torch.arange(7) != 4
+    assert torch.equal(found[rest], cpu.linear(x[rest], packed_for(path, weight)))
+
+
+@EVERY_PATH
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("scheme", [Scheme(HOPPER, 128), Scheme(GAUDI, 32, False)], ids=["hopper", "gaudi"])
+def test_a_token_is_the_same_in_every_batch_and_on_any_number_of_threads(path: str, scheme: Scheme) -> None:
+    """Bit for bit: alone, in batches around every size at which the way of computing changes, on one thread or three."""
+    weight = make_weight(77, 700, scheme)
+    packed, x = packed_for(path, weight), tokens_of(150, 700)
+    torch.set_num_threads(1)
+    whole = cpu.linear(x, packed)
+    for count in (1, 2, 3, 4, 5, 6, 7, 47, 48, 49, 51, 97):
+        torch.set_num_threads(3 if count % 2 else 1)
+        assert torch.equal(cpu.linear(x[:count], packed), whole[:count]), count
+        assert torch.equal(cpu.linear(x[-count:], packed), whole[-count:]), count
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@given(rows=st.integers(1, 70), columns=st.integers(1, 600), tokens=st.integers(1, 60), scheme=SCHEMES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_all_paths_give_the_same_bits(path: str, rows: int, columns: int, tokens: int, scheme: Scheme) -> None:
+    """Products are exact and sums have one order, so an instruction set is no part of the result."""
+    weight, x = make_weight(rows, columns, scheme), tokens_of(tokens, columns)
+    assert torch.equal(cpu.linear(x, packed_for(path, weight)), cpu.linear(x, packed_for("portable", weight)))
+
+
+def test_many_tables() -> None:
+    """More than 256 different groups take a wider index: 126 scales times 16 zero points are there."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    scale = scale[scale <= 28]
+    group = scale[torch.randint(0, len(scale), (60, 20), generator=generator)]
+    group[:, 0] = 28
+    zero = torch.randint(-8, 8, (60, 20), generator=generator).float()
+    codes = torch.randint(0, 16, (60, 640), generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, group, torch.ones(60), Scheme(HOPPER, 32, False), zero)
+    packed = cpu.prepack(weight)
+    assert packed.index.dtype == torch.uint16 and len(packed.table) > 256
+    assert torch.equal(cpu.values(packed), fp8_values(weight))
+    x = tokens_of(3, 640)
+    assert torch.allclose(cpu.linear(x, packed), reference.linear(x, reference.prepack(weight)), rtol=1e-4)
+
+
+def test_leading_dimensions_and_no_tokens() -> None:
+    """[2, 3, K] is six tokens; none give none; a slice that is not contiguous is read as what it is."""
+    packed = cpu.prepack(make_weight(16, 64, Scheme(HOPPER, 32)))
+    x = tokens_of(6, 64)
+    flat = cpu.linear(x, packed)
+    assert torch.equal(cpu.linear(x.view(2, 3, 64), packed), flat.view(2, 3, 16))
+    assert cpu.linear(x[:0], packed).shape == (0, 16)
+    assert torch.equal(cpu.linear(x.T.contiguous().T, packed), flat)
+    assert torch.equal(cpu.linear(x[::2], packed), flat[::2])
+
+
+def test_compilers_know_its_shape() -> None:
+    """torch.compile traces a linear in one piece, for another number of tokens too."""
+    linear = QuantizedLinear(make_weight(16, 64, Scheme(HOPPER, 32)), torch.randn(16))
+    assert linear.backend is cpu
+    compiled = torch.compile(linear, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for count in (1, 5):
+            x = tokens_of(count, 64)
+            assert torch.equal(compiled(x), linear(x))
+
+
+def test_refusals_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group it does not know, another device, the extension left out, a path that this machine lacks."""
+    fits = make_weight(8, 64, Scheme(HOPPER, 32))
+    assert cpu.refuses(fits, CPU) is None
+    assert cpu.refuses(make_weight(8, 64, Scheme(HOPPER, 16)), CPU) == "group_size: found 16, expected a multiple of 32"
+    assert cpu.refuses(fits, torch.device("cuda")) == "runs on a CPU, not on cuda"
+    backend, refusals = dispatch.choose(make_weight(8, 64, Scheme(HOPPER, 16)), CPU)
+    assert backend is reference and refusals == ["cpu: group_size: found 16, expected a multiple of 32"]
+    monkeypatch.setenv("DUOTONE_NATIVE", "mmx")
+    assert cpu.refuses(fits, CPU) == f"DUOTONE_NATIVE=mmx, and this machine runs {', '.join(cpu.paths())}"
+
+
+@EVERY_PATH
+def test_environment_chooses_the_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DUOTONE_NATIVE names one; without it the fastest is taken."""
+    weight = make_weight(8, 64, Scheme(HOPPER, 32))
+    assert cpu.PATHS[cpu.prepack(weight).path] == cpu.paths()[-1]
+    monkeypatch.setenv("DUOTONE_NATIVE", path)
+    assert cpu.PATHS[cpu.prepack(weight).path] == path
+
+
+def test_without_the_extension() -> None:
+    """DUOTONE_NATIVE=0: the torch path, and the reason with it."""
+    program = (
+        "import torch; from duotone.kernels import dispatch; from tests.kernels.test_reference import make_weight;"
+        "from duotone.scheme import HOPPER, Scheme;"
+        "backend, refusals = dispatch.choose(make_weight(8, 64, Scheme(HOPPER, 32)), torch.device('cpu'));"
+        "print(backend.NAME, refusals)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "DUOTONE_NATIVE": "0"}
+    )
+    assert found.stdout.strip() == "torch ['cpu: DUOTONE_NATIVE=0']"
+
+
+def test_it_stays_on_its_device() -> None:
+    """What is packed for a CPU is not sent elsewhere; the error says what to do."""
+    linear = QuantizedLinear(make_weight(8, 64, Scheme(HOPPER, 32)), None)
+    with pytest.raises(DuotoneError, match=r"loaded for a CPU; load it for meta: duotone\.load"):
+        linear.to("meta")
+
+
+BAD = {
+    "x narrow": ({"x": torch.zeros(2, 63)}, "x: expected shape"),
+    "x double": ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x: expected bfloat16 or float32"),
+    "codes short": ({"codes": torch.zeros(2, 2, 4, 15, dtype=torch.uint8)}, "codes: found another shape"),
+    "index wide": ({"index": torch.zeros(2, 2, 4, dtype=torch.uint16)}, "index: found another type"),
+    "index past the table": (
+        {"index": torch.full((2, 2, 4), 300, dtype=torch.uint16), "table": torch.zeros(300, 32, dtype=torch.uint8)},
+        "index: found no such row",
+    ),
+    "table too short for a byte": ({"table": torch.zeros(255, 32, dtype=torch.uint8)}, "table: expected shape"),
+    "table": ({"table": torch.zeros(3, 31, dtype=torch.uint8)}, "table: expected shape"),
+    "bias": ({"bias": torch.zeros(9)}, "bias: found another shape"),
+    "group": ({"group_size": 48}, "group_size: expected a multiple of 32"),
+    "path": ({"path": 77}, "path: this machine cannot run it"),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
+def test_the_op_reads_nothing_out_of_bounds(change: tuple[dict, str]) -> None:
+    """Called by hand with tensors that do not belong together: an error, not a crash."""
+    packed = cpu.prepack(make_weight(8, 64, Scheme(HOPPER, 32)))
+    given = {
+        "x": torch.zeros(2, 64), "codes": packed.codes, "index": packed.index, "table": packed.table,
+        "outer_scale": packed.outer_scale, "input_scale": None, "bias": None, "columns": 64, "group_size": 32,
+        "fp8_max": 448.0, "smallest_scale": 1e-6, "path": 0,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=change[1]):
+        torch.ops.duotone.linear(*(given | change[0]).values())
