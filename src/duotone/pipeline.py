@@ -76,8 +76,8 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
     run = _Run(plan, device, phases, report)
     with output_folder(out) as staging:
         with phases("write"):
-            copy_companions(plan.source.path, staging)
             writer = CheckpointWriter(staging, plan.outputs)
+            copy_companions(plan.source.path, staging)
             _copy_through(run, writer, plan.outside)
         skeleton = build_skeleton(plan.source.config, _compute_dtype(device))
         stream = _open_stream(run, skeleton, windows) if windows is not None else None
