@@ -26,6 +26,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "questions"),
     ("tasks",),
     ("bench", "report"),
+    ("speed",),
     ("cli", "__init__"),
     ("__main__",),
 )

@@ -89,7 +89,9 @@ def commands() -> Iterator[tuple[str, ...]]:
 
 def test_all_commands_are_found() -> None:
     """The walk that the help tests rely on sees the commands of the blueprint, nested ones too."""
-    assert {("quantize",), ("eval",), ("generate",), ("inspect",), ("bench", "accuracy")} <= set(commands())
+    assert {("quantize",), ("eval",), ("generate",), ("inspect",), ("bench", "accuracy"), ("bench", "linear")} <= set(
+        commands()
+    )
 
 
 @pytest.mark.parametrize("command", sorted(commands()), ids=" ".join)

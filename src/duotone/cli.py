@@ -219,6 +219,45 @@ def bench_accuracy(  # noqa: PLR0913 - every option of the command
     _print(rows, lambda values: accuracy_table(values), as_json)
 
 
+@bench_app.command("linear", epilog="Example: duotone bench linear --shape 4096x14336 --tokens 1 --tokens 16 --threads 2")
+def bench_linear(
+    shape: Annotated[list[str] | None, typer.Option(help="NxK; those of Llama-3-8B by default. Repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a call; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each candidate takes its turn.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="torch's own number by default.")] = None,
+    records: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/linear.jsonl"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time the W4A8 linear beside torch's BF16 and INT4 ones, and beside what memory and arithmetic allow."""
+    import torch
+
+    from duotone.bench import append_records
+    from duotone.report import speed_table
+    from duotone.speed import SpeedBench, linear_rows
+
+    if threads is not None:
+        torch.set_num_threads(max(1, threads))
+    defaults = SpeedBench()
+    bench = SpeedBench(
+        tuple(_shape(text) for text in shape) if shape else defaults.shapes, tuple(tokens or defaults.tokens), rounds
+    )
+    rows: list[dict[str, Any]] = []
+    with _progress("measuring", quiet or as_json) as tell:
+        for row in linear_rows(bench):
+            append_records(records, [row])
+            rows.append(row)
+            tell(len(rows), 3 * len(bench.shapes) * len(bench.tokens), row["kernel"])
+    _print(rows, lambda values: speed_table(values), as_json)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise DuotoneError(f"--shape: found {text!r}, expected NxK such as 4096x14336")
+    return int(rows), int(columns)
+
+
 def _print(value: Any, render: Callable[[Any], Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(value, allow_nan=False))

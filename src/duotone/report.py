@@ -108,6 +108,29 @@ def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:
     return table
 
 
+def speed_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Milliseconds of each candidate, its share of what memory gives and of the arithmetic peak, and ours as a multiple."""
+    table = Table("shape", "tokens", "kernel", "ms", "GB/s", "of memory's", "GFLOP/s", "of the peak", "ours is", box=None)
+    for row in rows:
+        ours = next(other for other in rows if other["kernel"].startswith("duotone") and _same_call(other, row))
+        table.add_row(
+            "x".join(map(str, row["shape"])),
+            str(row["tokens"]),
+            row["kernel"],
+            f"{row['ms']:.2f}",
+            f"{row['gbytes_per_second']:.1f}",
+            f"{100 * row['roofline_share']:.0f} %",
+            f"{row['gflops']:.0f}",
+            f"{100 * row['gflops'] / row['peak_gflops']:.0f} %",
+            "" if row is ours else f"{ours['times_as_fast_as'][row['kernel']]:.1f} times as fast",
+        )
+    return table
+
+
+def _same_call(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (one["shape"], one["tokens"]) == (other["shape"], other["tokens"])
+
+
 def show(renderable: RenderableType) -> None:
     """Print to standard output; a pipe gets lines wide enough for a table."""
     console = Console()
