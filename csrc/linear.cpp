@@ -93,41 +93,48 @@ DUOTONE_INLINE void narrow(float x, uint16_t& to) {
 }
 DUOTONE_INLINE void narrow(float x, float& to) { to = x; }
 
-// One token: its scale, unless it has one, and its values on the FP8 grid; zeros up to `padded`.
+// How activations become FP8: a static scale, or 0 for one a token, no smaller than `smallest`.
+struct Rounding {
+  float scale, fp8_max, smallest;
+};
+
+// One token's values on the FP8 grid, zeros up to `padded`; returns its scale.
 template <typename T>
-DUOTONE_INLINE float quantize_token(const T* x, int64_t columns, int64_t padded, float scale, float fp8_max, float smallest, float* to) {
-  if (!(scale > 0.0f)) {
+DUOTONE_INLINE float quantize_token(const T* x, int64_t columns, int64_t padded, const Rounding& how, float* to) {
+  float scale = how.scale;
+  if (scale == 0.0f) {
     uint32_t largest = 0;  // without their sign, floats rise with their bits, NaN above all
     for (int64_t k = 0; k < columns; k++) largest = std::max(largest, bits_of(widen(x[k])) & 0x7FFFFFFFu);
-    float absmax;
-    std::memcpy(&absmax, &largest, 4);
-    scale = absmax / fp8_max;
-    scale = scale < smallest ? smallest : scale;
+    std::memcpy(&scale, &largest, 4);
+    scale /= how.fp8_max;
+    scale = scale < how.smallest ? how.smallest : scale;
   }
-  for (int64_t k = 0; k < columns; k++) to[k] = fp8_round(clamp(widen(x[k]) / scale, -fp8_max, fp8_max));
+  for (int64_t k = 0; k < columns; k++) to[k] = fp8_round(clamp(widen(x[k]) / scale, -how.fp8_max, how.fp8_max));
   for (int64_t k = columns; k < padded; k++) to[k] = 0.0f;
   return scale;
 }
 
-DUOTONE_CLONES float quantize_bf16(const uint16_t* x, int64_t columns, int64_t padded, float scale, float fp8_max, float smallest, float* to) {
-  return quantize_token(x, columns, padded, scale, fp8_max, smallest, to);
+DUOTONE_CLONES float quantize(const uint16_t* x, int64_t columns, int64_t padded, const Rounding& how, float* to) {
+  return quantize_token(x, columns, padded, how, to);
 }
-DUOTONE_CLONES float quantize_float(const float* x, int64_t columns, int64_t padded, float scale, float fp8_max, float smallest, float* to) {
-  return quantize_token(x, columns, padded, scale, fp8_max, smallest, to);
+DUOTONE_CLONES float quantize(const float* x, int64_t columns, int64_t padded, const Rounding& how, float* to) {
+  return quantize_token(x, columns, padded, how, to);
 }
 
 template <typename T>
-DUOTONE_INLINE void scale_token(const float* total, const float* outer, float scale, const T* bias, int64_t rows, T* y) {
+DUOTONE_INLINE void finish_token(const float* total, const float* outer, float scale, const T* bias, int64_t rows, T* y) {
   for (int64_t n = 0; n < rows; n++) {
     narrow(total[n] * outer[n] * scale, y[n]);
     if (bias) narrow(widen(y[n]) + widen(bias[n]), y[n]);
   }
 }
-DUOTONE_CLONES void scale_bf16(const float* total, const float* outer, float scale, const uint16_t* bias, int64_t rows, uint16_t* y) {
-  scale_token(total, outer, scale, bias, rows, y);
+
+DUOTONE_CLONES void finish(const float* total, const float* outer, float scale, const uint16_t* bias, int64_t rows,
+                           uint16_t* y) {
+  finish_token(total, outer, scale, bias, rows, y);
 }
-DUOTONE_CLONES void scale_float(const float* total, const float* outer, float scale, const float* bias, int64_t rows, float* y) {
-  scale_token(total, outer, scale, bias, rows, y);
+DUOTONE_CLONES void finish(const float* total, const float* outer, float scale, const float* bias, int64_t rows, float* y) {
+  finish_token(total, outer, scale, bias, rows, y);
 }
 
 struct Freed {
@@ -142,7 +149,7 @@ Floats floats_of(int64_t count) {
 // Work of about 64 thousand multiplications a thread is worth a thread.
 int64_t grain(int64_t each) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, each)); }
 
-// Rows of a wide index are looked at in every call: it is one byte in 32 of what the call reads anyway. A byte cannot leave 256 rows.
+// Rows of a wide index are looked at in every call, one byte in 32 of what it reads anyway. A byte cannot leave 256 rows.
 const uint16_t* wide_rows(const Tensor& index, int64_t rows) {
   const uint16_t* row = data_of<uint16_t>(index, ScalarType::UInt16, "index");
   uint16_t largest = 0;
@@ -151,63 +158,67 @@ const uint16_t* wide_rows(const Tensor& index, int64_t rows) {
   return row;
 }
 
-Tensor linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, std::optional<Tensor> input_scale,
-              std::optional<Tensor> bias, int64_t columns, int64_t group_size, double fp8_max, double smallest_scale, int64_t path) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == columns, "x: expected shape [M, K]");
+// The weight's side of the product, checked.
+Linear weight_of(const Tensor& codes, const Tensor& index, const Tensor& table, int64_t rows, int64_t columns,
+                 int64_t group_size) {
   STD_TORCH_CHECK(group_size > 0 && group_size % CHUNK == 0, "group_size: expected a multiple of 32");
-  STD_TORCH_CHECK(supported(path), "path: this machine cannot run it");
-  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(is_bf16 || x.scalar_type() == ScalarType::Float, "x: expected bfloat16 or float32");
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "x: expected a contiguous CPU tensor");
-  STD_TORCH_CHECK(outer_scale.dim() == 1, "outer_scale: expected shape [N]");
   Linear p{};
-  p.tokens = x.size(0), p.rows = outer_scale.size(0), p.chunks = (columns + CHUNK - 1) / CHUNK;
+  p.rows = rows, p.chunks = (columns + CHUNK - 1) / CHUNK;
   p.group_chunks = group_size / CHUNK, p.groups = (p.chunks + p.group_chunks - 1) / p.group_chunks;
-  const int64_t blocks = (p.rows + BLOCK_ROWS - 1) / BLOCK_ROWS, padded = p.chunks * CHUNK;
-  check_shape(codes, {blocks, p.chunks, BLOCK_ROWS, CHUNK_BYTES}, "codes");
-  check_shape(index, {blocks, p.groups, BLOCK_ROWS}, "index");
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) >= 256 && table.size(1) == TABLE_BYTES, "table: expected shape [256 or more, 32]");
+  check_shape(codes, {p.blocks(), p.chunks, BLOCK_ROWS, CHUNK_BYTES}, "codes");
+  check_shape(index, {p.blocks(), p.groups, BLOCK_ROWS}, "index");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) >= 256, "table: expected shape [256 or more, 32]");
+  check_shape(table, {table.size(0), TABLE_BYTES}, "table");
   p.wide_index = table.size(0) > 256;
   p.codes = data_of<uint8_t>(codes, ScalarType::Byte, "codes");
   if (p.wide_index) p.index = wide_rows(index, table.size(0));
   else p.index = data_of<uint8_t>(index, ScalarType::Byte, "index");
   p.table = data_of<uint8_t>(table, ScalarType::Byte, "table");
+  return p;
+}
+
+template <typename T>
+void multiply(Linear p, const T* x, int64_t columns, const Rounding& how, const float* outer, const T* bias, LinearPath run,
+              T* y) {
+  const int64_t padded = p.chunks * CHUNK, stride = p.blocks() * BLOCK_ROWS;
+  const Floats grid = floats_of(p.tokens * padded), total = floats_of(p.tokens * stride), scale = floats_of(p.tokens);
+  p.x = grid.get(), p.total = total.get();
+  torch::stable::parallel_for(0, p.tokens, grain(padded * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) scale[m] = quantize(x + m * columns, columns, padded, how, grid.get() + m * padded);
+  });
+  torch::stable::parallel_for(0, p.blocks(), grain(padded * BLOCK_ROWS * p.tokens),
+                              [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  torch::stable::parallel_for(0, p.tokens, grain(p.rows * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) finish(total.get() + m * stride, outer, scale[m], bias, p.rows, y + m * p.rows);
+  });
+}
+
+Tensor linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, std::optional<Tensor> input_scale,
+              std::optional<Tensor> bias, int64_t columns, int64_t group_size, double fp8_max, double smallest_scale,
+              int64_t path) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == columns, "x: expected shape [M, K]");
+  STD_TORCH_CHECK(supported(path), "path: this machine cannot run it");
+  STD_TORCH_CHECK(outer_scale.dim() == 1, "outer_scale: expected shape [N]");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float, "x: expected bfloat16 or float32");
+  Linear p = weight_of(codes, index, table, outer_scale.size(0), columns, group_size);
+  p.tokens = x.size(0);
   const float* outer = data_of<float>(outer_scale, ScalarType::Float, "outer_scale");
-  float given = 0.0f;
+  Rounding how{0.0f, static_cast<float>(fp8_max), static_cast<float>(smallest_scale)};
   if (input_scale) {
     STD_TORCH_CHECK(input_scale->numel() == 1, "input_scale: expected one value");
-    given = *data_of<float>(*input_scale, ScalarType::Float, "input_scale");
-    STD_TORCH_CHECK(given > 0.0f, "input_scale: expected a positive value");
+    how.scale = *data_of<float>(*input_scale, ScalarType::Float, "input_scale");
+    STD_TORCH_CHECK(how.scale > 0.0f, "input_scale: expected a positive value");
   }
-  const void* added = nullptr;
-  if (bias) {
-    check_shape(*bias, {p.rows}, "bias");
-    STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->is_cpu() && bias->is_contiguous(), "bias: expected x's type");
-    added = bias->const_data_ptr();
-  }
+  if (bias) check_shape(*bias, {p.rows}, "bias");
   Tensor y = torch::stable::new_empty(x, {p.tokens, p.rows});
   if (!p.tokens || !p.rows) return y;
-  const Floats grid = floats_of(p.tokens * padded), total = floats_of(p.tokens * blocks * BLOCK_ROWS), scale = floats_of(p.tokens);
-  const float largest = static_cast<float>(fp8_max), smallest = static_cast<float>(smallest_scale);
-  const void* from = x.const_data_ptr();
-  torch::stable::parallel_for(0, p.tokens, grain(padded * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) {
-      float* to = grid.get() + m * padded;
-      scale[m] = is_bf16 ? quantize_bf16(static_cast<const uint16_t*>(from) + m * columns, columns, padded, given, largest, smallest, to)
-                         : quantize_float(static_cast<const float*>(from) + m * columns, columns, padded, given, largest, smallest, to);
-    }
-  });
-  p.x = grid.get(), p.total = total.get();
-  const LinearPath run = path_of(path);
-  torch::stable::parallel_for(0, blocks, grain(padded * BLOCK_ROWS * p.tokens), [&](int64_t begin, int64_t end) { run(p, begin, end); });
-  void* out = y.mutable_data_ptr();
-  torch::stable::parallel_for(0, p.tokens, grain(p.rows * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) {
-      const float* sums = total.get() + m * blocks * BLOCK_ROWS;
-      if (is_bf16) scale_bf16(sums, outer, scale[m], static_cast<const uint16_t*>(added), p.rows, static_cast<uint16_t*>(out) + m * p.rows);
-      else scale_float(sums, outer, scale[m], static_cast<const float*>(added), p.rows, static_cast<float*>(out) + m * p.rows);
-    }
-  });
+  const auto call = [&]<typename T>(T*) {
+    multiply(p, data_of<T>(x, type, "x"), columns, how, outer, bias ? data_of<T>(*bias, type, "bias") : nullptr, path_of(path),
+             static_cast<T*>(y.mutable_data_ptr()));
+  };
+  if (type == ScalarType::BFloat16) call(static_cast<uint16_t*>(nullptr));
+  else call(static_cast<float*>(nullptr));
   return y;
 }
 

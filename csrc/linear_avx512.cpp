@@ -40,9 +40,10 @@ struct Avx512 {
   static inline I interleave_low(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
   static inline I interleave_high(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
   static inline F even(I words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-  static inline F odd(I words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)))); }
+  static inline F odd(I words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x10000))); }
   static inline void reduce(F sum, float* to) {  // of each row: (0 + 1) + (2 + 3)
-    const F pairs = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1)), fours = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E));
+    const F pairs = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1));
+    const F fours = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E));
     const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
     _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, fours)));
   }

@@ -30,6 +30,11 @@ struct Kernel {
     low = V::gather(rows, 0), high = V::gather(rows, 16);
   }
 
+  // A register's first codes of a chunk.
+  static inline __attribute__((always_inline)) const uint8_t* codes_of(const Linear& p, int64_t unit, int64_t chunk) {
+    return p.codes + ((unit / REGS * p.chunks + chunk) * BLOCK_ROWS + unit % REGS * V::REG_ROWS) * CHUNK_BYTES;
+  }
+
   // Values of half a chunk, 16 columns: four registers.
   static inline __attribute__((always_inline)) void decode(I codes, int half, I low, I high, F* w) {
     const I nibble = half ? V::high_nibbles(codes) : V::low_nibbles(codes);
@@ -41,12 +46,12 @@ struct Kernel {
   // UNITS registers' rows, TOKENS tokens: weights are decoded into registers and never stored.
   template <int TOKENS, int UNITS>
   static inline __attribute__((always_inline)) void direct(const Linear& p, int64_t unit) {
-    const int64_t columns = p.chunks * CHUNK, stride = (p.rows + 3) / 4 * 4;
+    const int64_t columns = p.chunks * CHUNK, stride = p.blocks() * BLOCK_ROWS;
     const uint8_t* codes[UNITS];
     F sum[UNITS][TOKENS][2];
 #pragma GCC unroll 4
     for (int u = 0; u < UNITS; u++) {
-      codes[u] = p.codes + (unit + u) / REGS * p.chunks * BLOCK_ROWS * CHUNK_BYTES + (unit + u) % REGS * V::REG_ROWS * CHUNK_BYTES;
+      codes[u] = codes_of(p, unit + u, 0);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; t++) sum[u][t][0] = sum[u][t][1] = V::zero();
     }
@@ -94,12 +99,13 @@ struct Kernel {
   // Decodes PANEL_CHUNKS chunks of up to PANEL_REGS registers' rows: panel[register][chunk][step][FLOATS].
   static void fill_panel(const Linear& p, int64_t unit, int64_t units, int64_t chunk, int64_t chunks, float* panel) {
     for (int64_t u = 0; u < units; u++) {
-      const uint8_t* codes = p.codes + ((unit + u) / REGS * p.chunks + chunk) * BLOCK_ROWS * CHUNK_BYTES + (unit + u) % REGS * V::REG_ROWS * CHUNK_BYTES;
+      const uint8_t* codes = codes_of(p, unit + u, chunk);
       float* to = panel + u * PANEL_CHUNKS * STEPS * FLOATS;
       for (int64_t c = chunk; c < chunk + chunks;) {
         I low, high;
         table(p, unit + u, c / p.group_chunks, low, high);
-        const int64_t group_end = (c / p.group_chunks + 1) * p.group_chunks, end = group_end < chunk + chunks ? group_end : chunk + chunks;
+        const int64_t of_group = (c / p.group_chunks + 1) * p.group_chunks;
+        const int64_t end = of_group < chunk + chunks ? of_group : chunk + chunks;
         for (; c < end; c++, codes += BLOCK_ROWS * CHUNK_BYTES)
           for (int half = 0; half < 2; half++) {
             F w[4];
@@ -112,8 +118,8 @@ struct Kernel {
 
   // Adds what `steps` steps of two registers of the panel bring TOKENS tokens to their sums [TOKENS][2 registers][2][FLOATS].
   template <int TOKENS>
-  static inline __attribute__((always_inline)) void multiply(const float* w, const float* x, int64_t columns, int64_t steps, float* sums,
-                                                             int64_t stride) {
+  static inline __attribute__((always_inline)) void multiply(const float* w, const float* x, int64_t columns, int64_t steps,
+                                                             float* sums, int64_t stride) {
     constexpr int64_t next = PANEL_CHUNKS * STEPS * FLOATS;
     F sum[TOKENS][2][2];
 #pragma GCC unroll 8
@@ -142,7 +148,7 @@ struct Kernel {
     alignas(64) static thread_local float panel[PANEL_ROWS / V::REG_ROWS * PANEL_CHUNKS * STEPS * FLOATS];
     alignas(64) static thread_local float sums[TOKEN_BLOCK * PANEL_REGS * 2 * FLOATS];
     constexpr int64_t of_token = PANEL_REGS * 2 * FLOATS;
-    const int64_t columns = p.chunks * CHUNK, stride = (p.rows + 3) / 4 * 4;
+    const int64_t columns = p.chunks * CHUNK, stride = p.blocks() * BLOCK_ROWS;
     const int64_t pairs = (units + 1) / 2;
     for (int64_t first = 0; first < p.tokens; first += TOKEN_BLOCK) {
       const int64_t tokens = p.tokens - first < TOKEN_BLOCK ? p.tokens - first : TOKEN_BLOCK;
@@ -156,10 +162,11 @@ struct Kernel {
             const float* w = panel + pair * 2 * PANEL_CHUNKS * STEPS * FLOATS;
             float* to = sums + t * of_token + pair * 4 * FLOATS;
             const int64_t count = tokens - t;
-            if (count >= V::TOKENS) multiply<V::TOKENS>(w, x + t * columns, columns, chunks * STEPS, to, of_token);
+            const float* at = x + t * columns;
+            if (count >= V::TOKENS) multiply<V::TOKENS>(w, at, columns, chunks * STEPS, to, of_token);
             else
               for (int64_t one = 0; one < count; one++)
-                multiply<1>(w, x + (t + one) * columns, columns, chunks * STEPS, to + one * of_token, of_token);
+                multiply<1>(w, at + one * columns, columns, chunks * STEPS, to + one * of_token, of_token);
           }
       }
       for (int64_t t = 0; t < tokens; t++)

@@ -1,5 +1,5 @@
-// The W4A8 linear for any machine: the same steps on arrays, which the compiler vectorizes as far as it can. It is also what the
-// layout with four rows a register is tested with where there is no AVX-512.
+// The W4A8 linear for any machine: the same steps on arrays, which the compiler vectorizes as far as it can. It is also what
+// the layout with four rows a register is tested with where there is no AVX-512.
 #include <cstdint>
 #include <cstring>
 
@@ -61,7 +61,10 @@ struct Portable {
   static inline I interleave(const I& a, const I& b, int half) {
     I words;
     for (int r = 0; r < 4; r++)
-      for (int i = 0; i < 8; i++) words.at[16 * r + 2 * i] = a.at[16 * r + half + i], words.at[16 * r + 2 * i + 1] = b.at[16 * r + half + i];
+      for (int i = 0; i < 8; i++) {
+        words.at[16 * r + 2 * i] = a.at[16 * r + half + i];
+        words.at[16 * r + 2 * i + 1] = b.at[16 * r + half + i];
+      }
     return words;
   }
   static inline I interleave_low(const I& a, const I& b) { return interleave(a, b, 0); }
@@ -69,7 +72,7 @@ struct Portable {
   static inline F widen(const I& words, int at) {
     F value;
     for (int i = 0; i < 16; i++) {
-      const uint32_t bits = static_cast<uint32_t>(words.at[4 * i + at + 1]) << 24 | static_cast<uint32_t>(words.at[4 * i + at]) << 16;
+      const uint32_t low = words.at[4 * i + at], high = words.at[4 * i + at + 1], bits = high << 24 | low << 16;
       std::memcpy(value.at + i, &bits, 4);
     }
     return value;
