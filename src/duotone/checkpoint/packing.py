@@ -15,13 +15,13 @@ def pack_int4(codes_NK: Tensor) -> Tensor:
     rows, columns = codes_NK.shape
     if columns % _NIBBLES:
         raise ValueError(f"codes: K={columns} is not a multiple of {_NIBBLES}")
-    shifts = torch.arange(0, 32, 4, device=codes_NK.device)
-    words = (codes_NK.view(rows, -1, _NIBBLES).to(torch.int64) << shifts).sum(-1)
-    return words.to(torch.int32)  # wraps into the sign bit, as the word's bits demand
+    # The bytes of a word, lowest first, on every machine that torch runs on: two codes each.
+    pairs = codes_NK[:, 0::2] | codes_NK[:, 1::2] << 4
+    return pairs.contiguous().reshape(-1).view(torch.int32).view(rows, columns // _NIBBLES)
 
 
 def unpack_int4(words: Tensor, columns: int) -> Tensor:
     """int32 [N, ceil(K / 8)] -> codes uint8 0..15 [N, K]."""
-    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    codes = (words.unsqueeze(-1) >> shifts) & 15
-    return codes.to(torch.uint8).reshape(words.shape[0], -1)[:, :columns].contiguous()
+    pairs = words.contiguous().reshape(-1).view(torch.uint8)
+    codes = torch.stack((pairs & 15, pairs >> 4), -1)
+    return codes.view(words.shape[0], words.shape[1] * _NIBBLES)[:, :columns].contiguous()
