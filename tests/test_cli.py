@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from safetensors import safe_open
 
 from duotone import cli
+from duotone.kernels import dispatch
+from duotone.scheme import HOPPER, Scheme
 
 CALIBRATED = ("--seq-len", "64", "--samples", "8")
 
@@ -292,6 +295,16 @@ def test_inspect_prints_a_table(quantized: tuple[Path, Outcome]) -> None:
     assert len(lines) == 1
     assert "128 x 256" in lines[0]
     assert "w4a8 hopper g128" in lines[0]
+
+
+def test_inspect_says_what_multiplies(quantized: tuple[Path, Outcome], original: Path) -> None:
+    """The backend of this machine, in JSON and in the table, and why no faster one; an ordinary folder has none."""
+    backend, refusals = dispatch.choose(Scheme(HOPPER, 128), torch.device("cpu"))
+    facts = invoke("inspect", quantized[0], "--json").json()
+    assert (facts["backend"], facts["refusals"]) == (backend.describe(), refusals)
+    assert f"multiplied here by  {backend.describe()}" in invoke("inspect", quantized[0]).out
+    assert invoke("inspect", original, "--json").json()["backend"] is None
+    assert "multiplied" not in invoke("inspect", original).out
 
 
 def generate(model: Path, *options: str) -> Outcome:

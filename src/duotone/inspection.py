@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from duotone.checkpoint.compressed_tensors import scheme_from_config, tensor_specs
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import SourceFolder, open_source
+from duotone.kernels.dispatch import choose
 from duotone.scheme import Scheme
 
 
@@ -25,7 +28,10 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The layers of a folder and their totals. bits_per_weight is over the quantized layers; 0 when there is none."""
+    """The layers of a folder and their totals. bits_per_weight is over the quantized layers; 0 when there is none.
+
+    backend: what multiplies the quantized layers on this machine's CPU. refusals: why nothing faster does.
+    """
 
     path: str
     model_type: str
@@ -35,6 +41,8 @@ class Inspection:
     bits_per_weight: float
     calibration: dict[str, Any] | None
     notes: list[str]
+    backend: str | None = None
+    refusals: tuple[str, ...] = ()
 
 
 def inspect_model(model: str | Path) -> Inspection:
@@ -44,6 +52,7 @@ def inspect_model(model: str | Path) -> Inspection:
     quantization = source.config.get("quantization_config")
     scheme = None if quantization is None else scheme_from_config(quantization)
     layers = [] if scheme is None else _quantized_layers(source, scheme, sidecar)
+    backend, refusals = (None, []) if scheme is None else choose(scheme, torch.device("cpu"))
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     quantized_bytes = sum(layer.nbytes for layer in layers)
     return Inspection(
@@ -55,6 +64,8 @@ def inspect_model(model: str | Path) -> Inspection:
         bits_per_weight=8 * quantized_bytes / weights if weights else 0.0,
         calibration=sidecar.get("calibration"),
         notes=list(sidecar.get("notes", [])),
+        backend=None if backend is None else backend.describe(),
+        refusals=tuple(refusals),
     )
 
 

@@ -83,6 +83,8 @@ def inspection_summary(facts: dict[str, Any]) -> RenderableType:
         totals.add_row(
             "quantized linears", f"{megabytes(facts['quantized_bytes'])}, {facts['bits_per_weight']:.3f} bits per weight"
         )
+    if facts["backend"]:
+        totals.add_row("multiplied here by", "\n".join((facts["backend"], *facts["refusals"])))
     return Group(table, "", totals, *_notes(facts["notes"]))
 
 

@@ -65,7 +65,7 @@ class _Prepared:
     def __init__(self, bench: SpeedBench, rows: int, columns: int) -> None:
         self.shape, self.group_size = (rows, columns), bench.group_size
         weight = random_weight(rows, columns, bench.group_size, bench.seed)
-        self.backend, self.refusals = choose(weight, torch.device("cpu"))
+        self.backend, self.refusals = choose(weight.scheme, torch.device("cpu"))
         count = lambda size: max(2, -(-_OUT_OF_CACHE // size))  # noqa: E731
         self.packed = [self.backend.prepack(weight) for _ in range(count(rows * columns // 2))]
         self.bf16 = [torch.randn(rows, columns).bfloat16() for _ in range(count(rows * columns * 2))]

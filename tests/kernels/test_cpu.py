@@ -203,11 +203,11 @@ def test_compilers_know_its_shape() -> None:
 
 def test_refusals_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group it does not know, another device, the extension left out, a path that this machine lacks."""
-    fits = make_weight(8, 64, Scheme(HOPPER, 32))
+    fits, odd = Scheme(HOPPER, 32), Scheme(HOPPER, 16)
     assert cpu.refuses(fits, CPU) is None
-    assert cpu.refuses(make_weight(8, 64, Scheme(HOPPER, 16)), CPU) == "group_size: found 16, expected a multiple of 32"
+    assert cpu.refuses(odd, CPU) == "group_size: found 16, expected a multiple of 32"
     assert cpu.refuses(fits, torch.device("cuda")) == "runs on a CPU, not on cuda"
-    backend, refusals = dispatch.choose(make_weight(8, 64, Scheme(HOPPER, 16)), CPU)
+    backend, refusals = dispatch.choose(odd, CPU)
     assert backend is reference and refusals == ["cpu: group_size: found 16, expected a multiple of 32"]
     monkeypatch.setenv("DUOTONE_NATIVE", "mmx")
     assert cpu.refuses(fits, CPU) == f"DUOTONE_NATIVE=mmx, and this machine runs {', '.join(cpu.paths())}"
@@ -225,9 +225,8 @@ def test_environment_chooses_the_path(path: str, monkeypatch: pytest.MonkeyPatch
 def test_without_the_extension() -> None:
     """DUOTONE_NATIVE=0: the torch path, and the reason with it."""
     program = (
-        "import torch; from duotone.kernels import dispatch; from tests.kernels.test_reference import make_weight;"
-        "from duotone.scheme import HOPPER, Scheme;"
-        "backend, refusals = dispatch.choose(make_weight(8, 64, Scheme(HOPPER, 32)), torch.device('cpu'));"
+        "import torch; from duotone.kernels import dispatch; from duotone.scheme import HOPPER, Scheme;"
+        "backend, refusals = dispatch.choose(Scheme(HOPPER, 32), torch.device('cpu'));"
         "print(backend.NAME, refusals)"
     )
     found = subprocess.run(

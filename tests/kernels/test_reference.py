@@ -69,9 +69,9 @@ def test_dispatch_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         NAME = "picky"
 
         @staticmethod
-        def refuses(weight: QuantizedWeight, device: torch.device) -> str | None:
-            return "needs K of 4096" if weight.shape[1] != 4096 or device.type != "cpu" else None
+        def refuses(scheme: Scheme, device: torch.device) -> str | None:
+            return f"needs groups of 4096 on {device.type}" if scheme.group_size != 4096 else None
 
     monkeypatch.setattr(dispatch, "BACKENDS", (Picky, reference))
-    backend, refusals = dispatch.choose(make_weight(4, 64, Scheme(HOPPER, 32)), torch.device("cpu"))
-    assert backend is reference and refusals == ["picky: needs K of 4096"]
+    backend, refusals = dispatch.choose(Scheme(HOPPER, 32), torch.device("cpu"))
+    assert backend is reference and refusals == ["picky: needs groups of 4096 on cpu"]

@@ -38,7 +38,7 @@ def test_repr_names_scheme_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = make_weight(8, 64, Scheme(HOPPER, 32))
     for module in (cpu, reference):
         monkeypatch.setattr(dispatch, "BACKENDS", (module,))
-        if module.refuses(weight, torch.device("cpu")) is None:
+        if module.refuses(weight.scheme, torch.device("cpu")) is None:
             text = repr(QuantizedLinear(weight, None))
             assert f"in_features=64, out_features=8, bias=False, w4a8 hopper g32, backend={module.NAME}" in text
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from duotone.contract import fp8_product
 from duotone.kernels import native
 from duotone.qweight import QuantizedWeight, expand_groups
-from duotone.scheme import Target
+from duotone.scheme import Scheme, Target
 
 NAME = "cpu"
 #: In the order of csrc/linear.cpp's enum Path, the fastest last.
@@ -48,8 +48,8 @@ def paths() -> list[str]:
     return [name for number, name in enumerate(PATHS) if found >> number & 1]
 
 
-def refuses(weight: QuantizedWeight, device: torch.device) -> str | None:
-    """Why this backend cannot run the weight on a device, or None."""
+def refuses(scheme: Scheme, device: torch.device) -> str | None:
+    """Why this backend cannot run weights of a scheme on a device, or None."""
     if device.type != "cpu":
         return f"runs on a CPU, not on {device.type}"
     reason = native.unavailable()
@@ -58,12 +58,22 @@ def refuses(weight: QuantizedWeight, device: torch.device) -> str | None:
     asked = native.asked_path()
     if asked is not None and asked not in paths():
         return f"DUOTONE_NATIVE={asked}, and this machine runs {', '.join(paths())}"
-    size = weight.scheme.group_size
+    size = scheme.group_size
     return None if size % _CHUNK == 0 else f"group_size: found {size}, expected a multiple of {_CHUNK}"
 
 
+def describe() -> str:
+    """What will run, for people."""
+    return f"compiled for CPUs, {PATHS[_path()]}"
+
+
+def _path() -> int:
+    """The fastest, unless DUOTONE_NATIVE names another."""
+    return PATHS.index(native.asked_path() or paths()[-1])
+
+
 def prepack(weight: QuantizedWeight) -> Packed:
-    """The form this backend multiplies. The fastest path, unless DUOTONE_NATIVE names another."""
+    """The form this backend multiplies."""
     scheme, (rows, columns) = weight.scheme, weight.shape
     row_NG, table = _table(weight)
     groups, blocks = row_NG.shape[1], -(-rows // _BLOCK_ROWS)
@@ -78,7 +88,7 @@ def prepack(weight: QuantizedWeight) -> Packed:
         columns,
         scheme.group_size,
         scheme.target,
-        PATHS.index(native.asked_path() or paths()[-1]),
+        _path(),
     )
 
 

@@ -1,21 +1,21 @@
-"""Which backend runs a weight: the first of an ordered tuple that does not refuse, and every refusal is a sentence."""
+"""Which backend runs a scheme: the first of an ordered tuple that does not refuse, and every refusal is a sentence."""
 
 from types import ModuleType
 
 import torch
 
 from duotone.kernels import cpu, reference
-from duotone.qweight import QuantizedWeight
+from duotone.scheme import Scheme
 
 #: Fastest first; the reference runs everything and comes last.
 BACKENDS: tuple[ModuleType, ...] = (cpu, reference)
 
 
-def choose(weight: QuantizedWeight, device: torch.device) -> tuple[ModuleType, list[str]]:
-    """The backend for a weight on a device, and the reasons for which faster ones refused it."""
+def choose(scheme: Scheme, device: torch.device) -> tuple[ModuleType, list[str]]:
+    """The backend for weights of a scheme on a device, and the reasons for which faster ones refused it."""
     refusals: list[str] = []
     for backend in BACKENDS:
-        reason = backend.refuses(weight, device)
+        reason = backend.refuses(scheme, device)
         if reason is None:
             return backend, refusals
         refusals.append(f"{backend.NAME}: {reason}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duotone.contract import quantize_activations
 from duotone.qweight import QuantizedWeight, fp8_values
-from duotone.scheme import Target
+from duotone.scheme import Scheme, Target
 
 NAME = "torch"
 
@@ -26,10 +26,15 @@ class Packed:
     target: Target
 
 
-def refuses(weight: QuantizedWeight, device: torch.device) -> str | None:
-    """Why this backend cannot run the weight on a device, or None. It runs everything."""
-    del weight, device
+def refuses(scheme: Scheme, device: torch.device) -> str | None:
+    """Why this backend cannot run weights of a scheme on a device, or None. It runs everything."""
+    del scheme, device
     return None
+
+
+def describe() -> str:
+    """What will run, for people."""
+    return "plain torch: exact, not fast"
 
 
 def prepack(weight: QuantizedWeight) -> Packed:

@@ -24,7 +24,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme: Scheme = weight.scheme
         self.input_scale = weight.input_scale
-        self.backend, self.refusals = choose(weight, device or weight.codes.device)
+        self.backend, self.refusals = choose(weight.scheme, device or weight.codes.device)
         self._packed = self.backend.prepack(weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
