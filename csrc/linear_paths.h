@@ -88,10 +88,10 @@ struct Kernel {
         V::reduce(V::add(sum[u][t][0], sum[u][t][1]), p.total + t * stride + (unit + u) * V::REG_ROWS);
   }
 
-  // Few tokens: eight sums at a time hide the latency of an addition.
+  // Few tokens: as many sums at a time as hide the latency of an addition and leave registers for the tables.
   template <int TOKENS>
   static void few(const Linear& p, int64_t unit, int64_t end) {
-    constexpr int UNITS = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
+    constexpr int UNITS = TOKENS == 1 ? 2 : 1;
     for (; unit + UNITS <= end; unit += UNITS) direct<TOKENS, UNITS>(p, unit);
     for (; unit < end; unit++) direct<TOKENS, 1>(p, unit);
   }
