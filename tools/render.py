@@ -355,7 +355,10 @@ def task_table() -> str:
         for row in rows
         for task, (value, error) in row["tasks"].items()
     ]
-    return markdown(("model", "tool", "method", "task", "accuracy, %"), sorted(lines, key=lambda line: (line[0], line[3], line[1] != "original")))
+    return markdown(
+        ("model", "tool", "method", "task", "accuracy, %"),
+        sorted(lines, key=lambda line: (line[0], line[3], line[1] != "original")),
+    )
 
 
 def ablation_table() -> str:
