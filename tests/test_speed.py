@@ -15,8 +15,9 @@ from tests.test_cli import invoke
 
 SMALL = SpeedBench(shapes=((64, 256),), tokens=(1, 3), rounds=3)
 COLUMNS = {
-    "kernel", "refusals", "shape", "tokens", "group_size", "ms", "ms_min", "gbytes_per_second", "read_gbytes_per_second",
-    "roofline_share", "gflops", "peak_gflops", "times_as_fast_as", "commit", "date", "machine", "threads", "versions", "seed",
+    "kernel", "backend", "refusals", "shape", "tokens", "group_size", "ms", "ms_min", "gbytes_per_second",
+    "read_gbytes_per_second", "roofline_share", "gflops", "peak_gflops", "times_as_fast_as",
+    "commit", "date", "machine", "threads", "versions", "seed",
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def test_rows() -> None:
         assert set(row["times_as_fast_as"]) == {other["kernel"] for other in rows} - {row["kernel"]}
     backend, _ = choose(Scheme(HOPPER, 128), torch.device("cpu"))
     assert f"duotone {backend.NAME}" in {row["kernel"] for row in rows}
+    assert {row["backend"] for row in rows} == {backend.describe()}
 
 
 def test_a_slow_candidate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def _measure(bench: SpeedBench, prepared: _Prepared, x: Tensor, ceiling: float) 
         median = statistics.median(taken)
         yield provenance(bench.seed) | {
             "kernel": name,
+            "backend": prepared.backend.describe(),
             "refusals": prepared.refusals,
             "shape": [rows, columns],
             "tokens": len(x),
