@@ -4,6 +4,7 @@ Usage: python tools/render.py [--check]. Between `<!-- table: NAME -->` and `<!-
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -342,23 +343,60 @@ def bound_table() -> str:
 
 
 def task_table() -> str:
-    """Task accuracy of what was asked, in per cent, with standard errors."""
-    rows = [row for found in comparison().values() for row in found if row["tasks"] and row["kl"] is not None]
-    lines = [
-        (
-            row["model"],
-            row["tool"],
-            row["method"] + (" --effort high" if row["effort"] == "high" else ""),
-            task,
-            f"{100 * value:.1f} ± {100 * error:.1f}",
-        )
-        for row in rows
-        for task, (value, error) in row["tasks"].items()
-    ]
-    return markdown(
-        ("model", "tool", "method", "task", "accuracy, %"),
-        sorted(lines, key=lambda line: (line[0], line[3], line[1] != "original")),
-    )
+    """Task accuracy of what was asked, in per cent, and against the original item by item, over the calibration seeds."""
+    lines: list[tuple[str, ...]] = []
+    for model, rows in comparison().items():
+        asked = [row for row in rows if any("lost" in task for task in row["tasks"].values() if isinstance(task, dict))]
+        named = {
+            ("original", "") if row["tool"] == "original" else (row["tool"], f"{row['method']} {effort(row)}".strip())
+            for row in asked
+        }
+        for tool, method in sorted(named, key=lambda name: (name[0] != "original", name)):
+            found = [row for row in asked if row["tool"] == tool and method in ("", f"{row['method']} {effort(row)}".strip())]
+            for task in found[0]["tasks"]:
+                cells = [row["tasks"][task] for row in found]
+                accuracy = f"{100 * mean([cell['accuracy'] for cell in cells]):.1f} ± {100 * cells[0]['stderr']:.1f}"
+                lines.append((model, task, str(cells[0]["items"]), f"{tool} {method}".strip(), str(len(cells)), accuracy))
+                lines[-1] += ("-", "-") if tool == "original" else paired_outcomes(cells)
+    head = ("model", "task", "items", "weights", "seeds", "accuracy, %", "less the original's, points", "McNemar's p")
+    return markdown(head, sorted(lines, key=lambda line: (line[0], line[1], not line[3].startswith("original"))))
+
+
+def effort(row: dict[str, Any]) -> str:
+    """What a method's name is followed by."""
+    return "--effort high" if row["effort"] == "high" else ""
+
+
+def paired_outcomes(cells: list[dict[str, Any]]) -> tuple[str, str]:
+    """Difference of accuracy to the original with its paired standard error, mean over seeds, and the least p of a seed.
+
+    The error is one seed's: the same items stand behind every seed. p: McNemar's exact test, two-sided.
+    """
+    differences, errors, values = [], [], []
+    for cell in cells:
+        lost, gained, items = cell["lost"], cell["gained"], cell["items"]
+        differences.append((gained - lost) / items)
+        errors.append(((gained + lost) / items - differences[-1] ** 2) ** 0.5 / items**0.5)
+        tail = sum(math.comb(gained + lost, count) for count in range(min(gained, lost) + 1))
+        values.append(min(1.0, 2 * tail / 2 ** (gained + lost)))
+    return f"{100 * mean(differences):+.2f} ± {100 * mean(errors):.2f}", f"{min(values):.2f}"
+
+
+def quantize_time_table() -> str:
+    """Seconds to quantize, median over rounds in which the tools took turns, and their ratio to ours round by round."""
+    lines: list[tuple[str, ...]] = []
+    newest = {(row["model"], row["tool"], row["round"]): row for row in records("quantize_time")}
+    for model, tool in dict.fromkeys((model, tool) for model, tool, _ in newest):
+        found = {number: row for (*name, number), row in newest.items() if name == [model, tool]}
+        method = f"{tool} {found[0]['method']}"
+        if found[0]["refused"]:
+            lines.append((model, method, f"refuses: {found[0]['refused'][:80]}", "-", "-"))
+            continue
+        ratio = statistics.median(row["seconds"] / newest[model, "duotone", i]["seconds"] for i, row in found.items())
+        seconds = statistics.median(row["seconds"] for row in found.values())
+        memory = max(row["peak_bytes"] for row in found.values())
+        lines.append((model, method, f"{seconds:.1f}", f"{ratio:.1f}", f"{memory / 1e9:.1f} GB"))
+    return markdown(("model", "tool", "seconds", "times ours", "peak memory"), lines)
 
 
 def ablation_table() -> str:
@@ -384,6 +422,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": windows_table,
     "bound": bound_table,
     "tasks": task_table,
+    "quantize-time": quantize_time_table,
     "ablation": ablation_table,
 }
 

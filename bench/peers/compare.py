@@ -49,13 +49,16 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Judge:
-    """What every candidate is held against: the original model, the windows or sentences, and the multiple-choice tasks."""
+    """What every candidate is held against: the original model, the windows or sentences, and the multiple-choice tasks.
+
+    tasks: of each its items, and which of them the original gets right.
+    """
 
     reference: Any
     tokenizer: Any
     windows: TokenWindows | None
     sentences: tuple[str, ...]
-    tasks: dict[str, Any]
+    tasks: dict[str, tuple[Any, tuple[bool, ...]]]
 
     def columns(self, model: Any, with_tasks: bool) -> dict[str, Any]:
         """The measured columns of a row."""
@@ -71,13 +74,18 @@ class Judge:
         scores = score_windows(model, self.windows, self.reference, torch.device("cpu"))
         assert scores.kl is not None
         result = asdict(summarize(scores, self.windows))
-        tasks = {name: self._choice(model, items) for name, items in self.tasks.items()} if with_tasks else {}
+        tasks = {name: self._choice(model, *task) for name, task in self.tasks.items()} if with_tasks else {}
         by_window = {"kl_windows": _short(scores.kl), "nll_windows": _short(scores.nll)}
         return {key: result[key] for key in empty} | {"tokens": result["tokens"], "tasks": tasks} | by_window
 
-    def _choice(self, model: Any, items: Any) -> list[float]:
+    def _choice(self, model: Any, items: Any, original: tuple[bool, ...]) -> dict[str, float]:
+        """Accuracy, and of the items those that the original gets right and this model wrong (lost), or the reverse."""
         found = multiple_choice(model, self.tokenizer, items, "cpu")
-        return [found.accuracy_norm, found.stderr_norm]
+        pairs = list(zip(original, found.correct_norm, strict=True))
+        return {
+            "items": len(items), "accuracy": found.accuracy_norm, "stderr": found.stderr_norm,
+            "lost": pairs.count((True, False)), "gained": pairs.count((False, True)),
+        }  # fmt: skip
 
 
 def _short(values: torch.Tensor) -> list[float]:
@@ -98,8 +106,7 @@ def main() -> None:
     for seed in arguments.seeds:
         seeded = replace(bench, seed=seed)
         common = {"model": model, "text": texts, "group_size": bench.group_size}
-        with_tasks = seed == arguments.seeds[0] and bool(judge.tasks)
-        for row in _rows(seeded, judge, arguments, with_tasks):
+        for row in _rows(seeded, judge, arguments, with_original=seed == arguments.seeds[0] and bool(judge.tasks)):
             whole = provenance(seed) | common | row
             append_records(arguments.records, [whole])
             value = whole["kl"] if whole["kl"] is not None else whole["tasks"].get("embedding_error", [None])[0]
@@ -107,18 +114,17 @@ def main() -> None:
             print(f"{model} seed {seed} {whole['tool']} {whole['method']} {whole['arithmetic']}: {said}", flush=True)
 
 
-def _rows(bench: AccuracyBench, judge: Judge, arguments: Any, with_tasks: bool) -> Iterator[dict[str, Any]]:
+def _rows(bench: AccuracyBench, judge: Judge, arguments: Any, with_original: bool) -> Iterator[dict[str, Any]]:
     folder = locate_model(bench.model)
     tokens = draw_windows(load_tokenizer(folder), bench.calibration, bench.seq_len, bench.samples, bench.seed)
     said = {
         "text": [Path(text.partition("#")[0]).name for text in bench.calibration],
         "tokens": tokens.tokens.numel(), "windows": len(tokens.tokens), "sha256": tokens.sha256, "seed": bench.seed,
     }  # fmt: skip
-    if with_tasks:
-        original = _row("original", "none", "bf16", None, "nominal") | judge.columns(judge.reference, with_tasks)
-        yield original
+    if with_original:
+        yield _row("original", "none", "bf16", None, "nominal") | judge.columns(judge.reference, with_tasks=True)
     for method in arguments.methods:
-        yield _our_row(bench, judge, method, said, with_tasks)
+        yield _our_row(bench, judge, method, said)
     for peer in arguments.peers:
         yield from _peer_rows(bench, judge, peer, tokens, said)
 
@@ -134,7 +140,7 @@ def _row(tool: str, method: str, scheme: str, calibration: Any, arithmetic: str)
     }  # fmt: skip
 
 
-def _our_row(bench: AccuracyBench, judge: Judge, method: str, calibration: Any, with_tasks: bool) -> dict[str, Any]:
+def _our_row(bench: AccuracyBench, judge: Judge, method: str, calibration: Any) -> dict[str, Any]:
     method, _, effort = method.partition(":")
     bench = replace(bench, effort=effort or bench.effort)
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,7 +150,7 @@ def _our_row(bench: AccuracyBench, judge: Judge, method: str, calibration: Any, 
     floor = None
     if judge.windows is not None:
         floor = activation_floor(locate_model(bench.model), model, judge.windows, judge.reference)
-    return _row("duotone", method, "w4a8", calibration, "contract") | judge.columns(model, with_tasks) | {
+    return _row("duotone", method, "w4a8", calibration, "contract") | judge.columns(model, with_tasks=True) | {
         "effort": bench.effort,
         "bits_per_weight": report["bits_per_weight"], "quantized_macs_share": report["quantized_macs_share"],
         "kl_activation_floor": floor, "quantize_seconds": sum(report["seconds"].values()), "peak_bytes": report["peak_bytes"],
@@ -158,7 +164,7 @@ def _peer_rows(
     tool, gradient, key = PEERS[peer]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        facts = _run_peer(bench, peer, tokens, out)
+        facts = run_peer(bench, peer, tokens, out)
         shared = {
             "versions": provenance(0)["versions"] | {tool: facts["version"]}, "gradient": gradient,
             "quantize_seconds": facts["seconds"], "peak_bytes": facts["peak_bytes"], "refused": facts["refused"],
@@ -175,7 +181,7 @@ def _peer_rows(
             yield _row(tool, method, scheme, calibration, arithmetic) | judge.columns(model, with_tasks=False) | shared
 
 
-def _run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path) -> dict[str, Any]:
+def run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path) -> dict[str, Any]:
     """What the tool's script says of itself; what it printed if it said nothing."""
     environment, _, recipe = peer.partition(":")
     python = HERE / ".venvs" / environment / "bin" / "python"
@@ -216,8 +222,9 @@ def _judge(bench: AccuracyBench, arguments: Any) -> Judge:
     if arguments.piqa:
         tasks["piqa"] = [item for item in load_piqa(arguments.piqa) if fits(item)][: arguments.items]
     if arguments.stories:
-        tasks["story_endings"] = load_story_cloze(arguments.stories, arguments.items, 0, fits)
-    return Judge(reference, tokenizer, windows, (), tasks)
+        tasks["story_endings"] = load_story_cloze(arguments.stories, arguments.endings, 0, fits)
+    original = {name: multiple_choice(reference, tokenizer, items, "cpu").correct_norm for name, items in tasks.items()}
+    return Judge(reference, tokenizer, windows, (), {name: (items, original[name]) for name, items in tasks.items()})
 
 
 def _arguments() -> argparse.Namespace:
@@ -236,7 +243,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eval-samples", type=int, default=64)
     parser.add_argument("--piqa", help="folder of valid.jsonl and valid-labels.lst: a task, or an encoder's sentences")
     parser.add_argument("--stories", help="text of short stories: the story-ending task")
-    parser.add_argument("--items", type=int, default=500, help="of each task")
+    parser.add_argument("--items", type=int, default=500, help="of PIQA at most")
+    parser.add_argument("--endings", type=int, default=500, help="of stories")
     parser.add_argument("--records", type=Path, default=RECORDS)
     return parser.parse_args()
 
