@@ -1,15 +1,16 @@
-// The W4A8 linear on plain pointers, for any vector instructions. M tokens, N out_features, K in_features, G groups along K.
+// The W4A8 linear on plain pointers, in integers. M tokens, N out_features, K in_features, G groups along K.
 //
-// Every FP8 weight of a group is one of 16 values, so a group needs one row of a table of BF16 values, made by the contract.
-// The two bytes of a value are looked up apart (16 entries fit a byte shuffle), and widened to float32, where products of FP8
-// values are exact. A register holds REG_ROWS rows side by side, four columns of each; activations are broadcast to all.
+// What an FP8 product of a group can be is 16 values, each a whole number of units of the smallest step among them, and all of
+// them within 255 units: FP8 has four significant bits, and no code is more than 15 times another. A group needs 16 bytes
+// (values plus a bias that makes them positive), one byte shuffle looks up 32 codes, and a unit, which is a power of two.
+// FP8 activations are whole numbers of 2^-9, of 18 bits. A segment of columns is shifted right until it fits 16; what falls
+// off is not 0 only where a value is 2^11 times smaller than the segment's largest, and is multiplied apart, in `low`.
+// So sums over a segment are integers, exact, and in any order the same: 16 x 16 bits multiply at twice the rate of float32.
+// Only the sums of segments are added in float32, first to last. That is all the rounding there is, and it is the same for
+// any number of tokens and threads and on any path.
 //
-// One order of summation, whatever the number of tokens, of threads, or the path: columns 8i..8i+3 of a row go to four sums,
-// columns 8i+4..8i+7 to four others, i rising; then the two fours are added, and the four to one.
-//
-// Layout: codes [N/4][C][4 rows][16 bytes], C chunks of 32 columns. Byte 2j + p of the first eight holds column 4p + j in its
-// low half and 16 more in its high half, the other eight bytes those 8 further on: what the interleaving of bytes needs to
-// leave columns in their natural order.
+// Layout: codes [N/8][C][4][2 rows][16 bytes], C chunks of 32 columns; the two rows of a pair are 4 apart. Byte 2j + p of a row
+// holds column 8p + j in its low half and 16 + 8p + j in its high half, so that even and odd bytes become 8 columns each.
 #pragma once
 
 #include <cstdint>
@@ -17,26 +18,53 @@
 
 namespace duotone {
 
-constexpr int64_t BLOCK_ROWS = 4, CHUNK = 32, CHUNK_BYTES = 16, TABLE_BYTES = 32;
-constexpr int64_t PANEL_ROWS = 16, PANEL_CHUNKS = 8, TOKEN_BLOCK = 48;  // decoded at once, beside tokens that share them
-constexpr int64_t AHEAD = 2048;  // bytes of codes to fetch ahead
+constexpr int64_t BLOCK_ROWS = 8, CHUNK = 32, CHUNK_BYTES = 16, BLOCK_BYTES = BLOCK_ROWS * CHUNK_BYTES, TABLE_BYTES = 32;
+constexpr int64_t SEGMENT_CHUNKS = 8;  // at most: 256 columns of 255 units by 15 bits stay below 2^31
 
-struct Linear {
-  int64_t tokens, rows, chunks, group_chunks, groups;
-  const uint8_t* codes;
-  const void* index;  // [N/4][G][4]: which row of the table
-  bool wide_index;    // uint16 instead of uint8
-  const uint8_t* table;  // [T][2][16]: low bytes of 16 BF16 values, then high bytes
-  const float* x;        // [M][32 C] on the FP8 grid
-  float* total;          // [M][4 ceil(N/4)]: sums before any scale
-
-  int64_t blocks() const { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+// What a token has in a segment beside its values.
+struct Segment {
+  float scale;          // of `high`, a power of two
+  int32_t high_sum, low_sum;
+  uint32_t low_chunks;  // bit by bit, the chunks where `low` is not zero
 };
 
-// What a path brings: columns of rows [begin, end), in units of 4 rows.
+// A row of the table.
+struct Sixteen {
+  uint8_t value[16];
+  float unit;
+  int32_t bias;
+  uint8_t spare[8];
+};
+static_assert(sizeof(Sixteen) == TABLE_BYTES);
+
+struct Linear {
+  int64_t tokens, rows, chunks, groups, segment_chunks, segments;
+  int64_t group_segments;  // a group's
+  const uint8_t* codes;
+  const void* index;  // [N/8][G][8]: which row of the table
+  bool wide_index;    // uint16 instead of uint8
+  const Sixteen* table;
+  int32_t bias;       // of all rows of the table, or -1 where they differ
+  const int16_t *high, *low;      // [segments][M][columns of a segment]: what is read together lies together
+  const Segment* segment;         // [segments][M]
+  float* total;                   // [M][8 ceil(N/8)]: sums before any scale
+
+  int64_t blocks() const { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+  int64_t stride() const { return blocks() * BLOCK_ROWS; }
+  int64_t columns() const { return chunks * CHUNK; }
+  int64_t chunks_of(int64_t s) const {
+    return chunks - s * segment_chunks < segment_chunks ? chunks - s * segment_chunks : segment_chunks;
+  }
+  // Where a token's values of a segment begin.
+  int64_t at(int64_t s, int64_t token) const { return (s * segment_chunks * tokens + token * chunks_of(s)) * CHUNK; }
+};
+
+constexpr float LOW_SCALE = 0x1p-9f;  // the step of FP8
+
+// What a path brings: columns of rows [begin, end), in units of 8 rows.
 using LinearPath = void (*)(const Linear&, int64_t begin, int64_t end);
 
 // Null where the path is not compiled in. All give the same bits.
-extern const LinearPath linear_portable, linear_avx2, linear_avx512;
+extern const LinearPath linear_portable, linear_avx2, linear_avx512, linear_avx512vnni;
 
 }  // namespace duotone

@@ -1,184 +1,274 @@
 // Included by one file for each instruction set, behind the pragma that turns it on: no standard header may be included here,
-// or its inline functions would be compiled for that set and taken by everybody.
+// or its inline functions would be compiled for that set and taken by everybody. AVX2 is the least; V brings what is wider.
 #pragma once
 
 #include "linear_kernels.h"
 
+#define DUOTONE_ALWAYS static inline __attribute__((always_inline))
+
 namespace duotone {
 namespace {
 
+constexpr int64_t PAIRS = CHUNK / 2;                                 // of columns, in a chunk
+constexpr int64_t PANEL_ROWS = 16, TOKEN_BLOCK = 48;                 // decoded at once, beside tokens that share them
+constexpr int64_t CACHED_COLUMNS = 2048;                             // of TOKEN_BLOCK tokens, 192 KiB
+constexpr int64_t AHEAD = 2048;                                      // bytes of codes to fetch ahead
+
+DUOTONE_ALWAYS const __m256i* wide(const void* from) { return static_cast<const __m256i*>(from); }
+
+// A block's rows in one group.
+struct Rows {
+  const Sixteen* row[BLOCK_ROWS];
+
+  DUOTONE_ALWAYS Rows of(const Linear& p, int64_t block, int64_t group) {
+    const int64_t at = (block * p.groups + group) * BLOCK_ROWS;
+    Rows found;
+    if (p.wide_index)
+      for (int r = 0; r < BLOCK_ROWS; r++) found.row[r] = p.table + static_cast<const uint16_t*>(p.index)[at + r];
+    else
+      for (int r = 0; r < BLOCK_ROWS; r++) found.row[r] = p.table + static_cast<const uint8_t*>(p.index)[at + r];
+    return found;
+  }
+  inline __attribute__((always_inline)) __m256 unit() const {
+    return _mm256_setr_ps(row[0]->unit, row[1]->unit, row[2]->unit, row[3]->unit, row[4]->unit, row[5]->unit, row[6]->unit,
+                          row[7]->unit);
+  }
+  inline __attribute__((always_inline)) __m256i bias(const Linear& p) const {
+    if (p.bias >= 0) return _mm256_set1_epi32(p.bias);
+    return _mm256_setr_epi32(row[0]->bias, row[1]->bias, row[2]->bias, row[3]->bias, row[4]->bias, row[5]->bias, row[6]->bias,
+                             row[7]->bias);
+  }
+  // The values of rows `i` and `i + 4`.
+  inline __attribute__((always_inline)) __m256i pair(int i) const {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(*reinterpret_cast<const __m128i*>(row[i]->value)),
+                                   *reinterpret_cast<const __m128i*>(row[i + 4]->value), 1);
+  }
+};
+
+// Adds a segment's integer sums of eight rows to their totals. Units and scales are powers of two: only the sum rounds.
+DUOTONE_ALWAYS __m256 add_segment(__m256 total, __m256i sum, __m256i bias, __m256 unit, int32_t x_sum, float scale) {
+  const __m256i exact = _mm256_sub_epi32(sum, _mm256_mullo_epi32(bias, _mm256_set1_epi32(x_sum)));
+  return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(scale)), unit, total);
+}
+
+// The four sums of each row of four pairs of rows, added up: rows in order.
+DUOTONE_ALWAYS __m256i rows_of(__m256i a, __m256i b, __m256i c, __m256i d) {
+  return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+}
+
 template <class V>
 struct Kernel {
-  using F = typename V::F;
   using I = typename V::I;
-  static constexpr int REGS = BLOCK_ROWS / V::REG_ROWS;           // registers that hold four columns of a block of rows
-  static constexpr int FLOATS = 4 * V::REG_ROWS;                  // of a register
-  static constexpr int PANEL_REGS = PANEL_ROWS / V::REG_ROWS;
-  static constexpr int STEPS = CHUNK / 4;
+  static constexpr int REGS = BLOCK_BYTES / sizeof(I);  // registers that hold the codes of a block's chunk
+  static constexpr int WIDE = PANEL_ROWS * 4 / sizeof(I);
 
-  static inline __attribute__((always_inline)) const uint8_t* row_of(const Linear& p, int64_t at) {
-    const int64_t row = p.wide_index ? static_cast<const uint16_t*>(p.index)[at] : static_cast<const uint8_t*>(p.index)[at];
-    return p.table + row * TABLE_BYTES;
-  }
-
-  // The tables of a register's rows, unit after unit through the blocks, in one group.
-  static inline __attribute__((always_inline)) void table(const Linear& p, int64_t unit, int64_t group, I& low, I& high) {
-    const uint8_t* rows[V::REG_ROWS];
-#pragma GCC unroll 4
-    for (int i = 0; i < V::REG_ROWS; i++)
-      rows[i] = row_of(p, (unit / REGS * p.groups + group) * BLOCK_ROWS + unit % REGS * V::REG_ROWS + i);
-    low = V::gather(rows, 0), high = V::gather(rows, 16);
-  }
-
-  // A register's first codes of a chunk.
-  static inline __attribute__((always_inline)) const uint8_t* codes_of(const Linear& p, int64_t unit, int64_t chunk) {
-    return p.codes + ((unit / REGS * p.chunks + chunk) * BLOCK_ROWS + unit % REGS * V::REG_ROWS) * CHUNK_BYTES;
-  }
-
-  // Values of half a chunk, 16 columns: four registers.
-  static inline __attribute__((always_inline)) void decode(I codes, int half, I low, I high, F* w) {
-    const I nibble = half ? V::high_nibbles(codes) : V::low_nibbles(codes);
-    const I low_bytes = V::lookup(low, nibble), high_bytes = V::lookup(high, nibble);
-    const I first = V::interleave_low(low_bytes, high_bytes), second = V::interleave_high(low_bytes, high_bytes);
-    w[0] = V::even(first), w[1] = V::odd(first), w[2] = V::even(second), w[3] = V::odd(second);
-  }
-
-  // UNITS registers' rows, TOKENS tokens: weights are decoded into registers and never stored.
-  template <int TOKENS, int UNITS>
-  static inline __attribute__((always_inline)) void direct(const Linear& p, int64_t unit) {
-    const int64_t columns = p.chunks * CHUNK, stride = p.blocks() * BLOCK_ROWS;
-    const uint8_t* codes[UNITS];
-    F sum[UNITS][TOKENS][2];
-#pragma GCC unroll 4
-    for (int u = 0; u < UNITS; u++) {
-      codes[u] = codes_of(p, unit + u, 0);
-#pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; t++) sum[u][t][0] = sum[u][t][1] = V::zero();
-    }
-    const float* x = p.x;
-    int64_t chunk = 0;
-    for (int64_t group = 0; group < p.groups; group++) {
-      I low[UNITS], high[UNITS];
-#pragma GCC unroll 4
-      for (int u = 0; u < UNITS; u++) table(p, unit + u, group, low[u], high[u]);
-      const int64_t end = chunk + p.group_chunks < p.chunks ? chunk + p.group_chunks : p.chunks;
-      for (; chunk < end; chunk++, x += CHUNK) {
-#pragma GCC unroll 4
-        for (int u = 0; u < UNITS; u++) __builtin_prefetch(codes[u] + AHEAD);
+  // Adds chunk `c` of COUNT registers, from register FIRST on, times TOKENS tokens to `sum`.
+  template <int TOKENS, int FIRST, int COUNT>
+  DUOTONE_ALWAYS void chunk(const uint8_t* codes, const int16_t* const* x, int64_t at, const I* value, I (*sum)[COUNT]) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++)
 #pragma GCC unroll 4
-          for (int u = 0; u < UNITS; u++) {
-            F w[4];
-            decode(V::load(codes[u]), half, low[u], high[u], w);
+      for (int r = 0; r < COUNT; r++) {
+        const I both = V::load(codes + (FIRST + r) * sizeof(I));
+        const I bytes = V::lookup(value[FIRST + r], V::nibbles(half ? V::shift(both, 4) : both));
+        const I even = V::even(bytes), odd = V::shift(bytes, 8);
 #pragma GCC unroll 4
-            for (int q = 0; q < 4; q++)
-#pragma GCC unroll 4
-              for (int t = 0; t < TOKENS; t++)
-                sum[u][t][q & 1] = V::fma(w[q], V::broadcast(x + t * columns + half * 16 + q * 4), sum[u][t][q & 1]);
-          }
-#pragma GCC unroll 4
-        for (int u = 0; u < UNITS; u++) codes[u] += BLOCK_ROWS * CHUNK_BYTES;
-      }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < UNITS; u++)
-#pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; t++)
-        V::reduce(V::add(sum[u][t][0], sum[u][t][1]), p.total + t * stride + (unit + u) * V::REG_ROWS);
-  }
-
-  // Few tokens: as many sums at a time as hide the latency of an addition and leave registers for the tables.
-  template <int TOKENS>
-  static void few(const Linear& p, int64_t unit, int64_t end) {
-    constexpr int UNITS = TOKENS == 1 ? 2 : 1;
-    for (; unit + UNITS <= end; unit += UNITS) direct<TOKENS, UNITS>(p, unit);
-    for (; unit < end; unit++) direct<TOKENS, 1>(p, unit);
-  }
-
-  // Decodes PANEL_CHUNKS chunks of up to PANEL_REGS registers' rows: panel[register][chunk][step][FLOATS].
-  static void fill_panel(const Linear& p, int64_t unit, int64_t units, int64_t chunk, int64_t chunks, float* panel) {
-    for (int64_t u = 0; u < units; u++) {
-      const uint8_t* codes = codes_of(p, unit + u, chunk);
-      float* to = panel + u * PANEL_CHUNKS * STEPS * FLOATS;
-      for (int64_t c = chunk; c < chunk + chunks;) {
-        I low, high;
-        table(p, unit + u, c / p.group_chunks, low, high);
-        const int64_t of_group = (c / p.group_chunks + 1) * p.group_chunks;
-        const int64_t end = of_group < chunk + chunks ? of_group : chunk + chunks;
-        for (; c < end; c++, codes += BLOCK_ROWS * CHUNK_BYTES)
-          for (int half = 0; half < 2; half++) {
-            F w[4];
-            decode(V::load(codes), half, low, high, w);
-            for (int q = 0; q < 4; q++, to += FLOATS) V::store(to, w[q]);
-          }
-      }
-    }
-  }
-
-  // Adds what `steps` steps of two registers of the panel bring TOKENS tokens to their sums [TOKENS][2 registers][2][FLOATS].
-  template <int TOKENS>
-  static inline __attribute__((always_inline)) void multiply(const float* w, const float* x, int64_t columns, int64_t steps,
-                                                             float* sums, int64_t stride) {
-    constexpr int64_t next = PANEL_CHUNKS * STEPS * FLOATS;
-    F sum[TOKENS][2][2];
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++)
-      for (int r = 0; r < 2; r++)
-        for (int o = 0; o < 2; o++) sum[t][r][o] = V::fetch(sums + t * stride + (r * 2 + o) * FLOATS);
-    for (int64_t s = 0; s < steps; s += 2)
-#pragma GCC unroll 2
-      for (int o = 0; o < 2; o++) {
-        const F first = V::fetch(w + (s + o) * FLOATS), second = V::fetch(w + next + (s + o) * FLOATS);
-#pragma GCC unroll 8
         for (int t = 0; t < TOKENS; t++) {
-          const F at = V::broadcast(x + t * columns + (s + o) * 4);
-          sum[t][0][o] = V::fma(first, at, sum[t][0][o]);
-          sum[t][1][o] = V::fma(second, at, sum[t][1][o]);
+          sum[t][r] = V::madd(sum[t][r], even, V::eight(x[t] + at + half * 16));
+          sum[t][r] = V::madd(sum[t][r], odd, V::eight(x[t] + at + half * 16 + 8));
         }
       }
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; t++)
-      for (int r = 0; r < 2; r++)
-        for (int o = 0; o < 2; o++) V::store(sums + t * stride + (r * 2 + o) * FLOATS, sum[t][r][o]);
   }
 
-  // Up to PANEL_REGS registers' rows, many tokens: weights are decoded once for TOKEN_BLOCK tokens.
-  static void many(const Linear& p, int64_t unit, int64_t units) {
-    alignas(64) static thread_local float panel[PANEL_ROWS / V::REG_ROWS * PANEL_CHUNKS * STEPS * FLOATS];
-    alignas(64) static thread_local float sums[TOKEN_BLOCK * PANEL_REGS * 2 * FLOATS];
-    constexpr int64_t of_token = PANEL_REGS * 2 * FLOATS;
-    const int64_t columns = p.chunks * CHUNK, stride = p.blocks() * BLOCK_ROWS;
-    const int64_t pairs = (units + 1) / 2;
-    for (int64_t first = 0; first < p.tokens; first += TOKEN_BLOCK) {
-      const int64_t tokens = p.tokens - first < TOKEN_BLOCK ? p.tokens - first : TOKEN_BLOCK;
-      __builtin_memset(sums, 0, sizeof(float) * tokens * of_token);
-      for (int64_t chunk = 0; chunk < p.chunks; chunk += PANEL_CHUNKS) {
-        const int64_t chunks = p.chunks - chunk < PANEL_CHUNKS ? p.chunks - chunk : PANEL_CHUNKS;
-        fill_panel(p, unit, units, chunk, chunks, panel);
-        const float* x = p.x + first * columns + chunk * CHUNK;
-        for (int64_t t = 0; t < tokens; t += V::TOKENS)
-          for (int64_t pair = 0; pair < pairs; pair++) {
-            const float* w = panel + pair * 2 * PANEL_CHUNKS * STEPS * FLOATS;
-            float* to = sums + t * of_token + pair * 4 * FLOATS;
-            const int64_t count = tokens - t;
-            const float* at = x + t * columns;
-            if (count >= V::TOKENS) multiply<V::TOKENS>(w, at, columns, chunks * STEPS, to, of_token);
-            else
-              for (int64_t one = 0; one < count; one++)
-                multiply<1>(w, at + one * columns, columns, chunks * STEPS, to + one * of_token, of_token);
-          }
-      }
-      for (int64_t t = 0; t < tokens; t++)
-        for (int64_t u = 0; u < units; u++) {
-          const float* from = sums + t * of_token + u * 2 * FLOATS;
-          V::reduce(V::add(V::fetch(from), V::fetch(from + FLOATS)), p.total + (first + t) * stride + (unit + u) * V::REG_ROWS);
-        }
+  // A segment's sums of COUNT registers, stored one after the other.
+  template <int TOKENS, int FIRST, int COUNT>
+  DUOTONE_ALWAYS void segment(const uint8_t* codes, int64_t chunks, const int16_t* const* x, const I* value,
+                              __m256i (*to)[4]) {
+    I sum[TOKENS][COUNT];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; r++) sum[t][r] = V::zero();
+    for (int64_t c = 0; c < chunks; c++, codes += BLOCK_BYTES) {
+      __builtin_prefetch(codes + AHEAD), __builtin_prefetch(codes + AHEAD + 64);
+      chunk<TOKENS, FIRST, COUNT>(codes, x, c * CHUNK, value, sum);
     }
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; r++) V::store(reinterpret_cast<I*>(to[t]) + FIRST + r, sum[t][r]);
+  }
+
+  // A block of rows and all tokens, up to four: weights are decoded into registers and never stored.
+  template <int TOKENS>
+  DUOTONE_ALWAYS void direct(const Linear& p, int64_t block) {
+    __m256 total[TOKENS];
+    for (int t = 0; t < TOKENS; t++) total[t] = _mm256_setzero_ps();
+    const uint8_t* codes = p.codes + block * p.chunks * BLOCK_BYTES;
+    const int16_t* high = p.high;
+    const Segment* of = p.segment;
+    int64_t group = 0, left = p.group_segments;
+    for (int64_t s = 0, rest = p.chunks; s < p.segments; s++, rest -= p.segment_chunks, of += TOKENS) {
+      const Rows rows = Rows::of(p, block, group);
+      if (!--left) group++, left = p.group_segments;
+      I value[REGS];
+      V::values(rows, value);
+      const int64_t chunks = rest < p.segment_chunks ? rest : p.segment_chunks;
+      const int16_t* x[TOKENS];
+      __m256i sum[TOKENS][4];
+      for (int t = 0; t < TOKENS; t++) x[t] = high + t * chunks * CHUNK;
+      if constexpr (TOKENS * REGS <= 4) {
+        segment<TOKENS, 0, REGS>(codes, chunks, x, value, sum);
+      } else {
+        segment<TOKENS, 0, REGS / 2>(codes, chunks, x, value, sum);
+        segment<TOKENS, REGS / 2, REGS / 2>(codes, chunks, x, value, sum);
+      }
+      const __m256i bias = rows.bias(p);
+      const __m256 unit = rows.unit();
+      for (int t = 0; t < TOKENS; t++) {
+        const __m256i rows_sum = rows_of(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
+        total[t] = add_segment(total[t], rows_sum, bias, unit, of[t].high_sum, of[t].scale);
+        if (of[t].low_chunks) total[t] = add_low(p, codes, rows, s, t, total[t]);
+      }
+      codes += chunks * BLOCK_BYTES, high += TOKENS * chunks * CHUNK;
+    }
+    for (int t = 0; t < TOKENS; t++) _mm256_storeu_ps(p.total + t * p.stride() + block * BLOCK_ROWS, total[t]);
+  }
+
+  // What the shift of a segment cut off: seldom anything, and then in few chunks.
+  static __attribute__((noinline)) __m256 add_low(const Linear& p, const uint8_t* codes, Rows rows, int64_t s, int64_t token,
+                                                  __m256 total) {
+    const int16_t* x = p.low + p.at(s, token);
+    const Segment& of = p.segment[s * p.tokens + token];
+    I value[REGS], sum[1][REGS];
+    V::values(rows, value);
+    __m256i stored[4];
+    for (int r = 0; r < REGS; r++) sum[0][r] = V::zero();
+    for (uint32_t left = of.low_chunks; left; left &= left - 1) {
+      const int64_t c = __builtin_ctz(left);
+      chunk<1, 0, REGS>(codes + c * BLOCK_BYTES, &x, c * CHUNK, value, sum);
+    }
+    for (int r = 0; r < REGS; r++) V::store(reinterpret_cast<I*>(stored) + r, sum[0][r]);
+    const __m256i rows_sum = rows_of(stored[0], stored[1], stored[2], stored[3]);
+    return add_segment(total, rows_sum, rows.bias(p), rows.unit(), of.low_sum, LOW_SCALE);
+  }
+
+  // Decodes a segment of a block into eight lanes of a panel, [pair of columns][16 rows][2 columns], from lane `lane` on.
+  static void fill_panel(const uint8_t* codes, int64_t chunks, const Rows& rows, int16_t* panel, int64_t lane) {
+    const __m256i low_half = _mm256_set1_epi8(15), low_byte = _mm256_set1_epi16(255);
+    int16_t* to = panel + lane * 2;
+    for (int64_t c = 0; c < chunks; c++, codes += BLOCK_BYTES) {
+      __builtin_prefetch(codes + AHEAD), __builtin_prefetch(codes + AHEAD + 64);
+      for (int half = 0; half < 2; half++) {
+        __m256i bytes[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+          const __m256i both = _mm256_loadu_si256(wide(codes) + r);
+          bytes[r] = _mm256_shuffle_epi8(rows.pair(r), _mm256_and_si256(half ? _mm256_srli_epi16(both, 4) : both, low_half));
+        }
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+          __m256i w[4];
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; r++) w[r] = odd ? _mm256_srli_epi16(bytes[r], 8) : _mm256_and_si256(bytes[r], low_byte);
+          const __m256i a = _mm256_unpacklo_epi32(w[0], w[1]), b = _mm256_unpacklo_epi32(w[2], w[3]);
+          const __m256i d = _mm256_unpackhi_epi32(w[0], w[1]), e = _mm256_unpackhi_epi32(w[2], w[3]);
+          const __m256i four[4] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b), _mm256_unpacklo_epi64(d, e),
+                                   _mm256_unpackhi_epi64(d, e)};
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++, to += PANEL_ROWS * 2) _mm256_store_si256(reinterpret_cast<__m256i*>(to), four[i]);
+        }
+      }
+    }
+  }
+
+  // The sums of a panel's 16 rows over pairs of columns, for TOKENS tokens whose values begin at x, `columns` apart.
+  template <int TOKENS>
+  DUOTONE_ALWAYS void multiply(const int16_t* panel, const int16_t* x, int64_t columns, int64_t pairs, I (*sum)[WIDE]) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < pairs; j++) {
+      I w[WIDE];
+#pragma GCC unroll 4
+      for (int i = 0; i < WIDE; i++) w[i] = V::aligned(panel + j * PANEL_ROWS * 2 + i * sizeof(I) / 2);
+#pragma GCC unroll 8
+      for (int t = 0; t < TOKENS; t++) {
+        const I two = V::two(x + t * columns + j * 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDE; i++) sum[t][i] = V::madd(sum[t][i], w[i], two);
+      }
+    }
+  }
+
+  // TOKENS tokens times a segment's panel, added to their totals [TOKENS][16].
+  template <int TOKENS>
+  static void tile(const Linear& p, const int16_t* panel, int64_t token, int64_t s, const __m256i* bias, const __m256* unit,
+                   float* total) {
+    const int64_t first = p.at(s, token), columns = p.chunks_of(s) * CHUNK;
+    I sum[TOKENS][WIDE];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
+      for (int i = 0; i < WIDE; i++) sum[t][i] = V::zero();
+    multiply<TOKENS>(panel, p.high + first, columns, columns / 2, sum);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++) {
+      const Segment& of = p.segment[s * p.tokens + token + t];
+      add_panel(sum[t], bias, unit, of.high_sum, of.scale, total + t * PANEL_ROWS);
+      if (!of.low_chunks) continue;
+      I low[1][WIDE];
+      for (int i = 0; i < WIDE; i++) low[0][i] = V::zero();
+      for (uint32_t left = of.low_chunks; left; left &= left - 1) {
+        const int64_t c = __builtin_ctz(left);
+        multiply<1>(panel + c * PAIRS * PANEL_ROWS * 2, p.low + first + t * columns + c * CHUNK, 0, PAIRS, low);
+      }
+      add_panel(low[0], bias, unit, of.low_sum, LOW_SCALE, total + t * PANEL_ROWS);
+    }
+  }
+
+  DUOTONE_ALWAYS void add_panel(const I* sum, const __m256i* bias, const __m256* unit, int32_t x_sum, float scale,
+                                float* total) {
+    alignas(64) __m256i eight[2];
+    for (int i = 0; i < WIDE; i++) V::store(reinterpret_cast<I*>(eight) + i, sum[i]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+      _mm256_store_ps(total + i * 8, add_segment(_mm256_load_ps(total + i * 8), eight[i], bias[i], unit[i], x_sum, scale));
+  }
+
+  // One or two blocks of rows times tokens [begin, end) over segments [first, last): weights are decoded once for all of them.
+  static void many(const Linear& p, int64_t block, int64_t blocks, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    alignas(64) int16_t panel[SEGMENT_CHUNKS * PAIRS * PANEL_ROWS * 2];
+    alignas(64) float total[TOKEN_BLOCK * PANEL_ROWS];
+    const auto each = [&](auto&& call) {
+      for (int64_t t = 0; t < end - begin; t++)
+        for (int64_t b = 0; b < blocks; b++)
+          call(p.total + (begin + t) * p.stride() + (block + b) * BLOCK_ROWS, total + t * PANEL_ROWS + b * BLOCK_ROWS);
+    };
+    if (first) each([](const float* from, float* to) { _mm256_store_ps(to, _mm256_loadu_ps(from)); });
+    else __builtin_memset(total, 0, sizeof total);
+    for (int64_t s = first; s < last; s++) {
+      __m256i bias[2];
+      __m256 unit[2];
+      for (int64_t b = 0; b < 2; b++) {  // without a second block the first stands in its place, and goes nowhere
+        const int64_t of = block + (b < blocks ? b : 0);
+        const Rows rows = Rows::of(p, of, s / p.group_segments);
+        const uint8_t* codes = p.codes + (of * p.chunks + s * p.segment_chunks) * BLOCK_BYTES;
+        bias[b] = rows.bias(p), unit[b] = rows.unit();
+        fill_panel(codes, p.chunks_of(s), rows, panel, b * BLOCK_ROWS);
+      }
+      int64_t t = begin;
+      for (; t + V::TILE <= end; t += V::TILE) tile<V::TILE>(p, panel, t, s, bias, unit, total + (t - begin) * PANEL_ROWS);
+      for (; t + 2 <= end; t += 2) tile<2>(p, panel, t, s, bias, unit, total + (t - begin) * PANEL_ROWS);
+      for (; t < end; t++) tile<1>(p, panel, t, s, bias, unit, total + (t - begin) * PANEL_ROWS);
+    }
+    each([](float* to, const float* from) { _mm256_storeu_ps(to, _mm256_load_ps(from)); });
+  }
+
+  template <int TOKENS>
+  static void few(const Linear& p, int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) direct<TOKENS>(p, block);
   }
 
   static void run(const Linear& p, int64_t begin, int64_t end) {
-    begin *= REGS, end *= REGS;
     switch (p.tokens) {
       case 1: return few<1>(p, begin, end);
       case 2: return few<2>(p, begin, end);
@@ -186,7 +276,15 @@ struct Kernel {
       case 4: return few<4>(p, begin, end);
       default: break;
     }
-    for (int64_t unit = begin; unit < end; unit += PANEL_REGS) many(p, unit, end - unit < PANEL_REGS ? end - unit : PANEL_REGS);
+    // Tokens and columns in parts whose activations stay in the second level of cache while all rows pass by.
+    const int64_t part = CACHED_COLUMNS / (p.segment_chunks * CHUNK);
+    for (int64_t token = 0; token < p.tokens; token += TOKEN_BLOCK)
+      for (int64_t first = 0; first < p.segments; first += part) {
+        const int64_t tokens = token + TOKEN_BLOCK < p.tokens ? token + TOKEN_BLOCK : p.tokens;
+        const int64_t last = first + part < p.segments ? first + part : p.segments;
+        for (int64_t block = begin; block < end; block += 2)
+          many(p, block, end - block < 2 ? 1 : 2, token, tokens, first, last);
+      }
   }
 };
 

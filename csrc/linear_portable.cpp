@@ -1,91 +1,56 @@
-// The W4A8 linear for any machine: the same steps on arrays, which the compiler vectorizes as far as it can. It is also what
-// the layout with four rows a register is tested with where there is no AVX-512.
-#include <cstdint>
-#include <cstring>
-
-#include "linear_paths.h"
+// The W4A8 linear for any machine: plain loops, which the compiler vectorizes as far as it can.
+#include "linear_kernels.h"
 
 namespace duotone {
 namespace {
 
-struct Portable {
-  struct F {
-    float at[16];
-  };
-  struct I {
-    uint8_t at[64];
-  };
-  static constexpr int REG_ROWS = 4, TOKENS = 2;
-  static inline F zero() { return F{}; }
-  static inline F add(F a, F b) {
-    for (int i = 0; i < 16; i++) a.at[i] += b.at[i];
-    return a;
-  }
-  static inline F fma(F a, F b, F c) {  // products of FP8 values are exact: nothing is lost by two steps
-    for (int i = 0; i < 16; i++) c.at[i] += a.at[i] * b.at[i];
-    return c;
-  }
-  static inline F fetch(const float* from) {
-    F value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-  }
-  static inline void store(float* to, const F& value) { std::memcpy(to, &value, sizeof value); }
-  static inline F broadcast(const float* four) {
-    F value;
-    for (int r = 0; r < 4; r++) std::memcpy(value.at + 4 * r, four, 16);
-    return value;
-  }
-  static inline I load(const uint8_t* bytes) {
-    I value;
-    std::memcpy(&value, bytes, sizeof value);
-    return value;
-  }
-  static inline I gather(const uint8_t* const* rows, int at) {
-    I value;
-    for (int r = 0; r < 4; r++) std::memcpy(value.at + 16 * r, rows[r] + at, 16);
-    return value;
-  }
-  static inline I low_nibbles(I codes) {
-    for (int i = 0; i < 64; i++) codes.at[i] &= 15;
-    return codes;
-  }
-  static inline I high_nibbles(I codes) {
-    for (int i = 0; i < 64; i++) codes.at[i] >>= 4;
-    return codes;
-  }
-  static inline I lookup(const I& table, I nibble) {
-    for (int i = 0; i < 64; i++) nibble.at[i] = table.at[i / 16 * 16 + nibble.at[i]];
-    return nibble;
-  }
-  static inline I interleave(const I& a, const I& b, int half) {
-    I words;
-    for (int r = 0; r < 4; r++)
-      for (int i = 0; i < 8; i++) {
-        words.at[16 * r + 2 * i] = a.at[16 * r + half + i];
-        words.at[16 * r + 2 * i + 1] = b.at[16 * r + half + i];
-      }
-    return words;
-  }
-  static inline I interleave_low(const I& a, const I& b) { return interleave(a, b, 0); }
-  static inline I interleave_high(const I& a, const I& b) { return interleave(a, b, 8); }
-  static inline F widen(const I& words, int at) {
-    F value;
-    for (int i = 0; i < 16; i++) {
-      const uint32_t low = words.at[4 * i + at], high = words.at[4 * i + at + 1], bits = high << 24 | low << 16;
-      std::memcpy(value.at + i, &bits, 4);
+constexpr int64_t WIDEST = SEGMENT_CHUNKS * CHUNK;
+
+const Sixteen& row_of(const Linear& p, int64_t at) {
+  return p.table[p.wide_index ? static_cast<const uint16_t*>(p.index)[at] : static_cast<const uint8_t*>(p.index)[at]];
+}
+
+// A row's bytes of `chunks` chunks as 16-bit integers.
+void decode(const uint8_t* codes, int64_t chunks, const uint8_t* value, int16_t* w) {
+  for (int64_t c = 0; c < chunks; c++, codes += BLOCK_BYTES, w += CHUNK)
+    for (int i = 0; i < CHUNK_BYTES; i++) {
+      const int column = i % 2 * 8 + i / 2;
+      w[column] = value[codes[i] & 15], w[column + 16] = value[codes[i] >> 4];
     }
-    return value;
-  }
-  static inline F even(const I& words) { return widen(words, 0); }
-  static inline F odd(const I& words) { return widen(words, 2); }
-  static inline void reduce(const F& sum, float* to) {  // of each row: (0 + 1) + (2 + 3)
-    for (int r = 0; r < 4; r++) to[r] = (sum.at[4 * r] + sum.at[4 * r + 1]) + (sum.at[4 * r + 2] + sum.at[4 * r + 3]);
-  }
-};
+}
+
+int32_t dot(const int16_t* w, const int16_t* x, int64_t columns) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < columns; k++) sum += static_cast<int32_t>(w[k]) * x[k];
+  return sum;
+}
+
+void run(const Linear& p, int64_t begin, int64_t end) {
+  int16_t w[WIDEST];
+  for (int64_t block = begin; block < end; block++)
+    for (int64_t r = 0; r < BLOCK_ROWS; r++) {
+      float* total = p.total + block * BLOCK_ROWS + r;
+      for (int64_t m = 0; m < p.tokens; m++) total[m * p.stride()] = 0.0f;
+      for (int64_t s = 0; s < p.segments; s++) {
+        const int64_t first = s * p.segment_chunks, chunks = p.chunks_of(s);
+        const Sixteen& sixteen = row_of(p, (block * p.groups + s / p.group_segments) * BLOCK_ROWS + r);
+        const uint8_t* codes = p.codes + (block * p.chunks + first) * BLOCK_BYTES + (r % 4 * 2 + r / 4) * CHUNK_BYTES;
+        decode(codes, chunks, sixteen.value, w);
+        for (int64_t m = 0; m < p.tokens; m++) {
+          const Segment& segment = p.segment[s * p.tokens + m];
+          const int64_t at = p.at(s, m);
+          const int32_t high = dot(w, p.high + at, chunks * CHUNK) - sixteen.bias * segment.high_sum;
+          total[m * p.stride()] += static_cast<float>(high) * segment.scale * sixteen.unit;
+          if (!segment.low_chunks) continue;
+          const int32_t low = dot(w, p.low + at, chunks * CHUNK) - sixteen.bias * segment.low_sum;
+          total[m * p.stride()] += static_cast<float>(low) * LOW_SCALE * sixteen.unit;
+        }
+      }
+    }
+}
 
 }  // namespace
 
-const LinearPath linear_portable = Kernel<Portable>::run;
+const LinearPath linear_portable = run;
 
 }  // namespace duotone

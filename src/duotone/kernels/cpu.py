@@ -2,8 +2,9 @@
 """The W4A8 linear on a CPU, 4-bit codes all the way to the registers: csrc/linear.cpp, with a path for each instruction set.
 
 Every FP8 weight of a group is one of 16 values, so a weight is its codes, a table of such sixteens, and for each group the
-number of its row. The table is made by the contract; the compiled code knows nothing of FP8 products. All paths add up in one
-order, the same for any number of tokens and threads, and give the same bits.
+number of its row. The table is made by the contract; the compiled code knows nothing of FP8 products. It multiplies whole
+numbers, 8 bits of a weight by 16 of an activation, exactly (csrc/linear_kernels.h): all paths give the same bits, for any
+number of tokens and threads.
 """
 
 from dataclasses import dataclass
@@ -18,22 +19,26 @@ from duotone.scheme import Scheme, Target
 
 NAME = "cpu"
 #: In the order of csrc/linear.cpp's enum Path, the fastest last.
-PATHS = ("portable", "avx2", "avx512")
-_BLOCK_ROWS, _CHUNK = 4, 32
+PATHS = ("portable", "avx2", "avx512", "avx512vnni")
+_BLOCK_ROWS, _CHUNK = 8, 32
+#: Added to the values of a group, in its units, so that they are whole numbers of a byte.
+_BIAS = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A weight as the op reads it: the only copy there is.
 
-    codes: uint8 [N/4, K/32, 4, 16], padded. index: uint8 or uint16 [N/4, G, 4], rows of `table`. table: uint8 [T, 32], the low
-    and then the high bytes of 16 BF16 values, T at least 256 so that no byte leads out of it. outer_scale: float32 [N].
-    input_scale: static activation scale or None.
+    codes: uint8 [N/8, K/32, 4, 2, 16], padded. index: uint8 or uint16 [N/8, G, 8], rows of `table`. table: uint8 [T, 32]: 16
+    values in units of their own, the bias added to them, that unit as a float32 and that bias as an int32, and 8 bytes to
+    spare; T at least 256 so that no byte leads out of it. bias: of every row, or -1 where they differ. outer_scale: float32
+    [N]. input_scale: static activation scale or None.
     """
 
     codes: Tensor
     index: Tensor
     table: Tensor
+    bias: int
     outer_scale: Tensor
     input_scale: Tensor | None
     in_features: int
@@ -75,7 +80,7 @@ def _path() -> int:
 def prepack(weight: QuantizedWeight) -> Packed:
     """The form this backend multiplies."""
     scheme, (rows, columns) = weight.scheme, weight.shape
-    row_NG, table = _table(weight)
+    row_NG, table, bias = _table(weight)
     groups, blocks = row_NG.shape[1], -(-rows // _BLOCK_ROWS)
     index = torch.zeros(blocks * _BLOCK_ROWS, groups, dtype=torch.uint8 if len(table) <= 256 else torch.uint16)
     index[:rows] = row_NG.to(index.dtype)
@@ -83,6 +88,7 @@ def prepack(weight: QuantizedWeight) -> Packed:
         torch.ops.duotone.pack_codes(weight.codes.contiguous()),
         index.view(blocks, _BLOCK_ROWS, groups).transpose(1, 2).contiguous(),
         table,
+        bias,
         weight.outer_scale.expand(rows).contiguous(),
         weight.input_scale,
         columns,
@@ -92,8 +98,8 @@ def prepack(weight: QuantizedWeight) -> Packed:
     )
 
 
-def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """The distinct sixteens of a weight, uint8 [T, 32], and which of them each group [N, G] has."""
+def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
+    """Which of the distinct sixteens of a weight each group [N, G] has; those, uint8 [T, 32]; their bias, -1 if they differ."""
     scheme, scale_NG, zero_NG = weight.scheme, weight.group_scale, weight.zero_point
     if zero_NG is None:
         scales, row = torch.unique(scale_NG, return_inverse=True)
@@ -101,22 +107,44 @@ def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     else:
         pairs, row = torch.unique(torch.stack((scale_NG, zero_NG), -1).flatten(0, 1), dim=0, return_inverse=True)
         scales, zeros = pairs[:, 0], pairs[:, 1:]
-    levels = torch.tensor(scheme.levels)
-    values = fp8_product(levels, zeros, scales[:, None], scheme.target.fp8).to(torch.bfloat16).view(torch.int16)
-    low, high = values & 255, values >> 8 & 255
-    table = torch.cat((low, high), 1).to(torch.uint8)
-    return row.view(scale_NG.shape), torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table))))
+    values = fp8_product(torch.tensor(scheme.levels), zeros, scales[:, None], scheme.target.fp8)
+    step = scheme.target.fp8.smallest_subnormal
+    table, bias = _sixteens((values / step).to(torch.int32), step)
+    table = torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table))))
+    return row.view(scale_NG.shape), table, int(bias[0]) if bool((bias == bias[0]).all()) else -1
+
+
+def _sixteens(steps: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Rows of the table for values int32 [T, 16] in steps of FP8, and their biases.
+
+    The unit of a row is the largest power of two that divides all of them. FP8 has four significant bits and no level is more
+    than 15 times another, so they span at most 240 units and what the rounding of both ends adds, which a byte holds.
+    """
+    bits = steps[:, 0]
+    for i in range(1, steps.shape[1]):
+        bits = bits | steps[:, i]
+    unit = torch.where(bits == 0, 1, bits & -bits)
+    value = steps // unit[:, None]
+    lowest, highest = value.amin(1), value.amax(1)
+    bias = torch.where((lowest >= -_BIAS) & (highest < 256 - _BIAS), _BIAS, -lowest)
+    biased = value + bias[:, None]
+    if int(biased.max()) > 255:
+        raise AssertionError("a group's FP8 values span more than 255 of their units")
+    facts = torch.stack(((unit.float() * step).view(torch.int32), bias.to(torch.int32)), 1)
+    spare = torch.zeros(len(steps), 8, dtype=torch.uint8)
+    return torch.cat((biased.to(torch.uint8), facts.view(torch.uint8), spare), 1), bias
 
 
 def values(packed: Packed) -> Tensor:
     """The FP8 operand, float32 [N, K], out of what is packed."""
     rows, columns = len(packed.outer_scale), packed.in_features
-    bytes_ = packed.codes.transpose(1, 2).flatten(0, 1)  # [4 ceil(N/4), K/32, 16]
+    # [N/8, 4, 2] are a block's rows i and i + 4; bytes 2j + p of a row hold columns 8p + j: see csrc/linear_kernels.h.
+    bytes_ = packed.codes.permute(0, 3, 2, 1, 4).flatten(0, 2)  # [8 ceil(N/8), K/32, 16]
     codes = torch.stack((bytes_ & 15, bytes_ >> 4), -2)
-    # Byte 2j + p of eight holds column 4p + j: see csrc/linear_kernels.h.
-    code_NK = codes.unflatten(-1, (2, 4, 2)).transpose(-1, -2).flatten(1)[:rows, :columns]
-    low, high = packed.table.to(torch.int32).chunk(2, 1)
-    table = (high << 24 | low << 16).view(torch.float32)
+    code_NK = codes.unflatten(-1, (8, 2)).transpose(-1, -2).flatten(1)[:rows, :columns]
+    facts = packed.table[:, 16:24].contiguous()
+    unit, bias = facts[:, :4].contiguous().view(torch.float32), facts[:, 4:].contiguous().view(torch.int32)
+    table = (packed.table[:, :16].to(torch.int32) - bias) * unit
     row_NG = packed.index.to(torch.int64).transpose(1, 2).flatten(0, 1)[:rows]
     return table[expand_groups(row_NG, packed.group_size, columns), code_NK.long()]
 
@@ -136,6 +164,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         fused,
         packed.in_features,
         packed.group_size,
+        packed.bias,
         packed.target.fp8.max,
         packed.target.smallest_activation_scale,
         packed.path,
