@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "linear_kernels.h"
 #include "solver_kernels.h"
@@ -239,18 +240,32 @@ Linear weight_of(const Tensor& codes, const Tensor& index, const Tensor& table, 
   return p;
 }
 
+// What comes of a product: y is [M, N], or one after the other [M, rows] of each part where several weights are one.
 template <typename T>
-void multiply(Linear p, const T* x, int64_t columns, const Rounding& how, const float* outer, const T* bias, LinearPath run,
-              T* y) {
+struct Result {
+  const float* outer;
+  const T* bias;
+  const int64_t* part;  // rows of each
+  int64_t parts;
+  T* y;
+
+  void finish_token(const Linear& p, int64_t m, const float* total, float scale) const {
+    for (int64_t i = 0, row = 0; i < parts; row += part[i++])
+      finish(total + row, outer + row, scale, bias ? bias + row : nullptr, part[i], y + row * p.tokens + m * part[i]);
+  }
+};
+
+template <typename T>
+void multiply(Linear p, const T* x, int64_t columns, const Rounding& how, const Result<T>& to, LinearPath run) {
   const int64_t padded = p.columns(), stride = p.stride();
   const Array<int16_t> high = array_of<int16_t>(p.tokens * padded), low = array_of<int16_t>(p.tokens * padded);
   const Array<Segment> segment = array_of<Segment>(p.tokens * p.segments);
   const Array<float> total = array_of<float>(p.tokens * stride), scale = array_of<float>(p.tokens);
   p.high = high.get(), p.low = low.get(), p.segment = segment.get(), p.total = total.get();
-  const Split to{high.get(), low.get(), segment.get()};
+  const Split split{high.get(), low.get(), segment.get()};
   torch::stable::parallel_for(0, p.tokens, grain(padded * 4), [&](int64_t begin, int64_t end) {
     const Array<int32_t> value = array_of<int32_t>(padded);
-    for (int64_t m = begin; m < end; m++) scale[m] = quantize(x + m * columns, p, m, columns, how, value.get(), to);
+    for (int64_t m = begin; m < end; m++) scale[m] = quantize(x + m * columns, p, m, columns, how, value.get(), split);
   });
   // Whoever is free takes the next piece: cores are not alike, and not always ours. Pieces are pairs of blocks, which share a
   // panel, and as many of them as are worth the asking.
@@ -260,20 +275,30 @@ void multiply(Linear p, const T* x, int64_t columns, const Rounding& how, const 
     for (int64_t begin; (begin = next.fetch_add(step)) < pairs;) run(p, begin * 2, std::min((begin + step) * 2, p.blocks()));
   });
   torch::stable::parallel_for(0, p.tokens, grain(p.rows * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) finish(total.get() + m * stride, outer, scale[m], bias, p.rows, y + m * p.rows);
+    for (int64_t m = begin; m < end; m++) to.finish_token(p, m, total.get() + m * stride, scale[m]);
   });
 }
 
+// The rows of each part, checked: they are those of the weight, and every part but the last begins a block.
+const int64_t* parts_of(const Tensor& parts, int64_t rows) {
+  const int64_t* part = data_of<int64_t>(parts, ScalarType::Long, "parts");
+  int64_t sum = 0;
+  for (int64_t i = 0; i < parts.numel(); sum += part[i++])
+    STD_TORCH_CHECK(part[i] >= 0 && sum % BLOCK_ROWS == 0, "parts: expected multiples of 8 rows but for the last");
+  STD_TORCH_CHECK(sum == rows, "parts: expected as many rows as the weight has");
+  return part;
+}
+
 Tensor linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, std::optional<Tensor> input_scale,
-              std::optional<Tensor> bias, int64_t columns, int64_t group_size, int64_t value_bias, double fp8_max,
-              double smallest_scale, int64_t path) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == columns, "x: expected shape [M, K]");
+              std::optional<Tensor> bias, std::optional<Tensor> parts, int64_t columns, int64_t group_size,
+              int64_t value_bias, double fp8_max, double smallest_scale, int64_t path) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == columns && columns > 0, "x: expected shape [..., K]");
   STD_TORCH_CHECK(supported(path), "path: this machine cannot run it");
   STD_TORCH_CHECK(outer_scale.dim() == 1, "outer_scale: expected shape [N]");
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Float, "x: expected bfloat16 or float32");
   Linear p = weight_of(codes, index, table, outer_scale.size(0), columns, group_size);
-  p.tokens = x.size(0), p.bias = static_cast<int32_t>(value_bias);
+  p.tokens = x.numel() / columns, p.bias = static_cast<int32_t>(value_bias);
   const float* outer = data_of<float>(outer_scale, ScalarType::Float, "outer_scale");
   Rounding how{0.0f, static_cast<float>(fp8_max), static_cast<float>(smallest_scale)};
   if (input_scale) {
@@ -282,11 +307,19 @@ Tensor linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_s
     STD_TORCH_CHECK(how.scale > 0.0f, "input_scale: expected a positive value");
   }
   if (bias) check_shape(*bias, {p.rows}, "bias");
-  Tensor y = torch::stable::new_empty(x, {p.tokens, p.rows});
+  const int64_t* part = parts ? parts_of(*parts, p.rows) : &p.rows;
+  std::vector<int64_t> shape{p.tokens * p.rows};
+  if (!parts) {
+    shape.clear();
+    for (int64_t i = 0; i + 1 < x.dim(); i++) shape.push_back(x.size(i));
+    shape.push_back(p.rows);
+  }
+  Tensor y = torch::stable::new_empty(x, shape);
   if (!p.tokens || !p.rows) return y;
   const auto call = [&]<typename T>(T*) {
-    multiply(p, data_of<T>(x, type, "x"), columns, how, outer, bias ? data_of<T>(*bias, type, "bias") : nullptr, path_of(path),
-             static_cast<T*>(y.mutable_data_ptr()));
+    const T* added = bias ? data_of<T>(*bias, type, "bias") : nullptr;
+    const Result<T> to{outer, added, part, parts ? parts->numel() : 1, static_cast<T*>(y.mutable_data_ptr())};
+    multiply(p, data_of<T>(x, type, "x"), columns, how, to, path_of(path));
   };
   if (type == ScalarType::BFloat16) call(static_cast<uint16_t*>(nullptr));
   else call(static_cast<float*>(nullptr));
@@ -301,7 +334,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("pack_codes(Tensor codes) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, Tensor? input_scale, Tensor? bias, "
-      "int columns, int group_size, int value_bias, float fp8_max, float smallest_scale, int path) -> Tensor");
+      "Tensor? parts, int columns, int group_size, int value_bias, float fp8_max, float smallest_scale, int path) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {

@@ -27,6 +27,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("bench", "report"),
     ("speed",),
+    ("speed_model",),
     ("cli", "__init__"),
     ("__main__",),
 )

@@ -251,6 +251,30 @@ def bench_linear(
     _print(rows, lambda values: speed_table(values), as_json)
 
 
+@bench_app.command("generate", epilog="Example: duotone bench generate Llama-3.2-1B-W4AFP8 --prompt-tokens 128 --new-tokens 32")
+def bench_generate(
+    model: Annotated[str | None, typer.Argument(help="A quantized checkpoint; a random one of 1.1 billion parameters.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write in a turn.")] = 32,
+    rounds: Annotated[int, typer.Option(help="How often each candidate takes its turn.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="torch's own number by default.")] = None,
+    records: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/generate.jsonl"),
+    as_json: Json = False,
+) -> None:
+    """Time a whole model beside itself in BF16 and with torch's INT4 linears, in one process and in turns."""
+    import torch
+
+    from duotone.bench import append_records
+    from duotone.report import generate_table
+    from duotone.speed_model import GenerateBench, generate_rows
+
+    if threads is not None:
+        torch.set_num_threads(max(1, threads))
+    rows = list(generate_rows(GenerateBench(model, prompt_tokens, new_tokens, rounds)))
+    append_records(records, rows)
+    _print(rows, lambda values: generate_table(values), as_json)
+
+
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     if not (rows.isdecimal() and columns.isdecimal()):

@@ -129,6 +129,23 @@ def speed_table(rows: list[dict[str, Any]]) -> RenderableType:
     return table
 
 
+def generate_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Tokens a second of each runtime, and ours as a multiple."""
+    table = Table("runtime", "prompt, tokens/s", "writing, tokens/s", "weights", "ours reads", "ours writes", box=None)
+    for row in rows:
+        ratio = row["ours_times_as_fast"]
+        own = row["runtime"] == "duotone"
+        table.add_row(
+            row["runtime"],
+            f"{row['prefill_tokens_per_second']:.1f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['weight_bytes'] / 1e9:.2f} GB" if row["weight_bytes"] else "",
+            "" if own else f"{ratio['prefill']:.2f} times as fast",
+            "" if own else f"{ratio['decode']:.2f} times as fast",
+        )
+    return table
+
+
 def _same_call(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return (one["shape"], one["tokens"]) == (other["shape"], other["tokens"])
 

@@ -142,6 +142,12 @@ def _measure(bench: SpeedBench, prepared: _Prepared, x: Tensor, ceiling: float) 
         }
 
 
+def measured_bandwidth() -> float:
+    """Bytes a second that torch reads here from memory that is in no cache."""
+    memory = torch.ones(_OUT_OF_CACHE // 8, dtype=torch.int64)
+    return memory.nbytes / min(_seconds(memory.sum) for _ in range(3))
+
+
 def _seconds(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()

@@ -228,6 +228,33 @@ def test_many_tables() -> None:
     assert torch.allclose(cpu.linear(x, packed), reference.linear(x, reference.prepack(weight)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("scheme", [Scheme(HOPPER, 64), Scheme(HOPPER, 32, False)], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_weights_are_the_weights(scheme: Scheme, dtype: torch.dtype) -> None:
+    """One call gives each weight's own bits; the parts are views that hold what the weights held."""
+    weights = [make_weight(rows, 200, scheme) for rows in (24, 8, 13)]
+    packed = [cpu.prepack(weight) for weight in weights]
+    assert cpu.can_merge(packed) and not cpu.can_merge(packed[::-1]), "13 rows are no whole blocks"
+    merged = cpu.merge(packed)
+    x = tokens_of(6, 200, dtype).view(2, 3, 200)
+    for part, weight, one in zip(cpu.linears(x, merged), weights, packed, strict=True):
+        assert torch.equal(part, cpu.linear(x, one)) and part.is_contiguous()
+        assert part.shape == (2, 3, weight.shape[0])
+    for view, weight in zip(cpu.split(merged), weights, strict=True):
+        assert torch.equal(cpu.values(view), fp8_values(weight))
+        assert view.codes.untyped_storage().data_ptr() == merged.codes.untyped_storage().data_ptr()
+
+
+def test_what_cannot_be_merged() -> None:
+    """Other groups, other widths, other static scales."""
+    one = cpu.prepack(make_weight(8, 64, Scheme(HOPPER, 32)))
+    assert not cpu.can_merge([one, cpu.prepack(make_weight(8, 64, Scheme(HOPPER, 64)))])
+    assert not cpu.can_merge([one, cpu.prepack(make_weight(8, 96, Scheme(HOPPER, 32)))])
+    static = cpu.prepack(make_weight(8, 64, Scheme(GAUDI, 32)))
+    assert cpu.can_merge([static, static]) and static.input_scale is not None
+    assert not cpu.can_merge([static, replace(static, input_scale=static.input_scale * 2)])
+
+
 def test_leading_dimensions_and_no_tokens() -> None:
     """[2, 3, K] is six tokens; none give none; a slice that is not contiguous is read as what it is."""
     packed = cpu.prepack(make_weight(16, 64, Scheme(HOPPER, 32)))
@@ -303,6 +330,9 @@ BAD = {
     "table too short for a byte": ({"table": torch.zeros(255, 32, dtype=torch.uint8)}, "table: expected shape"),
     "table": ({"table": torch.zeros(3, 31, dtype=torch.uint8)}, "table: expected shape"),
     "bias": ({"bias": torch.zeros(9)}, "bias: found another shape"),
+    "parts of half a block": ({"parts": torch.tensor([4, 4])}, "parts: expected multiples of 8"),
+    "parts of another weight": ({"parts": torch.tensor([8, 8])}, "parts: expected as many rows"),
+    "negative parts": ({"parts": torch.tensor([16, -8])}, "parts: expected multiples of 8"),
     "group": ({"group_size": 48}, "group_size: expected a multiple of 32"),
     "path": ({"path": 77}, "path: this machine cannot run it"),
 }
@@ -314,7 +344,7 @@ def test_the_op_reads_nothing_out_of_bounds(change: tuple[dict, str]) -> None:
     packed = cpu.prepack(make_weight(8, 64, Scheme(HOPPER, 32)))
     given = {
         "x": torch.zeros(2, 64), "codes": packed.codes, "index": packed.index, "table": packed.table,
-        "outer_scale": packed.outer_scale, "input_scale": None, "bias": None, "columns": 64, "group_size": 32,
+        "outer_scale": packed.outer_scale, "input_scale": None, "bias": None, "parts": None, "columns": 64, "group_size": 32,
         "value_bias": -1, "fp8_max": 448.0, "smallest_scale": 1e-6, "path": 0,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=change[1]):

@@ -11,10 +11,10 @@ import torch
 import duotone
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
-from duotone.kernels import cpu, dispatch, reference
+from duotone.kernels import cpu, dispatch, native, reference
 from duotone.qweight import dequantize
 from duotone.runtime.generate import generate
-from duotone.runtime.linear import QuantizedLinear
+from duotone.runtime.linear import QuantizedLinear, share_call
 from duotone.runtime.load import load
 from duotone.scheme import HOPPER, Scheme
 from tests.kernels.test_reference import make_weight
@@ -31,6 +31,38 @@ def test_dtype_casts_leave_the_contract_alone() -> None:
         assert linear.bias is not None and linear.bias.dtype == cast
         assert linear._packed.outer_scale.dtype == torch.float32
     assert torch.equal(linear.dequantize(), dequantize(weight))
+
+
+@pytest.mark.skipif(not native.available(), reason=f"compiled linear: {native.unavailable()}")
+@pytest.mark.parametrize("bias", [False, True])
+def test_linears_of_one_input_share_a_call(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in any order, one call for one input, none kept; another or a changed input is computed anew."""
+    weights = [make_weight(rows, 64, Scheme(HOPPER, 32)) for rows in (16, 8, 12)]
+    biases = [torch.randn(len(weight.codes)).bfloat16() if bias else None for weight in weights]
+    alone = [QuantizedLinear(*pair) for pair in zip(weights, biases, strict=True)]
+    together = [QuantizedLinear(*pair) for pair in zip(weights, biases, strict=True)]
+    assert share_call(together)
+    calls: list[int] = []
+    original = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *given: calls.append(1) or original(*given))
+    x, other = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16()
+    with torch.no_grad():
+        meant, calls[:] = [layer(x) for layer in alone], []
+        assert all(torch.equal(together[i](x), meant[i]) for i in (0, 1, 2)) and len(calls) == 1
+        assert together[0]._shared is not None and together[0]._shared[0]._last is None, "activations are not kept"
+        assert all(torch.equal(together[i](x), meant[i]) for i in (2, 0)) and len(calls) == 2
+        assert torch.equal(together[1](other), alone[1](other))
+        assert torch.equal(together[0](x), meant[0]), "what was computed for another tensor is no answer"
+        x.mul_(2)
+        assert torch.equal(together[2](x), alone[2](x)), "nor what was computed before the tensor changed"
+        assert all(torch.equal(layer.dequantize(), one.dequantize()) for layer, one in zip(together, alone, strict=True))
+
+
+def test_linears_that_cannot_share_stay_as_they_are() -> None:
+    """An ordinary linear among them, or one alone."""
+    layer = QuantizedLinear(make_weight(16, 64, Scheme(HOPPER, 32)), None)
+    assert not share_call([layer]) and not share_call([layer, torch.nn.Linear(64, 16)])
+    assert layer._shared is None
 
 
 def test_repr_names_scheme_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:

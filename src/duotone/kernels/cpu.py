@@ -7,7 +7,9 @@ numbers, 8 bits of a weight by 16 of an activation, exactly (csrc/linear_kernels
 number of tokens and threads.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,12 +17,13 @@ from torch import Tensor
 from duotone.contract import fp8_product
 from duotone.kernels import native
 from duotone.qweight import QuantizedWeight, expand_groups
-from duotone.scheme import Scheme, Target
+from duotone.scheme import Scheme
 
 NAME = "cpu"
 #: In the order of csrc/linear.cpp's enum Path, the fastest last.
 PATHS = ("portable", "avx2", "avx512", "avx512vnni")
 _BLOCK_ROWS, _CHUNK = 8, 32
+_NATIVE = (torch.bfloat16, torch.float32)
 #: Added to the values of a group, in its units, so that they are whole numbers of a byte.
 _BIAS = 128
 
@@ -43,8 +46,15 @@ class Packed:
     input_scale: Tensor | None
     in_features: int
     group_size: int
-    target: Target
+    fp8_max: float
+    smallest_scale: float
     path: int
+    parts: Tensor | None = None
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Of each weight."""
+        return [len(self.outer_scale)] if self.parts is None else self.parts.tolist()
 
 
 def paths() -> list[str]:
@@ -93,7 +103,8 @@ def prepack(weight: QuantizedWeight) -> Packed:
         weight.input_scale,
         columns,
         scheme.group_size,
-        scheme.target,
+        scheme.target.fp8.max,
+        scheme.target.smallest_activation_scale,
         _path(),
     )
 
@@ -149,25 +160,80 @@ def values(packed: Packed) -> Tensor:
     return table[expand_groups(row_NG, packed.group_size, columns), code_NK.long()]
 
 
+def can_merge(weights: Sequence[Packed]) -> bool:
+    """Whether weights may be one: same groups and target, the same static scale, and each but the last of whole blocks."""
+    first = weights[0]
+    facts = ("in_features", "group_size", "fp8_max", "smallest_scale", "path")
+    scales = [None if weight.input_scale is None else float(weight.input_scale) for weight in weights]
+    return (
+        all(getattr(weight, fact) == getattr(first, fact) for weight in weights for fact in facts)
+        and all(scale == scales[0] for scale in scales)
+        and all(len(weight.outer_scale) % _BLOCK_ROWS == 0 for weight in weights[:-1])
+    )
+
+
+def merge(weights: Sequence[Packed]) -> Packed:
+    """Weights that read the same input as one, their rows one after the other (see `can_merge`)."""
+    table, row_T = torch.unique(torch.cat([weight.table for weight in weights]), dim=0, return_inverse=True)
+    wide = len(table) > 256
+    begins = [sum(len(weight.table) for weight in weights[:i]) for i in range(len(weights))]
+    index = [row_T[weight.index.long() + begin] for weight, begin in zip(weights, begins, strict=True)]
+    biases = {weight.bias for weight in weights}
+    return replace(
+        weights[0],
+        codes=torch.cat([weight.codes for weight in weights]),
+        index=torch.cat(index).to(torch.uint16 if wide else torch.uint8),
+        table=torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table)))),
+        bias=biases.pop() if len(biases) == 1 else -1,
+        outer_scale=torch.cat([weight.outer_scale for weight in weights]),
+        parts=torch.tensor([len(weight.outer_scale) for weight in weights]),
+    )
+
+
+def split(merged: Packed) -> list[Packed]:
+    """The weights that a merged one is made of: views, no copies."""
+    assert merged.parts is not None
+    weights: list[Packed] = []
+    row = 0
+    for rows in merged.rows:
+        blocks = slice(row // _BLOCK_ROWS, -(-(row + rows) // _BLOCK_ROWS))
+        outer = merged.outer_scale[row : row + rows]
+        weights.append(replace(merged, codes=merged.codes[blocks], index=merged.index[blocks], outer_scale=outer, parts=None))
+        row += rows
+    return weights
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """What `reference.linear` computes, with sums in an order of its own; x [..., K] -> [..., N]."""
-    native_type = x.dtype in (torch.bfloat16, torch.float32)
-    fused = bias if native_type and bias is not None and bias.dtype == x.dtype else None
-    rows = x.reshape(-1, packed.in_features).contiguous()
+    """What `reference.linear` computes, with exact sums of segments; x [..., K] -> [..., N]."""
+    fused = bias if bias is not None and bias.dtype == x.dtype else None
+    if x.dtype not in _NATIVE:
+        y = linear(x.float(), packed).to(x.dtype)
+        return y if bias is None else y + bias
     y = torch.ops.duotone.linear(
-        rows if native_type else rows.float(),
+        x if x.is_contiguous() else x.contiguous(),
         packed.codes,
         packed.index,
         packed.table,
         packed.outer_scale,
         packed.input_scale,
         fused,
+        packed.parts,
         packed.in_features,
         packed.group_size,
         packed.bias,
-        packed.target.fp8.max,
-        packed.target.smallest_activation_scale,
+        packed.fp8_max,
+        packed.smallest_scale,
         packed.path,
     )
-    y = y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
     return y if bias is None or fused is not None else y + bias
+
+
+def linears(x: Tensor, merged: Packed) -> tuple[Tensor, ...]:
+    """The products with each part of a merged weight: x [..., K] -> [..., rows]."""
+    assert merged.parts is not None
+    flat, begin, parts = linear(x, merged), 0, []
+    for rows in merged.rows:
+        size = x.numel() // merged.in_features * rows
+        parts.append(flat[begin : begin + size].view(*x.shape[:-1], rows))
+        begin += size
+    return tuple(parts)

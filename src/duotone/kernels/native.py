@@ -39,9 +39,13 @@ def _describe_for_compilers() -> None:
     """What torch.compile needs to know of the ops that a running model calls: the shape of what they give."""
 
     @torch.library.register_fake("duotone::linear")
-    def _(x: Tensor, codes: Tensor, index: Tensor, table: Tensor, outer_scale: Tensor, *_: object) -> Tensor:
-        del codes, index, table
-        return x.new_empty(x.shape[0], outer_scale.shape[0])
+    def _(
+        x: Tensor, codes: Tensor, index: Tensor, table: Tensor, outer_scale: Tensor, input_scale: Tensor | None,
+        bias: Tensor | None, parts: Tensor | None, *_: object,
+    ) -> Tensor:  # fmt: skip
+        del codes, index, table, input_scale, bias
+        rows = outer_scale.shape[0]
+        return x.new_empty(*x.shape[:-1], rows) if parts is None else x.new_empty(x.numel() // x.shape[-1] * rows)
 
 
 def asked_path() -> str | None:

@@ -33,9 +33,14 @@ def find_adapter(config: dict[str, Any]) -> Adapter:
     )
 
 
+def has_adapter(config: dict[str, Any]) -> bool:
+    """Whether there is a table of a model's `model_type`."""
+    return bool(_tables_of(config["model_type"]))
+
+
 def auto_class(config: dict[str, Any]) -> type[_BaseAutoModelClass]:
     """The transformers class that builds a model: its table's. A model_type without a table may still be a language model."""
-    return find_adapter(config).auto if _tables_of(config["model_type"]) else AutoModelForCausalLM
+    return find_adapter(config).auto if has_adapter(config) else AutoModelForCausalLM
 
 
 def _tables_of(model_type: str) -> list[Adapter]:

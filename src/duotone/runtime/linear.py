@@ -2,7 +2,7 @@
 """The module that stands where an nn.Linear stood."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,11 +26,21 @@ class QuantizedLinear(nn.Module):
         self.input_scale = weight.input_scale
         self.backend, self.refusals = choose(weight.scheme, device or weight.codes.device)
         self._packed = self.backend.prepack(weight)
+        self._shared: tuple[_SharedCall, int] | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear in the contract's arithmetic."""
-        return self.backend.linear(x, self._packed, self.bias)
+        if self._shared is None or torch.compiler.is_compiling():
+            return self.backend.linear(x, self._packed, self.bias)
+        call, number = self._shared
+        y = call.part(x, number)
+        return y if self.bias is None else y + self.bias
+
+    def packed_tensors(self) -> list[Tensor]:
+        """All tensors that hold the weight."""
+        values = (getattr(self._packed, field.name) for field in dataclasses.fields(self._packed))
+        return [value for value in values if isinstance(value, Tensor)]
 
     def dequantize(self) -> Tensor:
         """The real weights, float32 [N, K]: those of `qweight.dequantize`, out of what this module holds."""
@@ -59,3 +69,39 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"w4a8 {scheme.target.name} g{scheme.group_size}, backend={self.backend.NAME}"
         )
+
+
+class _SharedCall:
+    """Computes all of several linears when the first is called, and has the others' results ready for the same input."""
+
+    def __init__(self, merged: cpu.Packed) -> None:
+        self._merged = merged
+        self._last: tuple[Tensor, int, dict[int, Tensor]] | None = None
+
+    def part(self, x: Tensor, number: int) -> Tensor:
+        """What linear `number` makes of x, its bias left out."""
+        last = self._last
+        if last is None or last[0] is not x or last[1] != x._version or number not in last[2]:
+            last = self._last = (x, x._version, dict(enumerate(cpu.linears(x, self._merged))))
+        y = last[2].pop(number)
+        if not last[2]:
+            self._last = None  # nobody else will ask: activations are not kept
+        return y
+
+
+def share_call(linears: Sequence[nn.Module]) -> bool:
+    """Have linears that read the same input share one call; whether their backend and their weights allow it.
+
+    Activations are quantized once then, and threads are woken once. The merged weight is the only copy.
+    """
+    layers = [layer for layer in linears if isinstance(layer, QuantizedLinear)]
+    if len(layers) < 2 or len(layers) != len(linears) or any(layer.backend is not cpu for layer in layers):
+        return False
+    packed = [layer._packed for layer in layers]
+    if not cpu.can_merge(packed):
+        return False
+    merged = cpu.merge(packed)
+    call = _SharedCall(merged)
+    for number, (layer, part) in enumerate(zip(layers, cpu.split(merged), strict=True)):
+        layer._packed, layer._shared = part, (call, number)
+    return True

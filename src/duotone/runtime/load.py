@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
+from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
-from duotone.runtime.linear import QuantizedLinear
+from duotone.runtime import attention
+from duotone.runtime.linear import QuantizedLinear, share_call
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> PreTrainedModel:
@@ -28,6 +30,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
     model = build_skeleton(source.config, dtype)
     if source.config.get("quantization_config") is not None:
         _place_quantized(model, source, place)
+        _share_calls(model, source.config)
     wanted = expected_tensors(model)
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
@@ -44,6 +47,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
             f"{source.path}: {len(unexpected)} tensors are not used by the model, first {unexpected[0]}", stacklevel=2
         )
     nn.Module.to(model, place)
+    if attention.is_better(dtype, place):
+        attention.install(model)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.path))
     return model
@@ -70,6 +75,16 @@ def _place_quantized(model: PreTrainedModel, source: SourceFolder, place: torch.
             raise DuotoneError(f"{layer}: found shape {list(weight.shape)}, expected {list(shape)} from config.json")
         parent, _, leaf = layer.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, _empty_bias(linears[layer]), place))
+
+
+def _share_calls(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """One call for the linears of each input, as the architecture's table knows them."""
+    if not has_adapter(config):
+        return
+    adapter = find_adapter(config)
+    for block in cast("nn.ModuleList", model.get_submodule(adapter.blocks)):
+        for paths in adapter.shared_inputs:
+            share_call([block.get_submodule(path) for path in paths])
 
 
 def _empty_bias(linear: nn.Linear) -> Tensor | None:
