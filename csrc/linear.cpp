@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "floats.h"
 #include "linear_kernels.h"
 #include "solver_kernels.h"
 #include "tensors.h"
@@ -86,28 +87,6 @@ Tensor pack_codes(Tensor codes) {
   });
   return packed;
 }
-
-DUOTONE_INLINE float widen(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-DUOTONE_INLINE float widen(float x) { return x; }
-
-DUOTONE_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-// Half to even; a NaN stays one.
-DUOTONE_INLINE void narrow(float x, uint16_t& to) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  to = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-DUOTONE_INLINE void narrow(float x, float& to) { to = x; }
 
 // How activations become FP8: a static scale, or 0 for one a token, no smaller than `smallest`.
 struct Rounding {

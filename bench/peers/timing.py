@@ -1,4 +1,4 @@
-"""How long quantizing takes, ours and the peers' in turn, round after round, on a machine that should do nothing else meanwhile.
+"""How long quantizing takes, ours and the peers' in turn, round after round, on a machine that should do nothing else.
 
     python bench/peers/timing.py MODEL --calibration TEXT... [--rounds 3] [--peers llmcompressor:gptq gptqmodel:gptq-gar]
 

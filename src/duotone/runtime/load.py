@@ -14,7 +14,7 @@ from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
-from duotone.runtime import attention
+from duotone.runtime import attention, decoder
 from duotone.runtime.linear import QuantizedLinear, share_call
 
 
@@ -49,6 +49,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
     nn.Module.to(model, place)
     if attention.is_better(dtype, place):
         attention.install(model)
+    if source.config.get("quantization_config") is not None and dtype == torch.bfloat16 and place.type == "cpu":
+        blocks = _blocks(model, source.config)
+        if blocks is not None:
+            decoder.install(model, blocks)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.path))
     return model
@@ -79,12 +83,14 @@ def _place_quantized(model: PreTrainedModel, source: SourceFolder, place: torch.
 
 def _share_calls(model: PreTrainedModel, config: dict[str, Any]) -> None:
     """One call for the linears of each input, as the architecture's table knows them."""
-    if not has_adapter(config):
-        return
-    adapter = find_adapter(config)
-    for block in cast("nn.ModuleList", model.get_submodule(adapter.blocks)):
-        for paths in adapter.shared_inputs:
+    for block in _blocks(model, config) or ():
+        for paths in find_adapter(config).shared_inputs:
             share_call([block.get_submodule(path) for path in paths])
+
+
+def _blocks(model: PreTrainedModel, config: dict[str, Any]) -> nn.ModuleList | None:
+    """The blocks of an architecture that has a table."""
+    return cast("nn.ModuleList", model.get_submodule(find_adapter(config).blocks)) if has_adapter(config) else None
 
 
 def _empty_bias(linear: nn.Linear) -> Tensor | None:
