@@ -4,13 +4,13 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from duotone.cli_bench import bench_app
+from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
 from duotone.errors import DuotoneError
 
 app = typer.Typer(
@@ -21,13 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench_app = typer.Typer(help="Measure, and append records.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Model = Annotated[str, typer.Argument(help="A model folder or a hub id.")]
 
 
 @app.command(epilog="Example: duotone quantize meta-llama/Llama-3.2-1B Llama-3.2-1B-W4AFP8 --calibration text.txt")
@@ -81,13 +75,13 @@ def quantize(  # noqa: PLR0913 - every option of the command
         strict=strict,
     )
     if dry_run:
-        _print(_dry_run(model, out, config), plan_summary, as_json)
+        print_result(_dry_run(model, out, config), plan_summary, as_json)
         return
     from duotone.pipeline import quantize as run
 
-    with _progress("quantizing", quiet or as_json) as tell:
+    with progress_bar("quantizing", quiet or as_json) as tell:
         report = run(model, out, config, tell)
-    _print(report.to_json(), quantize_summary, as_json)
+    print_result(report.to_json(), quantize_summary, as_json)
 
 
 def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:
@@ -126,7 +120,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command
     from duotone.evaluation import evaluate as run
     from duotone.report import evaluation_summary
 
-    with _progress("evaluating", quiet or as_json) as tell:
+    with progress_bar("evaluating", quiet or as_json) as tell:
         result = run(
             model,
             text,
@@ -137,7 +131,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command
             device=device,
             progress=lambda done, total: tell(done, total, "windows"),
         )
-    _print(dataclasses.asdict(result), evaluation_summary, as_json)
+    print_result(dataclasses.asdict(result), evaluation_summary, as_json)
 
 
 @app.command(epilog='Example: duotone generate Llama-W4AFP8 "The capital of France is" --max-new-tokens 32')
@@ -174,140 +168,20 @@ def inspect(model: Model, as_json: Json = False, quiet: Quiet = False) -> None:
     from duotone.inspection import inspect_model
     from duotone.report import inspection_summary
 
-    _print(dataclasses.asdict(inspect_model(model)), inspection_summary, as_json)
+    print_result(dataclasses.asdict(inspect_model(model)), inspection_summary, as_json)
 
 
-@bench_app.command("accuracy", epilog="Example: duotone bench accuracy MODEL --text eval.txt --calibration calib.txt")
-def bench_accuracy(  # noqa: PLR0913 - every option of the command
+@app.command(epilog="Example: duotone serve Llama-3.2-1B-W4AFP8 --port 8000")
+def serve(
     model: Model,
-    text: Annotated[list[str], typer.Option(help="Text to judge on; repeatable.")],
-    calibration: Annotated[list[str], typer.Option(help="Text to calibrate on; repeatable.")],
-    method: Annotated[list[str] | None, typer.Option(help="Methods; all by default.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Targets; both by default.")] = None,
-    group_size: Annotated[int, typer.Option()] = 128,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    eval_samples: Annotated[int, typer.Option(help="Evaluation windows.")] = 128,
-    seed: Annotated[int, typer.Option()] = 0,
-    records: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/accuracy.jsonl"),
-    as_json: Json = False,
-    quiet: Quiet = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    device: Device = "auto",
 ) -> None:
-    """Quantize with several methods and targets and measure each against the original."""
-    from duotone.bench import AccuracyBench, accuracy_rows, append_records
-    from duotone.report import accuracy_table
+    """Answer OpenAI-style requests: the server of transformers, with models run by duotone."""
+    from duotone.runtime.serve import serve as run
 
-    defaults = AccuracyBench(model, tuple(text), tuple(calibration))
-    bench = dataclasses.replace(
-        defaults,
-        methods=tuple(method or defaults.methods),
-        targets=tuple(target or defaults.targets),
-        group_size=group_size,
-        samples=samples,
-        seq_len=seq_len,
-        eval_samples=eval_samples,
-        seed=seed,
-    )
-    rows: list[dict[str, Any]] = []
-    total = len(bench.methods) * len(bench.targets)
-    with _progress("measuring", quiet or as_json) as tell:
-        tell(0, total, "")
-        for row in accuracy_rows(bench):
-            append_records(records, [row])
-            rows.append(row)
-            tell(len(rows), total, f"{row['method']} {row['target']}")
-    _print(rows, lambda values: accuracy_table(values), as_json)
-
-
-@bench_app.command("linear", epilog="Example: duotone bench linear --shape 4096x14336 --tokens 1 --tokens 16 --threads 2")
-def bench_linear(
-    shape: Annotated[list[str] | None, typer.Option(help="NxK; those of Llama-3-8B by default. Repeatable.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a call; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often each candidate takes its turn.")] = 15,
-    threads: Annotated[int | None, typer.Option(help="torch's own number by default.")] = None,
-    records: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/linear.jsonl"),
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Time the W4A8 linear beside torch's BF16 and INT4 ones, and beside what memory and arithmetic allow."""
-    import torch
-
-    from duotone.bench import append_records
-    from duotone.report import speed_table
-    from duotone.speed import SpeedBench, linear_rows
-
-    if threads is not None:
-        torch.set_num_threads(max(1, threads))
-    defaults = SpeedBench()
-    bench = SpeedBench(
-        tuple(_shape(text) for text in shape) if shape else defaults.shapes, tuple(tokens or defaults.tokens), rounds
-    )
-    rows: list[dict[str, Any]] = []
-    with _progress("measuring", quiet or as_json) as tell:
-        for row in linear_rows(bench):
-            append_records(records, [row])
-            rows.append(row)
-            tell(len(rows), 3 * len(bench.shapes) * len(bench.tokens), row["kernel"])
-    _print(rows, lambda values: speed_table(values), as_json)
-
-
-@bench_app.command("generate", epilog="Example: duotone bench generate Llama-3.2-1B-W4AFP8 --prompt-tokens 128 --new-tokens 32")
-def bench_generate(
-    model: Annotated[str | None, typer.Argument(help="A quantized checkpoint; a random one of 1.1 billion parameters.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write in a turn.")] = 32,
-    rounds: Annotated[int, typer.Option(help="How often each candidate takes its turn.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="torch's own number by default.")] = None,
-    records: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/generate.jsonl"),
-    as_json: Json = False,
-) -> None:
-    """Time a whole model beside itself in BF16 and with torch's INT4 linears, in one process and in turns."""
-    import torch
-
-    from duotone.bench import append_records
-    from duotone.report import generate_table
-    from duotone.speed_model import GenerateBench, generate_rows
-
-    if threads is not None:
-        torch.set_num_threads(max(1, threads))
-    rows = list(generate_rows(GenerateBench(model, prompt_tokens, new_tokens, rounds)))
-    append_records(records, rows)
-    _print(rows, lambda values: generate_table(values), as_json)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal()):
-        raise DuotoneError(f"--shape: found {text!r}, expected NxK such as 4096x14336")
-    return int(rows), int(columns)
-
-
-def _print(value: Any, render: Callable[[Any], Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(value, allow_nan=False))
-    else:
-        from duotone.report import show
-
-        show(render(value))
-
-
-@contextmanager
-def _progress(title: str, hidden: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the time left, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=hidden or not console.is_terminal, transient=True
-    ) as bar:
-        task = bar.add_task(title, total=None)
-
-        def tell(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {what}")
-
-        yield tell
+    run(model, host, port, device)
 
 
 def main() -> None:

@@ -114,7 +114,6 @@ def _tried(attention: Any) -> bool:
     tables = (angle.cos().bfloat16(), angle.sin().bfloat16())
     with torch.no_grad():
         long = attention(hidden_states=x, position_embeddings=tables, attention_mask=None, past_key_values=cache)[0]
-        attention._long_way = attention.forward
         short = _attention(attention, x, tables, None, cache)[0]
     return _close(short, long)
 

@@ -2,7 +2,9 @@
 """The module that stands where an nn.Linear stood."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -24,10 +26,16 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme: Scheme = weight.scheme
         self.input_scale = weight.input_scale
-        self.backend, self.refusals = choose(weight.scheme, device or weight.codes.device)
+        backend, self.refusals = choose(weight.scheme, device or weight.codes.device)
+        self._backend = backend.__name__  # a name, since modules of Python cannot be copied with the model
         self._packed = self.backend.prepack(weight)
         self._shared: tuple[_SharedCall, int] | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def backend(self) -> ModuleType:
+        """The module of `duotone.kernels` that multiplies."""
+        return sys.modules[self._backend]
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear in the contract's arithmetic."""
