@@ -83,6 +83,25 @@ void rotate(Tensor x, Tensor cosine, Tensor sine) {
   }
 }
 
+DUOTONE_CLONES void gate_values(const uint16_t* gate, const uint16_t* up, int64_t size, uint16_t* y) {
+  for (int64_t i = 0; i < size; i++) {
+    const float x = widen(gate[i]);
+    narrow(rounded(x / (1.0f + exponential(-x))) * widen(up[i]), y[i]);
+  }
+}
+
+// silu(gate) * up, each step rounded.
+Tensor silu_multiply(Tensor gate, Tensor up) {
+  const uint16_t *from = bf16_of(gate, "gate"), *by = bf16_of(up, "up");
+  STD_TORCH_CHECK(gate.numel() == up.numel(), "up: found another size than gate's");
+  Tensor y = torch::stable::empty_like(gate);
+  uint16_t* to = written(y);
+  torch::stable::parallel_for(0, gate.numel(), 16384, [&](int64_t begin, int64_t end) {
+    gate_values(from + begin, by + begin, end - begin, to + begin);
+  });
+  return y;
+}
+
 // The query heads of one key head. scores [queries][length], wide [(queries + 1) * size]: room to work in.
 DUOTONE_CLONES void attend_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t queries, int64_t length,
                                 int64_t size, float scale, float* scores, float* wide, uint16_t* y) {
@@ -96,8 +115,9 @@ DUOTONE_CLONES void attend_head(const uint16_t* q, const uint16_t* k, const uint
   for (int64_t h = 0; h < queries; h++) {
     float* of = scores + h * length;
     const float largest = *std::max_element(of, of + length);
+    for (int64_t l = 0; l < length; l++) of[l] = exponential(of[l] - largest);
     float sum = 0.0f;
-    for (int64_t l = 0; l < length; l++) sum += of[l] = std::exp(of[l] - largest);
+    for (int64_t l = 0; l < length; l++) sum += of[l];
     for (int64_t l = 0; l < length; l++) of[l] /= sum;
   }
   for (int64_t l = 0; l < length; l++) {
@@ -136,11 +156,13 @@ Tensor attend(Tensor q, Tensor k, Tensor v, double scale) {
 STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotate(Tensor(a!) x, Tensor cosine, Tensor sine) -> ()");
+  m.def("silu_multiply(Tensor gate, Tensor up) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&duotone::rms_norm));
   m.impl("rotate", TORCH_BOX(&duotone::rotate));
+  m.impl("silu_multiply", TORCH_BOX(&duotone::silu_multiply));
   m.impl("attend", TORCH_BOX(&duotone::attend));
 }

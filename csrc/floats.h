@@ -37,4 +37,22 @@ DUOTONE_INLINE float rounded(float x) {
   return widen(bf16);
 }
 
+// e^x within 2^-22 of itself, without a branch so that loops over it are vectorized; beyond +-87 it stays at those ends.
+// Coefficients: Cephes' expf.
+DUOTONE_INLINE float exponential(float x) {
+  x = clamp(x, -87.0f, 87.0f);
+  const float power = round_half_even(x * 1.44269504f);
+  const float r = (x - power * 0.693359375f) + power * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(power) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return (p * r * r + r + 1.0f) * scale;
+}
+
 }  // namespace duotone

@@ -20,6 +20,9 @@ _TOLERANCE = 0.02
 #: What an attention has whose forward reads like LlamaAttention's.
 _LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim", "layer_idx")
 
+#: And what an MLP has.
+_LLAMA_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
 
 def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
     """Give a BF16 model on a CPU the short way, where it is right; without the compiled extension nothing changes."""
@@ -32,6 +35,9 @@ def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
         attention = getattr(block, "self_attn", None)
         if attention is not None and all(hasattr(attention, name) for name in _LLAMA_ATTENTION) and _tried(attention):
             _replace(attention, _attention)
+        mlp = getattr(block, "mlp", None)
+        if mlp is not None and all(hasattr(mlp, name) for name in _LLAMA_MLP) and _is_gated(mlp):
+            _replace(mlp, _mlp)
 
 
 def _replace(module: Any, forward: Any) -> None:
@@ -55,6 +61,23 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not hidden_states.is_contiguous():
         return self._long_way(hidden_states)
     return torch.ops.duotone.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _is_gated(mlp: Any) -> bool:
+    """Whether an MLP is down(silu(gate) * up) on a trial."""
+    x = torch.randn(2, 1, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        return _close(_short_mlp(mlp, x), mlp(x))
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    """The forward of LlamaMLP."""
+    return self._long_way(x) if x.dtype != torch.bfloat16 or torch.compiler.is_compiling() else _short_mlp(self, x)
+
+
+def _short_mlp(mlp: Any, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    return mlp.down_proj(torch.ops.duotone.silu_multiply(gate, up))
 
 
 def _attention(
