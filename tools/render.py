@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGES = ("README.md", "docs/accuracy.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/speed.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -399,6 +399,48 @@ def quantize_time_table() -> str:
     return markdown(("model", "tool", "seconds", "times ours", "peak memory"), lines)
 
 
+def linear_table() -> str:
+    """A shape and number of tokens a line: ours, and how many times as fast as torch's."""
+    newest = {(*row["shape"], row["tokens"], row["threads"], row["kernel"]): row for row in records("linear")}
+    lines: list[tuple[str, ...]] = []
+    for (rows, columns, tokens, threads, kernel), row in newest.items():
+        if not kernel.startswith("duotone"):
+            continue
+        times = row["times_as_fast_as"]
+        lines.append(
+            (
+                f"{rows} x {columns}", str(tokens), str(threads), f"{row['ms']:.2f}", f"{100 * row['roofline_share']:.0f} %",
+                f"{100 * row['gflops'] / row['peak_gflops']:.0f} %", f"{times['torch BF16']:.1f}",
+                f"{times['torch int4pack (W4A16)']:.1f}",
+            )
+        )  # fmt: skip
+    head = ("N x K", "tokens", "threads", "ms", "of memory", "of the peak", "times as fast as BF16", "as torch's int4pack")
+    return markdown(head, lines)
+
+
+def generate_table() -> str:
+    """Tokens a second of each runtime, of the newest measurement of each model and length."""
+    newest = {(row["model"], row["prompt_tokens"], row["threads"], row["runtime"]): row for row in records("generate")}
+    lines = [
+        (
+            f"{row['runtime']}",
+            f"{prompt} + {row['new_tokens']}",
+            str(threads),
+            f"{row['prefill_tokens_per_second']:.1f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['ours_times_as_fast']['prefill']:.2f}",
+            f"{row['ours_times_as_fast']['decode']:.2f}",
+            f"{row['weight_bytes'] / 1e9:.2f} GB",
+        )
+        for (_, prompt, threads, _), row in newest.items()
+    ]
+    head = (
+        "runtime", "tokens", "threads", "prompt, tokens/s", "writing, tokens/s", "ours reads, times as fast", "ours writes",
+        "weights",
+    )  # fmt: skip
+    return markdown(head, lines)
+
+
 def ablation_table() -> str:
     """KL of every variant, one column a model and target."""
     newest = {
@@ -424,6 +466,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_table,
     "quantize-time": quantize_time_table,
     "ablation": ablation_table,
+    "linear": linear_table,
+    "generate": generate_table,
 }
 
 
