@@ -231,9 +231,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 def linears(x: Tensor, merged: Packed) -> tuple[Tensor, ...]:
     """The products with each part of a merged weight: x [..., K] -> [..., rows]."""
     assert merged.parts is not None
-    flat, begin, parts = linear(x, merged), 0, []
-    for rows in merged.rows:
-        size = x.numel() // merged.in_features * rows
-        parts.append(flat[begin : begin + size].view(*x.shape[:-1], rows))
-        begin += size
-    return tuple(parts)
+    flat, tokens = linear(x, merged), x.numel() // merged.in_features
+    if tokens == 1:  # the same bytes, in fewer steps
+        return flat.view(*x.shape[:-1], -1).split(merged.rows, -1)
+    parts = flat.split([tokens * rows for rows in merged.rows])
+    return tuple(part.view(*x.shape[:-1], rows) for part, rows in zip(parts, merged.rows, strict=True))
