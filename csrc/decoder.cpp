@@ -134,7 +134,8 @@ Tensor attend(Tensor q, Tensor k, Tensor v, double scale) {
   STD_TORCH_CHECK(k.dim() == 4 && k.size(1) > 0 && k.size(2) > 0 && k.size(3) > 0, "k: expected shape [B, H, L, D]");
   const int64_t batch = k.size(0), heads = k.size(1), length = k.size(2), size = k.size(3);
   check_shape(v, {batch, heads, length, size}, "v");
-  STD_TORCH_CHECK(q.dim() == 2 && q.size(0) == batch && q.size(1) % (heads * size) == 0, "q: expected shape [B, H * D]");
+  STD_TORCH_CHECK(q.dim() == 2 && q.size(0) == batch && q.size(1) > 0 && q.size(1) % (heads * size) == 0,
+                  "q: expected shape [B, H * D]");
   const int64_t queries = q.size(1) / (heads * size);
   Tensor y = torch::stable::empty_like(q);
   uint16_t* to = written(y);

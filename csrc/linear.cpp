@@ -181,7 +181,9 @@ using Array = std::unique_ptr<T[], Freed>;
 template <typename T>
 Array<T> array_of(int64_t count) {
   const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-  return Array<T>(static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  T* memory = static_cast<T*>(std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64)));
+  STD_TORCH_CHECK(memory, "out of memory: a linear could not allocate its activations");
+  return Array<T>(memory);
 }
 
 // Work of about 256 thousand multiplications is worth a thread.
@@ -263,7 +265,8 @@ const int64_t* parts_of(const Tensor& parts, int64_t rows) {
   const int64_t* part = data_of<int64_t>(parts, ScalarType::Long, "parts");
   int64_t sum = 0;
   for (int64_t i = 0; i < parts.numel(); sum += part[i++])
-    STD_TORCH_CHECK(part[i] >= 0 && sum % BLOCK_ROWS == 0, "parts: expected multiples of 8 rows but for the last");
+    STD_TORCH_CHECK(part[i] >= 0 && part[i] <= rows - sum && sum % BLOCK_ROWS == 0,
+                    "parts: expected multiples of 8 rows but for the last, and no more than the weight has");
   STD_TORCH_CHECK(sum == rows, "parts: expected as many rows as the weight has");
   return part;
 }

@@ -40,8 +40,8 @@ struct Rows {
   }
   // The values of rows `i` and `i + 4`.
   inline __attribute__((always_inline)) __m256i pair(int i) const {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(*reinterpret_cast<const __m128i*>(row[i]->value)),
-                                   *reinterpret_cast<const __m128i*>(row[i + 4]->value), 1);
+    const auto sixteen = [](const Sixteen* of) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(of->value)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(row[i])), sixteen(row[i + 4]), 1);
   }
 };
 

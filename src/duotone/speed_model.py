@@ -60,9 +60,12 @@ def generate_rows(bench: GenerateBench, others: dict[str, Callable[[], Turn]] | 
     """A row for each candidate once all rounds are over; `others` take their turns with them."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = locate_model(bench.model) if bench.model else random_checkpoint(Path(scratch), LLAMA_1B, bench.seed)
-        models = {"duotone": load(folder), "transformers BF16": dense_twin(folder), "torch int4pack (W4A16)": int4_twin(folder)}
+        models = {
+            "duotone": _checked(load(folder, device="cpu")),
+            "transformers BF16": dense_twin(folder),
+            "torch int4pack (W4A16)": int4_twin(folder),
+        }
     ours = models["duotone"]
-    check_causal(ours, "generation")
     prompt = torch.randint(3, int(ours.config.vocab_size), (1, bench.prompt_tokens), generator=_generator(bench.seed))
     turns = {name: _turn_of(model, prompt, bench.new_tokens) for name, model in models.items()} | (others or {})
     taken: dict[str, list[Turn]] = {name: [] for name in turns}
@@ -91,6 +94,16 @@ def generate_rows(bench: GenerateBench, others: dict[str, Callable[[], Turn]] | 
                 "decode": statistics.median(a[1] / b[1] for a, b in zip(both, taken["duotone"], strict=True)),
             },
         }
+
+
+def _checked(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that all candidates can run."""
+    check_causal(model, "generation")
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise DuotoneError("bench generate: found no quantized linear in this model, expected a checkpoint of ours")
+    if model.dtype != torch.bfloat16:
+        raise DuotoneError(f"bench generate: found a model in {model.dtype}, expected bfloat16")
+    return model
 
 
 def random_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
@@ -162,11 +175,10 @@ class _Int4Linear(nn.Module):
 
 
 def _replaced(folder: Path, make: Callable[[QuantizedLinear], nn.Module]) -> PreTrainedModel:
-    model = load(folder)
+    model = load(folder, device="cpu", shortcuts=False)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, make(layer))
-    model.set_attn_implementation("sdpa")
     gc.collect()
     return model
 

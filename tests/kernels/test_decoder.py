@@ -91,6 +91,7 @@ BAD = {
     "gate": (lambda: torch.ops.duotone.silu_multiply(draw(0, 2, 8), draw(0, 2, 7)), "up: found another size"),
     "values": (lambda: torch.ops.duotone.attend(draw(0, 1, 8), draw(0, 1, 2, 3, 4), draw(0, 1, 2, 2, 4), 1.0), "v: found"),
     "queries": (lambda: torch.ops.duotone.attend(draw(0, 1, 9), draw(0, 1, 2, 3, 4), draw(0, 1, 2, 3, 4), 1.0), "q: expected"),
+    "no queries": (lambda: torch.ops.duotone.attend(draw(0, 1, 0), *(draw(0, 1, 2, 3, 4),) * 2, 1.0), "q: expected"),
     "no tokens": (lambda: torch.ops.duotone.attend(draw(0, 1, 8), *(draw(0, 1, 2, 0, 4),) * 2, 1.0), "k: expected"),
 }  # fmt: skip
 

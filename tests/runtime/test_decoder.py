@@ -1,13 +1,15 @@
 """The short way through a decoder: taken where it applies, equal to the long way, left alone where it is not."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, pipeline
+from transformers import AttentionInterface, PreTrainedModel, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import duotone
 from duotone.kernels import native
@@ -86,21 +88,52 @@ def test_a_trial_that_fails_changes_nothing(checkpoint: Path, monkeypatch: pytes
     """An attention or a norm that computes something else keeps its own code."""
     monkeypatch.setattr(decoder, "_close", lambda *_: False)
     model = load(checkpoint, device="cpu")
-    ways = {getattr(module.forward, "__func__", None) for module in model.modules()}
+    ways = {getattr(module.forward, "func", None) for module in model.modules()}
     assert not ways & {decoder._norm, decoder._attention} and not any(
         hasattr(module, "_long_way") for module in model.modules()
     )
 
 
 def test_a_copy_is_a_model_of_its_own(checkpoint: Path) -> None:
-    """`copy.deepcopy` gives the same answers, from its own weights."""
-    model = load(checkpoint, device="cpu")
-    twin, tokens = copy.deepcopy(model), torch.arange(9)[None]
+    """`copy.deepcopy` and `pickle` give the same answers, from weights of their own."""
+    model, tokens = load(checkpoint, device="cpu"), torch.arange(9)[None]
     before = step(model, tokens)
+    twin = copy.deepcopy(model)
+    assert torch.equal(step(pickle.loads(pickle.dumps(model)), tokens), before)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(step(twin, tokens), before) and not torch.equal(step(model, tokens), before)
+
+
+def test_inference_mode(checkpoint: Path) -> None:
+    """Tensors that do not count their changes are served too, and a tensor changed in place between two steps."""
+    model, tokens = load(checkpoint, device="cpu"), torch.arange(9)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, load(checkpoint, device="cpu")(tokens).logits)
+        assert torch.equal(step(model, tokens), step(model, tokens))
+
+
+def test_an_attention_of_ones_own_is_used(checkpoint: Path) -> None:
+    """Whoever sets another implementation gets it, in each step."""
+    model, tokens, calls = load(checkpoint, device="cpu"), torch.arange(9)[None], []
+
+    def mine(module: object, query: Tensor, *given: object, **options: object) -> tuple[Tensor, None]:
+        calls.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *given, **options)
+
+    AttentionInterface.register("mine", mine)
+    model.set_attn_implementation("mine")
+    step(model, tokens)
+    assert calls == [8, 8, 1, 1]
+
+
+def test_a_norm_in_float32_is_torchs(checkpoint: Path) -> None:
+    """A weight turned to float32 among BF16 ones promotes as it would without us."""
+    model = load(checkpoint, device="cpu")
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    with torch.no_grad():
+        assert model.model.norm(torch.ones(1, 2, model.config.hidden_size).bfloat16()).dtype == torch.float32
 
 
 def test_pipelines_take_the_model(checkpoint: Path) -> None:

@@ -2,18 +2,20 @@
 """The short way through a decoder of the Llama kind, when each sequence of a batch gets one new token.
 
 Between its linears such a step is dozens of torch's small ops, each costing more to call than to compute. Here a norm is one
-op, rotation is one, attention is one. A layer takes the short way only if a trial at loading gives what the long way gives,
-and only where it applies; everywhere else transformers' own code runs.
+op, rotation is one, attention is one. A module takes the short way only if it is built like Llama's and a trial at loading
+gives what the long way gives, and only where it applies; everywhere else transformers' own code runs.
 """
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
 from duotone.kernels import native
+from duotone.runtime.attention import NAME as FLOAT32
 
 #: Between the two ways, relative to the outputs' size: BF16 has eight bits, and a few roundings differ.
 _TOLERANCE = 0.02
@@ -42,7 +44,7 @@ def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
 
 def _replace(module: Any, forward: Any) -> None:
     module._long_way = module.forward
-    module.forward = MethodType(forward, module)
+    module.forward = partial(forward, module)  # which, unlike a method, is pickled with the model
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -58,13 +60,16 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != torch.bfloat16 or torch.compiler.is_compiling() or not hidden_states.is_contiguous():
+    fits = hidden_states.dtype == self.weight.dtype == torch.bfloat16 and hidden_states.is_contiguous()
+    if not fits or torch.compiler.is_compiling():
         return self._long_way(hidden_states)
     return torch.ops.duotone.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _is_gated(mlp: Any) -> bool:
-    """Whether an MLP is down(silu(gate) * up) on a trial."""
+    """Whether an MLP is down(silu(gate) * up), by its function and on a trial."""
+    if not isinstance(mlp.act_fn, nn.SiLU | SiLUActivation):
+        return False
     x = torch.randn(2, 1, mlp.gate_proj.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         return _close(_short_mlp(mlp, x), mlp(x))
@@ -95,6 +100,9 @@ def _attention(
         and attention_mask is None
         and past_key_values is not None
         and position_embeddings is not None
+        and position_embeddings[0].dtype == torch.bfloat16
+        and not self.training
+        and self.config._attn_implementation in ("sdpa", FLOAT32)
         and not options.get("output_attentions")
         and not torch.compiler.is_compiling()
     )

@@ -3,6 +3,7 @@
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Self
@@ -84,17 +85,31 @@ class _SharedCall:
 
     def __init__(self, merged: cpu.Packed) -> None:
         self._merged = merged
-        self._last: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        self._last = _Last()
 
     def part(self, x: Tensor, number: int) -> Tensor:
         """What linear `number` makes of x, its bias left out."""
+        version = None if x.is_inference() else x._version  # tensors of inference mode do not count their changes
         last = self._last
-        if last is None or last[0] is not x or last[1] != x._version or number not in last[2]:
-            last = self._last = (x, x._version, dict(enumerate(cpu.linears(x, self._merged))))
-        y = last[2].pop(number)
-        if not last[2]:
-            self._last = None  # nobody else will ask: activations are not kept
+        if last.x is not x or last.version != version or number not in last.parts:
+            last.x, last.version, last.parts = x, version, dict(enumerate(cpu.linears(x, self._merged)))
+        y = last.parts.pop(number)
+        if not last.parts:
+            last.x = None  # nobody else will ask: activations are not kept
         return y
+
+
+class _Last(threading.local):
+    """The newest input of a thread and what nobody has asked for yet of its results."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.version: int | None = None
+        self.parts: dict[int, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type["_Last"], tuple[()]]:
+        """A copy begins with nothing."""
+        return (_Last, ())
 
 
 def share_call(linears: Sequence[nn.Module]) -> bool:

@@ -18,10 +18,14 @@ from duotone.runtime import attention, decoder
 from duotone.runtime.linear import QuantizedLinear, share_call
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> PreTrainedModel:
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: str = "auto", *, shortcuts: bool = True
+) -> PreTrainedModel:
     """A model ready to run: a Duotone checkpoint with W4A8 linears, or an ordinary model folder as it is.
 
     dtype: of everything that is not quantized, the config's own by default. device: auto (CUDA if there is one), cpu, cuda.
+    shortcuts: run what lies between the linears of a quantized BF16 model on a CPU by faster ops of our own (attention.py,
+    decoder.py); without, it is transformers' code.
     Raises DuotoneError when a file is missing or damaged, or a tensor does not fit the architecture.
     """
     source = open_source(Path(path))
@@ -47,12 +51,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "auto
             f"{source.path}: {len(unexpected)} tensors are not used by the model, first {unexpected[0]}", stacklevel=2
         )
     nn.Module.to(model, place)
-    if attention.is_better(dtype, place):
-        attention.install(model)
-    if source.config.get("quantization_config") is not None and dtype == torch.bfloat16 and place.type == "cpu":
-        blocks = _blocks(model, source.config)
-        if blocks is not None:
-            decoder.install(model, blocks)
+    blocks = _blocks(model, source.config)
+    if shortcuts and blocks is not None and source.config.get("quantization_config") is not None:
+        _shorten(model, blocks, dtype, place)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.path))
     return model
@@ -86,6 +87,14 @@ def _share_calls(model: PreTrainedModel, config: dict[str, Any]) -> None:
     for block in _blocks(model, config) or ():
         for paths in find_adapter(config).shared_inputs:
             share_call([block.get_submodule(path) for path in paths])
+
+
+def _shorten(model: PreTrainedModel, blocks: nn.ModuleList, dtype: torch.dtype, place: torch.device) -> None:
+    """The faster ops, where the architecture is known to be served by them."""
+    if attention.is_better(dtype, place):
+        attention.install(model)
+    if dtype == torch.bfloat16 and place.type == "cpu":
+        decoder.install(model, blocks)
 
 
 def _blocks(model: PreTrainedModel, config: dict[str, Any]) -> nn.ModuleList | None:

@@ -10,6 +10,7 @@ from transformers.utils.import_utils import is_serve_available
 from duotone.checkpoint.hub import locate_model
 from duotone.errors import DuotoneError
 from duotone.models.skeleton import check_causal
+from duotone.models.tokenizer import load_tokenizer
 from duotone.runtime.load import load
 
 
@@ -36,13 +37,16 @@ def serve(
         def _load_model(self, *_: Any, **__: Any) -> PreTrainedModel:
             return network
 
+        def _load_processor(self, *_: Any, **__: Any) -> Any:
+            return load_tokenizer(folder)
+
         @staticmethod
         def get_gen_models(  # pyright: ignore[reportIncompatibleVariableOverride]
             cache_dir: str | None = None,
         ) -> list[dict[str, Any]]:
             """The one that is served, not what a download folder may hold."""
             del cache_dir
-            return [{"id": str(folder), "owned_by": "duotone", "object": "model", "created": int(folder.stat().st_mtime)}]
+            return [{"id": str(model), "owned_by": "duotone", "object": "model", "created": int(folder.stat().st_mtime)}]
 
     with mock.patch.object(model_manager, "ModelManager", Manager):
-        return Serve(force_model=str(folder), device=str(network.device), host=host, port=port, non_blocking=in_background)
+        return Serve(force_model=str(model), device=str(network.device), host=host, port=port, non_blocking=in_background)
