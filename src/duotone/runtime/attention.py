@@ -3,6 +3,7 @@
 Queries, keys and values stay BF16 where they are kept; only the product is wider, so it is nearer to the exact one too.
 """
 
+import platform
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ NAME = "duotone_float32"
 
 
 def is_better(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a model of this dtype gains by it on this device."""
+    """Whether a model of this dtype gains by it on this device: an x86 without BF16 units; of others nothing is known."""
+    x86 = platform.machine().lower() in {"x86_64", "amd64"}
     units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
-    return dtype == torch.bfloat16 and device.type == "cpu" and not units
+    return dtype == torch.bfloat16 and device.type == "cpu" and x86 and not units
 
 
 def install(model: PreTrainedModel) -> None:
