@@ -1,4 +1,4 @@
-"""Attention in float32 on CPUs that know no BF16 arithmetic, where torch emulates it four to seven times slower.
+"""Attention in float32 on CPUs that know no BF16 arithmetic, where torch emulates it at several times the cost.
 
 Queries, keys and values stay BF16 where they are kept; only the product is wider, so it is nearer to the exact one too.
 """
