@@ -36,7 +36,7 @@ def unavailable() -> str | None:
 
 
 def _describe_for_compilers() -> None:
-    """What torch.compile needs to know of the linear, the shape of what it gives; other ops of a running model it never meets."""
+    """What torch.compile needs to know of the linear: the shape of what it gives. The other ops it never meets."""
 
     @torch.library.register_fake("duotone::linear")
     def _(
