@@ -1,5 +1,5 @@
-// What a decoder does between its linears, for one new token of each sequence: in BF16, with sums in float32.
-// src/duotone/runtime/decoder.py says where they stand; each does what a few of torch's small ops do.
+// What a decoder of the Llama kind does beside its linears, in BF16 with sums in float32, and a whole layer of it for one new
+// token of each sequence. src/duotone/runtime/decoder.py says where these stand.
 #define TORCH_TARGET_VERSION 0x020a000000000000ULL
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,9 @@
 #include <cmath>
 #include <vector>
 
+#include "crew.h"
 #include "floats.h"
+#include "linear_parts.h"
 #include "tensors.h"
 
 namespace duotone {
@@ -68,21 +70,6 @@ DUOTONE_CLONES void turn_heads(uint16_t* x, const uint16_t* cosine, const uint16
     }
 }
 
-// x [B, H * D], cosine and sine [B, D] or [1, D]: in place.
-void rotate(Tensor x, Tensor cosine, Tensor sine) {
-  const uint16_t *turn = bf16_of(cosine, "cosine"), *shift = bf16_of(sine, "sine");
-  bf16_of(x, "x");
-  STD_TORCH_CHECK(x.dim() == 2 && cosine.dim() == 2 && cosine.size(1) > 0, "x: expected shape [B, H * D]");
-  const int64_t size = cosine.size(1), tokens = x.size(0), shared = cosine.size(0) == 1;
-  check_shape(sine, {cosine.size(0), size}, "sine");
-  STD_TORCH_CHECK(size % 2 == 0 && x.size(1) % size == 0, "x: expected whole heads of an even size");
-  STD_TORCH_CHECK(shared || cosine.size(0) == tokens, "cosine: expected a row for each token, or one");
-  for (int64_t t = 0; t < tokens; t++) {
-    const int64_t at = shared ? 0 : t * size;
-    turn_heads(written(x) + t * x.size(1), turn + at, shift + at, x.size(1) / size, size);
-  }
-}
-
 DUOTONE_CLONES void gate_values(const uint16_t* gate, const uint16_t* up, int64_t size, uint16_t* y) {
   for (int64_t i = 0; i < size; i++) {
     const float x = widen(gate[i]);
@@ -128,25 +115,206 @@ DUOTONE_CLONES void attend_head(const uint16_t* q, const uint16_t* k, const uint
   for (int64_t i = 0; i < queries * size; i++) narrow(wide[i], y[i]);
 }
 
-// q [B, H * D], k and v [B, H', L, D] -> [B, H * D]: each token sees all of its sequence.
-Tensor attend(Tensor q, Tensor k, Tensor v, double scale) {
-  const uint16_t *query = bf16_of(q, "q"), *key = bf16_of(k, "k"), *value = bf16_of(v, "v");
-  STD_TORCH_CHECK(k.dim() == 4 && k.size(1) > 0 && k.size(2) > 0 && k.size(3) > 0, "k: expected shape [B, H, L, D]");
-  const int64_t batch = k.size(0), heads = k.size(1), length = k.size(2), size = k.size(3);
-  check_shape(v, {batch, heads, length, size}, "v");
-  STD_TORCH_CHECK(q.dim() == 2 && q.size(0) == batch && q.size(1) > 0 && q.size(1) % (heads * size) == 0,
-                  "q: expected shape [B, H * D]");
-  const int64_t queries = q.size(1) / (heads * size);
-  Tensor y = torch::stable::empty_like(q);
-  uint16_t* to = written(y);
-  const int64_t grain = std::max<int64_t>(1, 65536 / (queries * length * size));
-  torch::stable::parallel_for(0, batch * heads, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(static_cast<size_t>(queries * length)), wide(static_cast<size_t>((queries + 1) * size));
-    for (int64_t h = begin; h < end; h++) {
-      const int64_t of_q = h * queries * size, of_k = h * length * size;
-      attend_head(query + of_q, key + of_k, value + of_k, queries, length, size, static_cast<float>(scale), scores.data(),
-                  wide.data(), to + of_q);
+// A quantized linear of a layer, its bias in one piece and what it gives.
+struct Step {
+  Weight weight;
+  Product product;
+  Array<uint16_t> bias, y;
+
+  Step(const Tensor* four, const Tensor& input_scale, const Tensor* biases, int64_t count, const WeightFacts& facts,
+       int64_t tokens)
+      : weight(weight_of(four, input_scale.numel() ? &input_scale : nullptr, facts)), product(weight, tokens) {
+    y = array_of<uint16_t>(tokens * rows());
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) found += biases[i].numel();
+    if (!found) return;
+    STD_TORCH_CHECK(found == rows(), "biases: expected as many values as rows, or none");
+    bias = array_of<uint16_t>(found);
+    for (int64_t i = 0, at = 0; i < count; at += biases[i++].numel())
+      std::copy_n(bf16_of(biases[i], "biases"), biases[i].numel(), bias.get() + at);
+  }
+
+  int64_t rows() const { return weight.p.rows; }
+  uint16_t* of(int64_t token) const { return y.get() + token * rows(); }
+
+  // All rows of all tokens, added to `residual` where there is one.
+  void multiply(Crew::Member& crew, int64_t tokens, const uint16_t* residual = nullptr) {
+    crew.each(product.pieces(), [&](int64_t piece) {
+      product.multiply(piece);
+      const int64_t begin = product.begin(piece), end = product.end(piece);
+      for (int64_t t = 0; t < tokens; t++) {
+        uint16_t* to = of(t) + begin;
+        product.finish(t, begin, end, bias ? bias.get() + begin : nullptr, to);
+        for (int64_t i = 0; residual && i < end - begin; i++)
+          narrow(widen(residual[t * rows() + begin + i]) + widen(to[i]), to[i]);
+      }
+    });
+  }
+};
+
+// Keys and values so far [B, H, room for tokens, D], and how many there are.
+struct Cache {
+  uint16_t *keys, *values;
+  int64_t heads, capacity, size, length;
+};
+
+struct Norm {
+  const uint16_t* weight;
+  float eps;
+};
+
+constexpr int64_t GATE_PIECE = 2048;  // values
+
+// A layer's new tokens, one of each sequence; x and what it becomes are [B, D].
+struct LayerStep {
+  int64_t tokens, hidden;
+  const uint16_t *x, *cosine, *sine;
+  int64_t turn_stride;  // 0 where all sequences are at one position
+  Norm norms[4];        // before attention, before the MLP, of queries, of keys; the last two may be null
+  Cache cache;
+  float scale;
+  Step &qkv, &out, &gate_up, &down;
+
+  int64_t kv_rows() const { return cache.heads * cache.size; }
+  int64_t queries() const { return (qkv.rows() / cache.size - 2 * cache.heads) / cache.heads; }
+
+  void norm_and_quantize(int64_t token, const uint16_t* from, const Norm& norm, Step& to) const {
+    const Array<float> wide = array_of<float>(hidden);
+    const Array<uint16_t> y = array_of<uint16_t>(hidden);
+    norm_row(from + token * hidden, norm.weight, hidden, norm.eps, wide.get(), y.get());
+    to.product.quantize(y.get(), token);
+  }
+
+  // The queries of one key head of one token: turned, the new key and value put behind the others, attention.
+  void attend(int64_t token, int64_t head, uint16_t* y) const {
+    const int64_t count = queries(), size = cache.size, at = token * turn_stride, length = cache.length + 1;
+    const Array<float> scores = array_of<float>(count * length), wide = array_of<float>((count + 1) * size);
+    uint16_t* q = qkv.of(token) + head * count * size;
+    uint16_t* k = qkv.of(token) + qkv.rows() - 2 * kv_rows() + head * size;
+    const uint16_t* v = k + kv_rows();
+    for (int64_t h = 0; norms[2].weight && h < count; h++)
+      norm_row(q + h * size, norms[2].weight, size, norms[2].eps, wide.get(), q + h * size);
+    if (norms[3].weight) norm_row(k, norms[3].weight, size, norms[3].eps, wide.get(), k);
+    turn_heads(q, cosine + at, sine + at, count, size), turn_heads(k, cosine + at, sine + at, 1, size);
+    const int64_t of = (token * cache.heads + head) * cache.capacity * size;
+    std::copy_n(k, size, cache.keys + of + cache.length * size), std::copy_n(v, size, cache.values + of + cache.length * size);
+    attend_head(q, cache.keys + of, cache.values + of, count, length, size, scale, scores.get(), wide.get(),
+                y + (token * cache.heads + head) * count * size);
+  }
+
+  void run(Crew::Member& crew, uint16_t* attended, uint16_t* gated) const {
+    const int64_t inner = gate_up.rows() / 2, each = queries() * kv_rows(), gates = (inner + GATE_PIECE - 1) / GATE_PIECE;
+    crew.each(tokens, [&](int64_t t) { norm_and_quantize(t, x, norms[0], qkv); });
+    qkv.multiply(crew, tokens);
+    crew.each(tokens * cache.heads, [&](int64_t i) { attend(i / cache.heads, i % cache.heads, attended); });
+    crew.each(tokens, [&](int64_t t) { out.product.quantize(attended + t * each, t); });
+    out.multiply(crew, tokens, x);
+    crew.each(tokens, [&](int64_t t) { norm_and_quantize(t, out.y.get(), norms[1], gate_up); });
+    gate_up.multiply(crew, tokens);
+    crew.each(tokens * gates, [&](int64_t i) {
+      const int64_t t = i / gates, begin = i % gates * GATE_PIECE, end = std::min(inner, begin + GATE_PIECE);
+      gate_values(gate_up.of(t) + begin, gate_up.of(t) + inner + begin, end - begin, gated + t * inner + begin);
+    });
+    crew.each(tokens, [&](int64_t t) { down.product.quantize(gated + t * inner, t); });
+    down.multiply(crew, tokens, out.y.get());
+  }
+};
+
+Norm norm_of(const Tensor& weight, int64_t size, double eps) {
+  check_shape(weight, {size}, "norms");
+  return {bf16_of(weight, "norms"), static_cast<float>(eps)};
+}
+
+// x [B, 1, D]; cosine and sine [B or 1, head size]; keys and values [B, H, room, head size], of which `length` are there.
+// norms: before attention and MLP, and of queries and keys or not. weights: four of each linear (Weight), and its input scale,
+// empty where it has none: q/k/v as one, o, gate/up as one, down. biases: of q, k, v, o, gate, up, down, empty where there is
+// none. facts: columns, group_size, value_bias of each linear. eps: of each norm.
+Tensor decoder_layer(Tensor x, Tensor cosine, Tensor sine, Tensor keys, Tensor values, int64_t length,
+                     std::vector<Tensor> norms, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                     std::vector<int64_t> facts, std::vector<double> eps, double scale, double fp8_max,
+                     double smallest_scale, int64_t path) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(0) > 0, "x: expected shape [B, 1, D]");
+  STD_TORCH_CHECK((norms.size() == 2 || norms.size() == 4) && eps.size() == norms.size(), "norms: expected two or four");
+  STD_TORCH_CHECK(weights.size() == 20 && biases.size() == 7 && facts.size() == 12, "weights: expected those of four linears");
+  const int64_t tokens = x.size(0), hidden = x.size(2);
+  STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) == tokens && keys.size(1) > 0 && keys.size(3) > 0 && keys.size(3) % 2 == 0,
+                  "keys: expected shape [B, H, room, D], D even");
+  const int64_t heads = keys.size(1), capacity = keys.size(2), size = keys.size(3);
+  check_shape(values, {tokens, heads, capacity, size}, "values");
+  STD_TORCH_CHECK(length >= 0 && length < capacity, "length: found no room for another token");
+  STD_TORCH_CHECK(cosine.dim() == 2 && (cosine.size(0) == 1 || cosine.size(0) == tokens) && cosine.size(1) == size,
+                  "cosine: expected a row for each token, or one");
+  check_shape(sine, {cosine.size(0), size}, "sine");
+  const auto step = [&](int64_t i, int64_t bias, int64_t count) {
+    const WeightFacts of{facts[i * 3], facts[i * 3 + 1], facts[i * 3 + 2], fp8_max, smallest_scale, path};
+    return Step(&weights[i * 5], weights[i * 5 + 4], &biases[bias], count, of, tokens);
+  };
+  Step qkv = step(0, 0, 3), out = step(1, 3, 1), gate_up = step(2, 4, 2), down = step(3, 6, 1);
+  const int64_t attended = out.weight.columns, inner = down.weight.columns, kv = heads * size;
+  STD_TORCH_CHECK(qkv.weight.columns == hidden && gate_up.weight.columns == hidden && out.rows() == hidden &&
+                      down.rows() == hidden && gate_up.rows() == 2 * inner && qkv.rows() == attended + 2 * kv &&
+                      attended > 0 && attended % kv == 0,
+                  "weights: found sizes that do not fit one another");
+  bf16_of(keys, "keys"), bf16_of(values, "values");
+  const bool normed = norms.size() == 4;
+  const LayerStep layer{tokens,
+                        hidden,
+                        bf16_of(x, "x"),
+                        bf16_of(cosine, "cosine"),
+                        bf16_of(sine, "sine"),
+                        cosine.size(0) == 1 ? 0 : size,
+                        {norm_of(norms[0], hidden, eps[0]), norm_of(norms[1], hidden, eps[1]),
+                         normed ? norm_of(norms[2], size, eps[2]) : Norm{}, normed ? norm_of(norms[3], size, eps[3]) : Norm{}},
+                        {written(keys), written(values), heads, capacity, size, length},
+                        static_cast<float>(scale),
+                        qkv,
+                        out,
+                        gate_up,
+                        down};
+  const Array<uint16_t> heads_out = array_of<uint16_t>(tokens * attended), gated = array_of<uint16_t>(tokens * inner);
+  Crew::run([&](Crew::Member& crew) { layer.run(crew, heads_out.get(), gated.get()); });
+  Tensor y = torch::stable::empty_like(x);
+  std::copy_n(down.y.get(), tokens * hidden, written(y));
+  return y;
+}
+
+// Rows [begin, end) of a BF16 weight times one token.
+DUOTONE_CLONES void dense_rows(const uint16_t* weight, const float* x, int64_t columns, int64_t begin, int64_t end, uint16_t* y) {
+  constexpr int64_t AHEAD = 1024;
+  for (int64_t n = begin; n < end; n++) {
+    const uint16_t* row = weight + n * columns;
+    float sum[2 * LANES] = {};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= columns; k += 2 * LANES) {
+      __builtin_prefetch(row + k + AHEAD);
+      for (int64_t j = 0; j < 2 * LANES; j++) sum[j] += widen(row[k + j]) * x[k + j];
     }
+    for (; k < columns; k++) sum[k % LANES] += widen(row[k]) * x[k];
+    float all = 0.0f;
+    for (int64_t j = 0; j < 2 * LANES; j++) all += sum[j];
+    narrow(all, y[n]);
+  }
+}
+
+// A linear left in BF16, for few tokens: x [..., K] times weight [N, K], at the speed of memory.
+Tensor dense(Tensor x, Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0 && x.dim() >= 1 && x.size(-1) == weight.size(1),
+                  "x: expected shape [..., K] as weight");
+  const int64_t rows = weight.size(0), columns = weight.size(1), tokens = x.numel() / columns;
+  const uint16_t *from = bf16_of(x, "x"), *by = bf16_of(weight, "weight");
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) shape.push_back(x.size(i));
+  shape.push_back(rows);
+  Tensor y = torch::stable::new_empty(x, shape);
+  uint16_t* to = written(y);
+  const Array<float> wide = array_of<float>(tokens * columns);
+  for (int64_t i = 0; i < tokens * columns; i++) wide[i] = widen(from[i]);
+  constexpr int64_t PIECE = 64;
+  Crew::run([&](Crew::Member& crew) {
+    crew.each((rows + PIECE - 1) / PIECE, [&](int64_t i) {
+      const int64_t begin = i * PIECE, end = std::min(rows, begin + PIECE);
+      for (int64_t t = 0; t < tokens; t++) dense_rows(by, wide.get() + t * columns, columns, begin, end, to + t * rows);
+    });
   });
   return y;
 }
@@ -156,14 +324,17 @@ Tensor attend(Tensor q, Tensor k, Tensor v, double scale) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("rotate(Tensor(a!) x, Tensor cosine, Tensor sine) -> ()");
   m.def("silu_multiply(Tensor gate, Tensor up) -> Tensor");
-  m.def("attend(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+  m.def("dense(Tensor x, Tensor weight) -> Tensor");
+  m.def(
+      "decoder_layer(Tensor x, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values, int length, Tensor[] norms, "
+      "Tensor[] weights, Tensor[] biases, int[] facts, float[] eps, float scale, float fp8_max, float smallest_scale, int path) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&duotone::rms_norm));
-  m.impl("rotate", TORCH_BOX(&duotone::rotate));
   m.impl("silu_multiply", TORCH_BOX(&duotone::silu_multiply));
-  m.impl("attend", TORCH_BOX(&duotone::attend));
+  m.impl("dense", TORCH_BOX(&duotone::dense));
+  m.impl("decoder_layer", TORCH_BOX(&duotone::decoder_layer));
 }

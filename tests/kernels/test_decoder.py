@@ -1,4 +1,6 @@
-"""The ops between a decoder's linears, against what transformers' small ops give and against float64."""
+"""A decoder's ops, against what transformers' small ops and our linears give, and against float64."""
+
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from duotone.kernels import native
+from duotone.kernels import cpu, native
+from duotone.qweight import QuantizedWeight
+from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+from tests.kernels.test_reference import make_weight
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"compiled ops: {native.unavailable()}")
 
@@ -29,48 +34,6 @@ def test_rms_norm(rows: int, size: int, scale: float) -> None:
     assert float((found != meant).float().mean()) < 0.05
 
 
-@given(batch=st.integers(1, 4), heads=st.integers(1, 5), half=st.integers(1, 40), shared=st.booleans())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_rotation_is_transformers_own(batch: int, heads: int, half: int, shared: bool) -> None:
-    """Bit for bit, with one position for all sequences or one for each."""
-    angle = torch.rand(1 if shared else batch, 1, half, generator=torch.Generator().manual_seed(half)).repeat(1, 1, 2) * 6
-    cosine, sine = angle.cos().bfloat16(), angle.sin().bfloat16()
-    x = draw(heads, batch, 1, heads, 2 * half)
-    meant, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cosine, sine)
-    found = x.reshape(batch, -1).clone()
-    torch.ops.duotone.rotate(found, cosine[:, 0], sine[:, 0])
-    assert torch.equal(found.view(batch, heads, 1, -1), meant)
-
-
-@given(
-    batch=st.integers(1, 3), heads=st.integers(1, 4), queries=st.integers(1, 5), length=st.integers(1, 70),
-    size=st.sampled_from([1, 8, 32, 50, 64, 128]),
-)  # fmt: skip
-@settings(max_examples=80, deadline=None, derandomize=True)
-def test_attention_equals_float64(batch: int, heads: int, queries: int, length: int, size: int) -> None:
-    """Any number of sequences, heads and tokens, any size of a head: the weighted mean of values, rounded once to BF16."""
-    q, k, v = (draw(i, batch, count, rows, size) for i, (count, rows) in enumerate(((heads, queries), *((heads, length),) * 2)))
-    found = torch.ops.duotone.attend(q.reshape(batch, -1), k, v, 0.3)
-    weights = torch.softmax(q.double() @ k.double().transpose(2, 3) * 0.3, -1)
-    meant = (weights @ v.double()).view(batch, -1)
-    allowed = meant.abs() * 2.0**-8 + (weights @ v.double().abs()).view(batch, -1) * 1e-5
-    assert found.dtype == torch.bfloat16 and bool(((found.double() - meant).abs() <= allowed).all())
-
-
-def test_attention_is_the_same_alone_and_in_a_batch() -> None:
-    """Bit for bit, on one thread and on two, and for scores that would overflow an exponential."""
-    q, k, v = draw(0, 4, 8 * 64) * 30, draw(1, 4, 2, 300, 64) * 30, draw(2, 4, 2, 300, 64)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        whole = torch.ops.duotone.attend(q, k, v, 0.125)
-        torch.set_num_threads(1)
-        alone = torch.cat([torch.ops.duotone.attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], 0.125) for i in range(4)])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(whole, alone) and bool(whole.isfinite().all())
-
-
 @given(rows=st.integers(1, 3), size=st.integers(1, 200), scale=st.sampled_from([1e-3, 1.0, 30.0, 1e4]))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_gates(rows: int, size: int, scale: float) -> None:
@@ -82,17 +45,188 @@ def test_gates(rows: int, size: int, scale: float) -> None:
     assert int((off > 1e-30).sum()) <= 0.02 * off.numel() + 1
 
 
+@given(rows=st.integers(1, 150), columns=st.integers(1, 200), tokens=st.integers(1, 4))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_dense(rows: int, columns: int, tokens: int) -> None:
+    """A BF16 product of any shape, rounded once: within a float32 sum's error of float64, and alone as beside others."""
+    x, weight = draw(rows, tokens, 1, columns), draw(columns, rows, columns)
+    found = torch.ops.duotone.dense(x, weight)
+    exact, sizes = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    assert found.shape == (tokens, 1, rows) and found.dtype == torch.bfloat16
+    assert bool(((found.double() - exact).abs() <= exact.abs() * 2.0**-8 + sizes * 1e-6).all())
+    assert torch.equal(torch.cat([torch.ops.duotone.dense(x[i : i + 1], weight) for i in range(tokens)]), found)
+
+
+@dataclass
+class Layer:
+    """A random layer and what comes into it."""
+
+    batch: int = 1
+    heads: int = 2
+    queries: int = 2
+    size: int = 16
+    inner: int = 96
+    length: int = 0
+    room: int = 3
+    hidden: int = 64
+    target: Target = HOPPER
+    symmetric: bool = True
+    biased: bool = False
+    head_norms: bool = False
+    shared_position: bool = True
+    spread: float = 1.0
+    weights: list[cpu.Packed] = field(init=False)
+    biases: list[Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        wide = self.heads * self.queries * self.size
+        kv, hidden = self.heads * self.size, self.hidden
+        shapes = (((wide, hidden), (kv, hidden), (kv, hidden)), ((hidden, wide),), ((self.inner, hidden),) * 2,
+                  ((hidden, self.inner),))  # fmt: skip
+        packed = [[cpu.prepack(self._weight(i * 3 + j, *shape)) for j, shape in enumerate(g)] for i, g in enumerate(shapes)]
+        self.weights = [cpu.merge(group) if len(group) > 1 else group[0] for group in packed]
+        rows = [len(weight.outer_scale) for group in packed for weight in group]
+        some = (0, 1, 2, 3, 6)  # as in Qwen 2, and two more
+        self.biases = [draw(i, count) if self.biased and i in some else None for i, count in enumerate(rows)]
+        norms = [hidden, hidden] + [self.size] * 2 * self.head_norms
+        self.norms = [draw(50 + i, count) for i, count in enumerate(norms)]
+        self.x = draw(60, self.batch, 1, hidden) * self.spread
+        positions = 1 if self.shared_position else self.batch
+        angle = torch.rand(positions, self.size // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2) * 6
+        self.cosine, self.sine = angle.cos().bfloat16(), angle.sin().bfloat16()
+        self.keys, self.values = (draw(i, self.batch, self.heads, self.length + self.room, self.size) for i in (70, 71))
+        self.eps = [1e-5, 1e-6, 1e-3, 1e-4][: len(norms)]
+
+    def _weight(self, seed: int, rows: int, columns: int) -> QuantizedWeight:
+        weight = make_weight(rows, columns, Scheme(self.target, 32, self.symmetric), 2.0**-5)
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+        return replace(weight, codes=codes)
+
+    def op(self, **changes: object) -> Tensor:
+        """What the op gives; keys and values get another token each."""
+        none = draw(0, 0)
+        first = self.weights[0]
+        given: dict[str, object] = {
+            "x": self.x,
+            "cosine": self.cosine,
+            "sine": self.sine,
+            "keys": self.keys,
+            "values": self.values,
+            "length": self.length,
+            "norms": self.norms,
+            "weights": [
+                t for w in self.weights
+                for t in (w.codes, w.index, w.table, w.outer_scale, none if w.input_scale is None else w.input_scale)
+            ],
+            "biases": [none if bias is None else bias for bias in self.biases],
+            "facts": [fact for w in self.weights for fact in (w.in_features, w.group_size, w.bias)],
+            "eps": self.eps,
+            "scale": self.size**-0.5,
+            "fp8_max": first.fp8_max,
+            "smallest_scale": first.smallest_scale,
+            "path": first.path,
+        }  # fmt: skip
+        return torch.ops.duotone.decoder_layer(*(given | changes).values())
+
+    def meant(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its output and the new keys and values, by our linears, norms and gates and transformers' rotation, one by one."""
+        rms_norm, batch = torch.ops.duotone.rms_norm, self.batch
+        normed = rms_norm(self.x, self.norms[0], self.eps[0])
+        query, key, value = (y + b if b is not None else y for y, b in zip(
+            cpu.linears(normed, self.weights[0]), self.biases[:3], strict=True))  # fmt: skip
+        query, key, value = (y.view(batch, 1, -1, self.size) for y in (query, key, value))
+        if self.head_norms:
+            query, key = rms_norm(query, self.norms[2], self.eps[2]), rms_norm(key, self.norms[3], self.eps[3])
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), self.cosine[:, None], self.sine[:, None])
+        keys = torch.cat((self.keys[:, :, : self.length], key), 2)
+        values = torch.cat((self.values[:, :, : self.length], value.transpose(1, 2)), 2)
+        grouped = query.double().view(batch, self.heads, self.queries, self.size)
+        scores = torch.softmax(grouped @ keys.double().transpose(2, 3) * self.size**-0.5, -1)
+        attended = (scores @ values.double()).bfloat16().view(batch, 1, -1)
+        hidden = self.x + cpu.linear(attended, self.weights[1], self.biases[3])
+        gate, up = cpu.linears(rms_norm(hidden, self.norms[1], self.eps[1]), self.weights[2])
+        gated = torch.ops.duotone.silu_multiply(gate, up)
+        return hidden + cpu.linear(gated, self.weights[3], self.biases[6]), key, value.transpose(1, 2)
+
+
+LAYERS = {
+    "batch": st.integers(1, 6),
+    "heads": st.integers(1, 3),
+    "queries": st.integers(1, 3),
+    "size": st.sampled_from([8, 24, 32]),
+    "inner": st.sampled_from([32, 96, 200, 4200]),
+    "target": st.sampled_from([HOPPER, GAUDI]),
+    "symmetric": st.booleans(),
+    "biased": st.booleans(),
+    "head_norms": st.booleans(),
+    "shared_position": st.booleans(),
+}
+
+
+@given(st.builds(Layer, **LAYERS))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_layer_is_its_parts(layer: Layer) -> None:
+    """Bit for bit where attention has one token to look at: any shapes, biases, norms, schemes, positions."""
+    meant, key, value = layer.meant()
+    assert torch.equal(layer.op(), meant)
+    assert torch.equal(layer.keys[:, :, :1], key) and torch.equal(layer.values[:, :, :1], value)
+
+
+@given(st.builds(Layer, **LAYERS, length=st.integers(1, 70), spread=st.sampled_from([0.1, 1.0, 100.0])))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_layer_attends_to_all_tokens(layer: Layer) -> None:
+    """As float64 attends, up to what the rounding of one value in BF16 does to the FP8 grid behind it."""
+    meant, key, value = layer.meant()
+    before = layer.keys.clone(), layer.values.clone()
+    found, at = layer.op(), layer.length
+    step = (meant - layer.x).double()
+    assert float((found - meant).double().norm()) <= 0.02 * float(step.norm() + layer.x.double().norm() * 2.0**-8)
+    assert torch.equal(layer.keys[:, :, at : at + 1], key) and torch.equal(layer.values[:, :, at : at + 1], value)
+    for now, then in zip((layer.keys, layer.values), before, strict=True):  # and nothing else was written
+        assert torch.equal(now[:, :, :at], then[:, :, :at]) and torch.equal(now[:, :, at + 1 :], then[:, :, at + 1 :])
+
+
+def test_a_token_gets_the_same_alone_and_in_a_batch() -> None:
+    """Bit for bit, on one thread and on two, and for scores that would overflow an exponential."""
+    layer = Layer(batch=5, length=40, hidden=128, inner=4200, spread=1000.0, shared_position=False)
+    layer.norms[0] *= 100
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        whole = layer.op()
+        torch.set_num_threads(1)
+        rows = [slice(i, i + 1) for i in range(5)]
+        alone = [
+            layer.op(x=layer.x[i], cosine=layer.cosine[i], sine=layer.sine[i], keys=layer.keys[i], values=layer.values[i])
+            for i in rows
+        ]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole, torch.cat(alone)) and bool(whole.isfinite().all())
+
+
 BAD = {
     "norm's weight": (lambda: torch.ops.duotone.rms_norm(draw(0, 2, 8), draw(0, 7), 1e-5), "x: expected shape"),
     "norm in float32": (lambda: torch.ops.duotone.rms_norm(torch.ones(2, 8), draw(0, 8), 1e-5), "x: found another type"),
-    "odd heads": (lambda: torch.ops.duotone.rotate(draw(0, 2, 9), draw(0, 1, 3), draw(0, 1, 3)), "x: expected whole heads"),
-    "sine": (lambda: torch.ops.duotone.rotate(draw(0, 2, 8), draw(0, 1, 4), draw(0, 1, 2)), "sine: found another shape"),
-    "positions": (lambda: torch.ops.duotone.rotate(draw(0, 3, 8), draw(0, 2, 4), draw(0, 2, 4)), "cosine: expected a row"),
     "gate": (lambda: torch.ops.duotone.silu_multiply(draw(0, 2, 8), draw(0, 2, 7)), "up: found another size"),
-    "values": (lambda: torch.ops.duotone.attend(draw(0, 1, 8), draw(0, 1, 2, 3, 4), draw(0, 1, 2, 2, 4), 1.0), "v: found"),
-    "queries": (lambda: torch.ops.duotone.attend(draw(0, 1, 9), draw(0, 1, 2, 3, 4), draw(0, 1, 2, 3, 4), 1.0), "q: expected"),
-    "no queries": (lambda: torch.ops.duotone.attend(draw(0, 1, 0), *(draw(0, 1, 2, 3, 4),) * 2, 1.0), "q: expected"),
-    "no tokens": (lambda: torch.ops.duotone.attend(draw(0, 1, 8), *(draw(0, 1, 2, 0, 4),) * 2, 1.0), "k: expected"),
+    "dense": (lambda: torch.ops.duotone.dense(draw(0, 2, 8), draw(0, 2, 7)), "x: expected shape"),
+    "dense in float32": (lambda: torch.ops.duotone.dense(draw(0, 2, 8).float(), draw(0, 2, 8)), "x: found another type"),
+    "two tokens": (lambda: Layer().op(x=draw(0, 1, 2, 64)), "x: expected shape"),
+    "no room": (lambda: Layer(room=0).op(), "length: found no room"),
+    "before the room": (lambda: Layer().op(length=-1), "length: found no room"),
+    "values": (lambda: Layer().op(values=draw(0, 1, 2, 2, 16)), "values: found another shape"),
+    "keys of others": (lambda: Layer().op(keys=draw(0, 2, 2, 3, 16)), "keys: expected shape"),
+    "keys in float32": (lambda: Layer().op(keys=torch.zeros(1, 2, 3, 16)), "keys: found another type"),
+    "keys apart": (lambda: Layer().op(keys=draw(0, 1, 2, 4, 16)[:, :, :3]), "keys: expected a contiguous"),
+    "positions": (lambda: Layer(batch=3).op(cosine=draw(0, 2, 16)), "cosine: expected a row"),
+    "sine": (lambda: Layer().op(sine=draw(0, 1, 8)), "sine: found another shape"),
+    "a norm's size": (lambda: Layer().op(norms=[draw(0, 64), draw(0, 63)]), "norms: found another shape"),
+    "three norms": (lambda: Layer().op(norms=[draw(0, 64)] * 3), "norms: expected two or four"),
+    "a weight": (lambda: Layer().op(weights=[]), "weights: expected those of four"),
+    "biases": (lambda: Layer().op(biases=[draw(0, 3), *[draw(0, 0)] * 6]), "biases: expected as many"),
+    "heads": (lambda: Layer().op(keys=draw(0, 1, 3, 3, 16), values=draw(0, 1, 3, 3, 16)), "weights: found sizes"),
+    "columns": (lambda: Layer().op(x=draw(0, 1, 1, 32), norms=[draw(0, 32)] * 2), "weights: found sizes"),
 }  # fmt: skip
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel, pipeline
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, pipeline
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import duotone
 from duotone.kernels import native
 from duotone.models.tokenizer import load_tokenizer
-from duotone.runtime import attention, decoder
+from duotone.runtime import attention, cache, decoder
 from duotone.runtime.load import load
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"compiled ops: {native.unavailable()}")
@@ -36,13 +36,14 @@ def long_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> PreTrainedMod
 
 
 def took_short_way(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> bool:
-    """Whether the attention op was called."""
+    """Whether every layer went the short way in a call."""
     calls: list[int] = []
-    for module in model.modules():
-        if hasattr(module, "k_proj"):
-            original = module._long_way
-            monkeypatch.setattr(module, "_long_way", lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
-    call()
+    with monkeypatch.context() as patch:
+        for layer in model.model.layers:
+            original = layer._long_way
+            patch.setattr(layer, "_long_way", lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
+        call()
+    assert len(calls) in (0, len(model.model.layers))
     return not calls
 
 
@@ -79,17 +80,17 @@ def test_where_it_applies(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_model_in_float32_goes_the_long_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded as float32, or turned into it afterwards."""
-    assert not hasattr(load(checkpoint, torch.float32, "cpu").model.layers[0].self_attn, "_long_way")
+    assert not hasattr(load(checkpoint, torch.float32, "cpu").model.layers[0], "_long_way")
     turned, tokens = load(checkpoint, device="cpu").float(), torch.arange(9)[None]
     assert torch.allclose(step(turned, tokens), step(long_way(checkpoint, monkeypatch).float(), tokens), atol=1e-4)
 
 
 def test_a_trial_that_fails_changes_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attention or a norm that computes something else keeps its own code."""
+    """A layer, a norm or a head that computes something else keeps its own code."""
     monkeypatch.setattr(decoder, "_close", lambda *_: False)
     model = load(checkpoint, device="cpu")
     ways = {getattr(module.forward, "func", None) for module in model.modules()}
-    assert not ways & {decoder._norm, decoder._attention} and not any(
+    assert not ways & {decoder._norm, decoder._layer, decoder._head} and not any(
         hasattr(module, "_long_way") for module in model.modules()
     )
 
@@ -112,6 +113,107 @@ def test_inference_mode(checkpoint: Path) -> None:
     meant = model(tokens).logits, step(model, tokens)
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, meant[0]) and torch.equal(step(model, tokens), meant[1])
+
+
+def decode(model: PreTrainedModel, cache: DynamicCache, *tokens: int) -> Tensor:
+    """Logits behind each of some tokens, one after the other."""
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([[t]]), past_key_values=cache, use_cache=True).logits[0] for t in tokens])
+
+
+def test_a_cache_grows_as_it_would_by_concatenation(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows after many tokens, more than it had room for, is what the long way's cache shows."""
+    monkeypatch.setattr(cache, "_ROOM", 3)
+    short, long = load(checkpoint, device="cpu"), long_way(checkpoint, monkeypatch)
+    caches = [DynamicCache(config=short.config) for _ in range(2)]
+    found, meant = (decode(model, past, *range(20, 33)) for model, past in zip((short, long), caches, strict=True))
+    assert float((found - meant).float().norm() / meant.float().norm()) < 0.03
+    for mine, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape and mine.get_seq_length() == 13
+        assert torch.allclose(mine.keys.float(), theirs.keys.float(), atol=0.1, rtol=0.1)
+        assert torch.allclose(mine.values.float(), theirs.values.float(), atol=0.1, rtol=0.1)
+
+
+def test_caches_that_share_their_past_do_not_write_into_one_another(checkpoint: Path) -> None:
+    """A shallow copy, a deep one, one cropped and one of other sequences go on as if they were alone."""
+    model = load(checkpoint, device="cpu")
+
+    def begun() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        decode(model, cache, 5, 6, 7)
+        return cache
+
+    meant = decode(model, begun(), 30, 31), decode(model, begun(), 40, 41)
+    first = begun()
+    second = DynamicCache(config=model.config)
+    for mine, theirs in zip(second.layers, first.layers, strict=True):
+        mine.__dict__.update(theirs.__dict__)  # the same tensors, and the same room behind them
+    third = copy.deepcopy(first)
+    assert torch.equal(decode(model, first, 30, 31), meant[0])
+    assert torch.equal(decode(model, second, 40, 41), meant[1])
+    assert torch.equal(decode(model, third, 40, 41), meant[1])
+    first.crop(-2)
+    assert first.get_seq_length() == 3 and torch.equal(decode(model, first, 40, 41), meant[1])
+    first.crop(-2)
+    first.batch_repeat_interleave(2)
+    with torch.no_grad():
+        both = model(torch.tensor([[30], [40]]), past_key_values=first, use_cache=True).logits
+    assert torch.equal(both[:, 0], torch.stack((meant[0][0], meant[1][0])))
+
+
+def test_beam_search_reorders_caches(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams copy one another's past; the text is that of the long way."""
+    texts = [
+        model.generate(torch.arange(20, 27)[None], num_beams=3, max_new_tokens=9, do_sample=False, pad_token_id=0)
+        for model in (load(checkpoint, device="cpu"), long_way(checkpoint, monkeypatch))
+    ]
+    assert torch.equal(*texts)
+
+
+def test_a_cache_begun_in_inference_mode_goes_on_outside(checkpoint: Path) -> None:
+    """Tensors made there may not be written elsewhere: the room moves."""
+    model, tokens = load(checkpoint, device="cpu"), (5, 6, 7)
+    meant = decode(model, DynamicCache(config=model.config), *tokens, 8)[3:]
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        decode(model, cache, *tokens)
+    assert torch.equal(decode(model, cache, 8), meant)
+
+
+def test_who_listens_or_replaces_is_heard(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on a module inside a layer is called, an adapter in a linear's place is used, gradients are kept."""
+    model, heard = load(checkpoint, device="cpu"), []
+    hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: heard.append(1))
+    plain = step(model, torch.arange(9)[None])
+    assert len(heard) == 2
+    hook.remove()
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * 2
+
+    twin = long_way(checkpoint, monkeypatch)
+    for each in (model, twin):
+        each.model.layers[1].self_attn.o_proj = Doubled(each.model.layers[1].self_attn.o_proj)
+    found, meant = step(model, torch.arange(9)[None]).float(), step(twin, torch.arange(9)[None]).float()
+    assert float((found - meant).norm() / meant.norm()) < 0.02 and not torch.equal(found, plain.float())
+    past = model(torch.arange(8)[None], use_cache=True).past_key_values
+    x = model.model.embed_tokens(torch.tensor([[8]])).detach().requires_grad_()
+    assert model(inputs_embeds=x, past_key_values=past).logits.requires_grad
+
+
+def test_attentions_are_returned_to_who_asks(checkpoint: Path) -> None:
+    """With an implementation that has them; hidden states too."""
+    model = load(checkpoint, device="cpu")
+    past = model(torch.arange(8)[None], use_cache=True).past_key_values
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        asked = model(torch.tensor([[8]]), past_key_values=past, output_attentions=True, output_hidden_states=True)
+    assert asked.attentions[0].shape[-2:] == (1, 9) and len(asked.hidden_states) == len(model.model.layers) + 1
 
 
 def test_an_attention_of_ones_own_is_used(checkpoint: Path) -> None:

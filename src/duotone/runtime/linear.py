@@ -84,7 +84,7 @@ class _SharedCall:
     """Computes all of several linears when the first is called, and has the others' results ready for the same input."""
 
     def __init__(self, merged: cpu.Packed) -> None:
-        self._merged = merged
+        self.merged = merged
         self._last = _Last()
 
     def part(self, x: Tensor, number: int) -> Tensor:
@@ -92,7 +92,7 @@ class _SharedCall:
         version = None if x.is_inference() else x._version  # tensors of inference mode do not count their changes
         last = self._last
         if last.x is not x or last.version != version or number not in last.parts:
-            last.x, last.version, last.parts = x, version, dict(enumerate(cpu.linears(x, self._merged)))
+            last.x, last.version, last.parts = x, version, dict(enumerate(cpu.linears(x, self.merged)))
         y = last.parts.pop(number)
         if not last.parts:
             last.x = None  # nobody else will ask: activations are not kept
@@ -128,3 +128,14 @@ def share_call(linears: Sequence[nn.Module]) -> bool:
     for number, (layer, part) in enumerate(zip(layers, cpu.split(merged), strict=True)):
         layer._packed, layer._shared = part, (call, number)
     return True
+
+
+def merged_weight(linears: Sequence[QuantizedLinear]) -> cpu.Packed | None:
+    """The one weight of linears that share a call, or of a single linear; None where several do not."""
+    first = linears[0]
+    if len(linears) == 1:
+        return first._packed if first._shared is None else None
+    calls = {None if layer._shared is None else layer._shared[0] for layer in linears}
+    call = calls.pop()
+    alike = not calls and call is not None and [len(layer._packed.outer_scale) for layer in linears] == call.merged.rows
+    return call.merged if alike and call is not None else None
