@@ -21,11 +21,22 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A chunk of a row in the order of linear_kernels.h.
-DUOTONE_INLINE void pack_chunk(const uint8_t* code, uint8_t* bytes) {
-  for (int i = 0; i < CHUNK_BYTES; i++) {
-    const int column = i % 2 * 8 + i / 2;
-    bytes[i] = static_cast<uint8_t>(code[column] | code[column + CHUNK / 2] << 4);
+// Blocks [begin, end) of rows in the order of linear_kernels.h.
+DUOTONE_CLONES void pack_blocks(const uint8_t* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, uint8_t* to) {
+  const int64_t chunks = (columns + CHUNK - 1) / CHUNK, whole = columns / CHUNK;
+  for (int64_t row = begin * BLOCK_ROWS; row < end * BLOCK_ROWS; row++) {
+    const int64_t of_block = row % BLOCK_ROWS, place = of_block % 4 * 2 + of_block / 4;
+    uint8_t* bytes = to + (row / BLOCK_ROWS * chunks * BLOCK_ROWS + place) * CHUNK_BYTES;
+    for (int64_t c = 0; c < chunks; c++, bytes += BLOCK_BYTES) {
+      uint8_t last[CHUNK] = {}, both[CHUNK_BYTES];
+      const uint8_t* code = from + row * columns + c * CHUNK;
+      if (row >= rows || c == whole) {
+        if (row < rows) std::memcpy(last, code, static_cast<size_t>(columns - c * CHUNK));
+        code = last;
+      }
+      for (int64_t i = 0; i < CHUNK_BYTES; i++) both[i] = static_cast<uint8_t>(code[i] | code[i + CHUNK_BYTES] << 4);
+      for (int64_t i = 0; i < CHUNK_BYTES / 2; i++) bytes[2 * i] = both[i], bytes[2 * i + 1] = both[i + CHUNK_BYTES / 2];
+    }
   }
 }
 
@@ -37,18 +48,27 @@ Tensor pack_codes(Tensor codes) {
   const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, chunks = (columns + CHUNK - 1) / CHUNK;
   Tensor packed = torch::stable::new_empty(codes, {blocks, chunks, BLOCK_ROWS / 2, 2, CHUNK_BYTES});
   uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, blocks, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++)
-      for (int64_t r = 0; r < BLOCK_ROWS; r++) {
-        const int64_t row = block * BLOCK_ROWS + r % 2 * 4 + r / 2;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-          uint8_t code[CHUNK] = {};
-          if (row < rows) std::memcpy(code, from + row * columns + chunk * CHUNK, std::min(CHUNK, columns - chunk * CHUNK));
-          pack_chunk(code, to + ((block * chunks + chunk) * BLOCK_ROWS + r) * CHUNK_BYTES);
-        }
-      }
-  });
+  torch::stable::parallel_for(0, blocks, 16, [&](int64_t begin, int64_t end) { pack_blocks(from, rows, columns, begin, end, to); });
   return packed;
+}
+
+DUOTONE_CLONES void split_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i++) {
+    to[2 * i] = from[i] & 15;
+    to[2 * i + 1] = from[i] >> 4;
+  }
+}
+
+// Two codes of each byte, the lower half first: bytes [...] to codes [..., 2].
+Tensor unpack_bytes(Tensor bytes) {
+  const uint8_t* from = data_of<uint8_t>(bytes, ScalarType::Byte, "bytes");
+  STD_TORCH_CHECK(bytes.dim() == 1, "bytes: expected one dimension");
+  Tensor codes = torch::stable::new_empty(bytes, {bytes.size(0), 2});
+  uint8_t* to = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  torch::stable::parallel_for(0, bytes.size(0), 1 << 16, [&](int64_t begin, int64_t end) {
+    split_bytes(from + begin, end - begin, to + 2 * begin);
+  });
+  return codes;
 }
 
 // What comes of a product: y is [M, N], or one after the other [M, rows] of each part where several weights are one.
@@ -128,6 +148,7 @@ Tensor linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_s
 STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("linear_paths() -> int");
   m.def("pack_codes(Tensor codes) -> Tensor");
+  m.def("unpack_bytes(Tensor bytes) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, Tensor? input_scale, Tensor? bias, "
       "Tensor? parts, int columns, int group_size, int value_bias, float fp8_max, float smallest_scale, int path) -> Tensor");
@@ -135,6 +156,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("pack_codes", TORCH_BOX(&duotone::pack_codes));
+  m.impl("unpack_bytes", TORCH_BOX(&duotone::unpack_bytes));
   m.impl("linear", TORCH_BOX(&duotone::linear));
 }
 

@@ -7,6 +7,8 @@ Storage packing and a kernel's prepacking are different things; this is the one 
 import torch
 from torch import Tensor
 
+from duotone.kernels import native
+
 _NIBBLES = 8
 
 
@@ -23,5 +25,6 @@ def pack_int4(codes_NK: Tensor) -> Tensor:
 def unpack_int4(words: Tensor, columns: int) -> Tensor:
     """int32 [N, ceil(K / 8)] -> codes uint8 0..15 [N, K]."""
     pairs = words.contiguous().reshape(-1).view(torch.uint8)
-    codes = torch.stack((pairs & 15, pairs >> 4), -1)
+    native_ops = pairs.device.type == "cpu" and native.available()
+    codes = torch.ops.duotone.unpack_bytes(pairs) if native_ops else torch.stack((pairs & 15, pairs >> 4), -1)
     return codes.view(words.shape[0], words.shape[1] * _NIBBLES)[:, :columns].contiguous()

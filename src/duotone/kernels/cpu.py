@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duotone.contract import fp8_product
+from duotone.formats import E4M3FN
 from duotone.kernels import native
 from duotone.qweight import QuantizedWeight, expand_groups
 from duotone.scheme import Scheme
@@ -26,6 +27,8 @@ _BLOCK_ROWS, _CHUNK = 8, 32
 _NATIVE = (torch.bfloat16, torch.float32)
 #: Added to the values of a group, in its units, so that they are whole numbers of a byte.
 _BIAS = 128
+#: E4M3FN bytes 0 to 126 are its values from 0 to 448.
+_E4M3FN_POSITIVE = 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +113,17 @@ def prepack(weight: QuantizedWeight) -> Packed:
 
 
 def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
-    """Which of the distinct sixteens of a weight each group [N, G] has; those, uint8 [T, 32]; their bias, -1 if they differ."""
+    """Which of some sixteens each group [N, G] of a weight has; those, uint8 [T, 32]; their bias, -1 if they differ."""
     scheme, scale_NG, zero_NG = weight.scheme, weight.group_scale, weight.zero_point
-    if zero_NG is None:
-        scales, row = torch.unique(scale_NG, return_inverse=True)
-        zeros = None
-    else:
+    zeros = None
+    if zero_NG is not None:
         pairs, row = torch.unique(torch.stack((scale_NG, zero_NG), -1).flatten(0, 1), dim=0, return_inverse=True)
         scales, zeros = pairs[:, 0], pairs[:, 1:]
+    elif scheme.target.channel_outer_scale and scheme.target.fp8 is E4M3FN:  # scales are FP8 values: each is its byte's row
+        row = scale_NG.to(torch.float8_e4m3fn).view(torch.uint8)
+        scales = torch.arange(_E4M3FN_POSITIVE, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    else:
+        scales, row = torch.unique(scale_NG, return_inverse=True)
     values = fp8_product(torch.tensor(scheme.levels), zeros, scales[:, None], scheme.target.fp8)
     step = scheme.target.fp8.smallest_subnormal
     table, bias = _sixteens((values / step).to(torch.int32), step)
@@ -174,10 +180,12 @@ def can_merge(weights: Sequence[Packed]) -> bool:
 
 def merge(weights: Sequence[Packed]) -> Packed:
     """Weights that read the same input as one, their rows one after the other (see `can_merge`)."""
-    table, row_T = torch.unique(torch.cat([weight.table for weight in weights]), dim=0, return_inverse=True)
+    table, index = weights[0].table, [weight.index for weight in weights]
+    if any(not torch.equal(weight.table, table) for weight in weights):
+        begins = [sum(len(weight.table) for weight in weights[:i]) for i in range(len(weights))]
+        table, row_T = torch.unique(torch.cat([weight.table for weight in weights]), dim=0, return_inverse=True)
+        index = [row_T[weight.index.long() + begin] for weight, begin in zip(weights, begins, strict=True)]
     wide = len(table) > 256
-    begins = [sum(len(weight.table) for weight in weights[:i]) for i in range(len(weights))]
-    index = [row_T[weight.index.long() + begin] for weight, begin in zip(weights, begins, strict=True)]
     biases = {weight.bias for weight in weights}
     return replace(
         weights[0],
