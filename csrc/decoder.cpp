@@ -1,5 +1,5 @@
-// What a decoder of the Llama kind does beside its linears, in BF16 with sums in float32, and a whole layer of it for one new
-// token of each sequence. src/duotone/runtime/decoder.py says where these stand.
+// What a decoder of the Llama kind does beside its linears, in BF16 with sums in float32, and whole layers of it for one
+// new token of each sequence. src/duotone/runtime/decoder.py says where these stand.
 #define TORCH_TARGET_VERSION 0x020a000000000000ULL
 
 #include <torch/csrc/stable/library.h>
@@ -225,56 +225,86 @@ Norm norm_of(const Tensor& weight, int64_t size, double eps) {
   return {bf16_of(weight, "norms"), static_cast<float>(eps)};
 }
 
-// x [B, 1, D]; cosine and sine [B or 1, head size]; keys and values [B, H, room, head size], of which `length` are there.
-// norms: before attention and MLP, and of queries and keys or not. weights: four of each linear (Weight), and its input scale,
-// empty where it has none: q/k/v as one, o, gate/up as one, down. biases: of q, k, v, o, gate, up, down, empty where there is
-// none. facts: columns, group_size, value_bias of each linear. eps: of each norm.
-Tensor decoder_layer(Tensor x, Tensor cosine, Tensor sine, Tensor keys, Tensor values, int64_t length,
-                     std::vector<Tensor> norms, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                     std::vector<int64_t> facts, std::vector<double> eps, double scale, double fp8_max,
-                     double smallest_scale, int64_t path) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(0) > 0, "x: expected shape [B, 1, D]");
-  STD_TORCH_CHECK((norms.size() == 2 || norms.size() == 4) && eps.size() == norms.size(), "norms: expected two or four");
-  STD_TORCH_CHECK(weights.size() == 20 && biases.size() == 7 && facts.size() == 12, "weights: expected those of four linears");
-  const int64_t tokens = x.size(0), hidden = x.size(2);
-  STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) == tokens && keys.size(1) > 0 && keys.size(3) > 0 && keys.size(3) % 2 == 0,
-                  "keys: expected shape [B, H, room, D], D even");
-  const int64_t heads = keys.size(1), capacity = keys.size(2), size = keys.size(3);
-  check_shape(values, {tokens, heads, capacity, size}, "values");
-  STD_TORCH_CHECK(length >= 0 && length < capacity, "length: found no room for another token");
-  STD_TORCH_CHECK(cosine.dim() == 2 && (cosine.size(0) == 1 || cosine.size(0) == tokens) && cosine.size(1) == size,
-                  "cosine: expected a row for each token, or one");
-  check_shape(sine, {cosine.size(0), size}, "sine");
+constexpr int64_t WEIGHTS = 20, BIASES = 7, FACTS = 12;  // of a layer
+
+// What layers share: the tokens' places, sizes, and what their arithmetic takes.
+struct Stack {
+  int64_t tokens, hidden, length;
+  const uint16_t *cosine, *sine;
+  int64_t turn_stride, size;
+  float scale;
+  double fp8_max, smallest_scale;
+  int64_t path;
+};
+
+// One layer: x [B, D] to y, its new keys and values into the cache. norms, weights, biases, facts, eps: its own.
+void run_layer(const Stack& of, Tensor& keys, Tensor& values, const Tensor* norms, int64_t norm_count, const Tensor* weights,
+               const Tensor* biases, const int64_t* facts, const double* eps, const uint16_t* x, uint16_t* y) {
+  STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) == of.tokens && keys.size(1) > 0 && keys.size(3) == of.size,
+                  "keys: expected shape [B, H, room, D], D as cosine");
+  const int64_t heads = keys.size(1), capacity = keys.size(2);
+  check_shape(values, {of.tokens, heads, capacity, of.size}, "values");
+  STD_TORCH_CHECK(of.length < capacity, "length: found no room for another token");
+  bf16_of(keys, "keys"), bf16_of(values, "values");
   const auto step = [&](int64_t i, int64_t bias, int64_t count) {
-    const WeightFacts of{facts[i * 3], facts[i * 3 + 1], facts[i * 3 + 2], fp8_max, smallest_scale, path};
-    return Step(&weights[i * 5], weights[i * 5 + 4], &biases[bias], count, of, tokens);
+    const WeightFacts own{facts[i * 3], facts[i * 3 + 1], facts[i * 3 + 2], of.fp8_max, of.smallest_scale, of.path};
+    return Step(&weights[i * 5], weights[i * 5 + 4], &biases[bias], count, own, of.tokens);
   };
   Step qkv = step(0, 0, 3), out = step(1, 3, 1), gate_up = step(2, 4, 2), down = step(3, 6, 1);
-  const int64_t attended = out.weight.columns, inner = down.weight.columns, kv = heads * size;
-  STD_TORCH_CHECK(qkv.weight.columns == hidden && gate_up.weight.columns == hidden && out.rows() == hidden &&
-                      down.rows() == hidden && gate_up.rows() == 2 * inner && qkv.rows() == attended + 2 * kv &&
+  const int64_t attended = out.weight.columns, inner = down.weight.columns, kv = heads * of.size;
+  STD_TORCH_CHECK(qkv.weight.columns == of.hidden && gate_up.weight.columns == of.hidden && out.rows() == of.hidden &&
+                      down.rows() == of.hidden && gate_up.rows() == 2 * inner && qkv.rows() == attended + 2 * kv &&
                       attended > 0 && attended % kv == 0,
                   "weights: found sizes that do not fit one another");
-  bf16_of(keys, "keys"), bf16_of(values, "values");
-  const bool normed = norms.size() == 4;
-  const LayerStep layer{tokens,
-                        hidden,
-                        bf16_of(x, "x"),
-                        bf16_of(cosine, "cosine"),
-                        bf16_of(sine, "sine"),
-                        cosine.size(0) == 1 ? 0 : size,
-                        {norm_of(norms[0], hidden, eps[0]), norm_of(norms[1], hidden, eps[1]),
-                         normed ? norm_of(norms[2], size, eps[2]) : Norm{}, normed ? norm_of(norms[3], size, eps[3]) : Norm{}},
-                        {written(keys), written(values), heads, capacity, size, length},
-                        static_cast<float>(scale),
+  const bool normed = norm_count == 4;
+  const LayerStep layer{of.tokens,
+                        of.hidden,
+                        x,
+                        of.cosine,
+                        of.sine,
+                        of.turn_stride,
+                        {norm_of(norms[0], of.hidden, eps[0]), norm_of(norms[1], of.hidden, eps[1]),
+                         normed ? norm_of(norms[2], of.size, eps[2]) : Norm{}, normed ? norm_of(norms[3], of.size, eps[3]) : Norm{}},
+                        {written(keys), written(values), heads, capacity, of.size, of.length},
+                        of.scale,
                         qkv,
                         out,
                         gate_up,
                         down};
-  const Array<uint16_t> heads_out = array_of<uint16_t>(tokens * attended), gated = array_of<uint16_t>(tokens * inner);
+  const Array<uint16_t> heads_out = array_of<uint16_t>(of.tokens * attended), gated = array_of<uint16_t>(of.tokens * inner);
   Crew::run([&](Crew::Member& crew) { layer.run(crew, heads_out.get(), gated.get()); });
+  std::copy_n(down.y.get(), of.tokens * of.hidden, y);
+}
+
+// Layers one after the other. x [B, 1, D]; cosine and sine [B or 1, 1, head size]; of each layer keys and values
+// [B, H, room, head size], of which `length` are there; norms: before attention and MLP, and of queries and keys or not;
+// weights: four of each linear (Weight) and its input scale, empty where it has none: q/k/v as one, o, gate/up as one, down;
+// biases: of q, k, v, o, gate, up, down, empty where there is none; facts: columns, group_size, value_bias of each linear;
+// eps: of each norm.
+Tensor decoder_layers(Tensor x, Tensor cosine, Tensor sine, std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
+                      std::vector<Tensor> norms, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                      std::vector<int64_t> facts, std::vector<double> eps, double scale, double fp8_max,
+                      double smallest_scale, int64_t path) {
+  const int64_t layers = static_cast<int64_t>(keys.size()), count = layers ? static_cast<int64_t>(norms.size()) / layers : 0;
+  const auto fits = [&](const auto& list, int64_t each) { return static_cast<int64_t>(list.size()) == layers * each; };
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(0) > 0, "x: expected shape [B, 1, D]");
+  STD_TORCH_CHECK(fits(values, 1), "values: expected as many as keys");
+  STD_TORCH_CHECK((count == 2 || count == 4) && fits(norms, count) && fits(eps, count), "norms: expected two or four a layer");
+  STD_TORCH_CHECK(fits(weights, WEIGHTS) && fits(biases, BIASES) && fits(facts, FACTS), "weights: expected those of four linears");
+  STD_TORCH_CHECK(length >= 0, "length: found no room for another token");
+  const int64_t tokens = x.size(0), hidden = x.size(2);
+  STD_TORCH_CHECK(cosine.dim() == 3 && (cosine.size(0) == 1 || cosine.size(0) == tokens) && cosine.size(1) == 1 &&
+                      cosine.size(2) > 0 && cosine.size(2) % 2 == 0,
+                  "cosine: expected an even row for each token, or one");
+  const int64_t size = cosine.size(2);
+  check_shape(sine, {cosine.size(0), 1, size}, "sine");
+  const Stack stack{tokens, hidden, length, bf16_of(cosine, "cosine"), bf16_of(sine, "sine"), cosine.size(0) == 1 ? 0 : size,
+                    size, static_cast<float>(scale), fp8_max, smallest_scale, path};
   Tensor y = torch::stable::empty_like(x);
-  std::copy_n(down.y.get(), tokens * hidden, written(y));
+  const uint16_t* from = bf16_of(x, "x");
+  for (int64_t l = 0; l < layers; l++, from = written(y))
+    run_layer(stack, keys[l], values[l], &norms[l * count], count, &weights[l * WEIGHTS], &biases[l * BIASES],
+              &facts[l * FACTS], &eps[l * count], from, written(y));
   return y;
 }
 
@@ -327,7 +357,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("silu_multiply(Tensor gate, Tensor up) -> Tensor");
   m.def("dense(Tensor x, Tensor weight) -> Tensor");
   m.def(
-      "decoder_layer(Tensor x, Tensor cosine, Tensor sine, Tensor(a!) keys, Tensor(b!) values, int length, Tensor[] norms, "
+      "decoder_layers(Tensor x, Tensor cosine, Tensor sine, Tensor(a!)[] keys, Tensor(b!)[] values, int length, Tensor[] norms, "
       "Tensor[] weights, Tensor[] biases, int[] facts, float[] eps, float scale, float fp8_max, float smallest_scale, int path) "
       "-> Tensor");
 }
@@ -336,5 +366,5 @@ STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&duotone::rms_norm));
   m.impl("silu_multiply", TORCH_BOX(&duotone::silu_multiply));
   m.impl("dense", TORCH_BOX(&duotone::dense));
-  m.impl("decoder_layer", TORCH_BOX(&duotone::decoder_layer));
+  m.impl("decoder_layers", TORCH_BOX(&duotone::decoder_layers));
 }

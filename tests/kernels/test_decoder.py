@@ -93,7 +93,7 @@ class Layer:
         self.x = draw(60, self.batch, 1, hidden) * self.spread
         positions = 1 if self.shared_position else self.batch
         angle = torch.rand(positions, self.size // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2) * 6
-        self.cosine, self.sine = angle.cos().bfloat16(), angle.sin().bfloat16()
+        self.cosine, self.sine = angle.cos().bfloat16()[:, None], angle.sin().bfloat16()[:, None]
         self.keys, self.values = (draw(i, self.batch, self.heads, self.length + self.room, self.size) for i in (70, 71))
         self.eps = [1e-5, 1e-6, 1e-3, 1e-4][: len(norms)]
 
@@ -111,8 +111,8 @@ class Layer:
             "x": self.x,
             "cosine": self.cosine,
             "sine": self.sine,
-            "keys": self.keys,
-            "values": self.values,
+            "keys": [self.keys],
+            "values": [self.values],
             "length": self.length,
             "norms": self.norms,
             "weights": [
@@ -127,7 +127,7 @@ class Layer:
             "smallest_scale": first.smallest_scale,
             "path": first.path,
         }  # fmt: skip
-        return torch.ops.duotone.decoder_layer(*(given | changes).values())
+        return torch.ops.duotone.decoder_layers(*(given | changes).values())
 
     def meant(self) -> tuple[Tensor, Tensor, Tensor]:
         """Its output and the new keys and values, by our linears, norms and gates and transformers' rotation, one by one."""
@@ -138,7 +138,7 @@ class Layer:
         query, key, value = (y.view(batch, 1, -1, self.size) for y in (query, key, value))
         if self.head_norms:
             query, key = rms_norm(query, self.norms[2], self.eps[2]), rms_norm(key, self.norms[3], self.eps[3])
-        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), self.cosine[:, None], self.sine[:, None])
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), self.cosine, self.sine)
         keys = torch.cat((self.keys[:, :, : self.length], key), 2)
         values = torch.cat((self.values[:, :, : self.length], value.transpose(1, 2)), 2)
         grouped = query.double().view(batch, self.heads, self.queries, self.size)
@@ -198,7 +198,7 @@ def test_a_token_gets_the_same_alone_and_in_a_batch() -> None:
         torch.set_num_threads(1)
         rows = [slice(i, i + 1) for i in range(5)]
         alone = [
-            layer.op(x=layer.x[i], cosine=layer.cosine[i], sine=layer.sine[i], keys=layer.keys[i], values=layer.values[i])
+            layer.op(x=layer.x[i], cosine=layer.cosine[i], sine=layer.sine[i], keys=[layer.keys[i]], values=[layer.values[i]])
             for i in rows
         ]
     finally:
@@ -215,17 +215,17 @@ BAD = {
     "two tokens": (lambda: Layer().op(x=draw(0, 1, 2, 64)), "x: expected shape"),
     "no room": (lambda: Layer(room=0).op(), "length: found no room"),
     "before the room": (lambda: Layer().op(length=-1), "length: found no room"),
-    "values": (lambda: Layer().op(values=draw(0, 1, 2, 2, 16)), "values: found another shape"),
-    "keys of others": (lambda: Layer().op(keys=draw(0, 2, 2, 3, 16)), "keys: expected shape"),
-    "keys in float32": (lambda: Layer().op(keys=torch.zeros(1, 2, 3, 16)), "keys: found another type"),
-    "keys apart": (lambda: Layer().op(keys=draw(0, 1, 2, 4, 16)[:, :, :3]), "keys: expected a contiguous"),
-    "positions": (lambda: Layer(batch=3).op(cosine=draw(0, 2, 16)), "cosine: expected a row"),
-    "sine": (lambda: Layer().op(sine=draw(0, 1, 8)), "sine: found another shape"),
+    "values": (lambda: Layer().op(values=[draw(0, 1, 2, 2, 16)]), "values: found another shape"),
+    "keys of others": (lambda: Layer().op(keys=[draw(0, 2, 2, 3, 16)]), "keys: expected shape"),
+    "keys in float32": (lambda: Layer().op(keys=[torch.zeros(1, 2, 3, 16)]), "keys: found another type"),
+    "keys apart": (lambda: Layer().op(keys=[draw(0, 1, 2, 4, 16)[:, :, :3]]), "keys: expected a contiguous"),
+    "positions": (lambda: Layer(batch=3).op(cosine=draw(0, 2, 1, 16)), "cosine: expected an even row"),
+    "sine": (lambda: Layer().op(sine=draw(0, 1, 1, 8)), "sine: found another shape"),
     "a norm's size": (lambda: Layer().op(norms=[draw(0, 64), draw(0, 63)]), "norms: found another shape"),
     "three norms": (lambda: Layer().op(norms=[draw(0, 64)] * 3), "norms: expected two or four"),
     "a weight": (lambda: Layer().op(weights=[]), "weights: expected those of four"),
     "biases": (lambda: Layer().op(biases=[draw(0, 3), *[draw(0, 0)] * 6]), "biases: expected as many"),
-    "heads": (lambda: Layer().op(keys=draw(0, 1, 3, 3, 16), values=draw(0, 1, 3, 3, 16)), "weights: found sizes"),
+    "heads": (lambda: Layer().op(keys=[draw(0, 1, 3, 3, 16)], values=[draw(0, 1, 3, 3, 16)]), "weights: found sizes"),
     "columns": (lambda: Layer().op(x=draw(0, 1, 1, 32), norms=[draw(0, 32)] * 2), "weights: found sizes"),
 }  # fmt: skip
 

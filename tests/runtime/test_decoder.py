@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import duotone
 from duotone.kernels import native
 from duotone.models.tokenizer import load_tokenizer
-from duotone.runtime import attention, cache, decoder
+from duotone.runtime import attention, cache, decoder, stack
 from duotone.runtime.load import load
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"compiled ops: {native.unavailable()}")
@@ -36,14 +36,12 @@ def long_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> PreTrainedMod
 
 
 def took_short_way(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> bool:
-    """Whether every layer went the short way in a call."""
+    """Whether a call went the short way."""
     calls: list[int] = []
     with monkeypatch.context() as patch:
-        for layer in model.model.layers:
-            original = layer._long_way
-            patch.setattr(layer, "_long_way", lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
+        original = model.model._long_way
+        patch.setattr(model.model, "_long_way", lambda *a, **k: calls.append(1) or original(*a, **k))
         call()
-    assert len(calls) in (0, len(model.model.layers))
     return not calls
 
 
@@ -80,17 +78,18 @@ def test_where_it_applies(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_model_in_float32_goes_the_long_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded as float32, or turned into it afterwards."""
-    assert not hasattr(load(checkpoint, torch.float32, "cpu").model.layers[0], "_long_way")
+    assert not hasattr(load(checkpoint, torch.float32, "cpu").model, "_long_way")
     turned, tokens = load(checkpoint, device="cpu").float(), torch.arange(9)[None]
     assert torch.allclose(step(turned, tokens), step(long_way(checkpoint, monkeypatch).float(), tokens), atol=1e-4)
 
 
 def test_a_trial_that_fails_changes_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer, a norm or a head that computes something else keeps its own code."""
-    monkeypatch.setattr(decoder, "_close", lambda *_: False)
+    for module in (decoder, stack):
+        monkeypatch.setattr(module, "close", lambda *_: False)
     model = load(checkpoint, device="cpu")
     ways = {getattr(module.forward, "func", None) for module in model.modules()}
-    assert not ways & {decoder._norm, decoder._layer, decoder._head} and not any(
+    assert not ways & {decoder._norm, decoder.step, decoder._head} and not any(
         hasattr(module, "_long_way") for module in model.modules()
     )
 

@@ -16,16 +16,6 @@ from transformers.cache_utils import DynamicLayer
 _ROOM = 64
 
 
-def growing_layer(cache: Any, number: int) -> DynamicLayer | None:
-    """A layer's part of a cache, where it is one that grows by concatenation and holds BF16 on a CPU."""
-    if type(cache) is not DynamicCache or cache.offloading or number >= len(cache.layers):
-        return None
-    layer = cache.layers[number]
-    if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4:
-        return None
-    return layer if layer.keys.dtype == torch.bfloat16 and layer.keys.device.type == "cpu" else None
-
-
 class Room:
     """Keys and values [B, H, room, D], of which `used` tokens are there."""
 
@@ -36,22 +26,25 @@ class Room:
         self.keys, self.values = cache.keys.new_empty(shape), cache.values.new_empty(shape)
         self.keys[:, :, :length], self.values[:, :, :length] = cache.keys, cache.values
         self.used = length
+        self._cache = cache
         self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def serves(self, cache: DynamicLayer) -> bool:
         """Whether it holds what the cache shows, nobody has gone on from there, and it may be written."""
         return (
-            cache.keys is not None
+            cache is self._cache
+            and cache.keys is not None
             and cache.keys is self._shown[0]
             and cache.values is self._shown[1]
             and self.used == cache.keys.shape[2] < self.keys.shape[2]
             and self.keys.is_inference() == torch.is_inference_mode_enabled()
         )
 
-    def show_new(self, cache: DynamicLayer) -> None:
+    def show_new(self) -> None:
         """Have the cache show one token more, which has been written."""
         self.used += 1
-        cache.keys, cache.values = self._shown = (self.keys[:, :, : self.used], self.values[:, :, : self.used])
+        shown = self.keys.narrow(2, 0, self.used), self.values.narrow(2, 0, self.used)
+        self._cache.keys, self._cache.values = self._shown = shown
 
 
 def room_of(layer: Any) -> Room:
@@ -60,3 +53,19 @@ def room_of(layer: Any) -> Room:
     if room is None or not room.serves(layer):
         room = layer._duotone_room = Room(layer)
     return room
+
+
+def rooms_of(cache: Any, layers: int) -> list[Room] | None:
+    """The room of each layer, where a cache grows by concatenation, holds BF16 on a CPU and as many tokens in every layer."""
+    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != layers:
+        return None
+    if not all(_grows(layer) for layer in cache.layers):
+        return None
+    rooms = [room_of(layer) for layer in cache.layers]
+    return rooms if all(room.used == rooms[0].used for room in rooms) else None
+
+
+def _grows(layer: Any) -> bool:
+    if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4:
+        return False
+    return layer.keys.dtype == torch.bfloat16 and layer.keys.device.type == "cpu"
