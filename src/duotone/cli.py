@@ -42,7 +42,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
     damping: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
-    order: Annotated[str | None, typer.Option(help="gar, act or none; dpq and gptq take act, dpq-paper gar.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="gar, act, min-pivot or none; dpq and gptq take act, dpq-paper gar.")
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points (vLLM does not load them).")] = False,
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
     device: Device = "auto",

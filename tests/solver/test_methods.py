@@ -110,7 +110,7 @@ def zeros_of(zero_NG: Tensor | None, like_NG: Tensor) -> np.ndarray:
 
 
 def order_of(hessian: Tensor, order: str, group_size: int) -> list[int]:
-    return ORDERS[order](hessian.diagonal(), group_size).tolist()
+    return ORDERS[order](hessian, group_size, 0.01).tolist()
 
 
 def plain_dpq(patch: pytest.MonkeyPatch, slides: tuple[float, ...] = ()) -> None:
@@ -215,13 +215,16 @@ def test_dpq_keeps_the_slide_of_least_loss(
         assert torch.equal(weight.group_scale[n], tried[best_N[n]].group_scale[n])
 
 
+@pytest.mark.parametrize("order", ["act", "min-pivot"])
 @CASES
 @SHAPES
-def test_gptq_act_order_equals_obq_on_static_scales(target: Target, symmetric: bool, columns: int, group_size: int) -> None:
-    """act: single-level INT4 scales of the original weights, OBQ without FP8, then the runtime's split of the same scales."""
+def test_gptq_in_scattering_orders_equals_obq_on_static_scales(
+    order: str, target: Target, symmetric: bool, columns: int, group_size: int
+) -> None:
+    """Single-level INT4 scales of the original weights, OBQ without FP8, then the runtime's split of the same scales."""
     w_NK, hessian = correlated_layer(16, columns, seed=columns, dtype=torch.float32)
     scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
-    weight, _ = gptq(problem(w_NK, hessian, scheme, order="act"))
+    weight, _ = gptq(problem(w_NK, hessian, scheme, order=order))
     step_NG, zero_NG = fit_single_level(w_NK, scheme)
     step, zero, rows = step_NG.numpy(), zeros_of(zero_NG, step_NG), Rows(16)
 
@@ -230,7 +233,7 @@ def test_gptq_act_order_equals_obq_on_static_scales(target: Target, symmetric: b
         level_N = rows.level(w_N, step[:, j], zero[:, j])
         return level_N + 8, (level_N - zero[:, j]) * step[:, j]
 
-    expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_of(hessian, "act", group_size), round_column)
+    expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_of(hessian, order, group_size), round_column)
     split, safe_N = split_single_level(step_NG, zero_NG, scheme), rows.safe
     assert np.array_equal(weight.codes.numpy()[safe_N], expected[safe_N])
     assert torch.equal(weight.group_scale, split.group_scale)
@@ -344,7 +347,7 @@ def test_gptq_on_a_diagonal_hessian_ignores_the_order(target: Target, symmetric:
     """Updated weights are the original ones: refreshed or static scales and any order give one result."""
     w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
     scheme = Scheme(target, group_size=16, symmetric=symmetric)
-    found = [gptq(problem(w_NK, hessian.diagonal().diag(), scheme, order=order))[0] for order in ("none", "gar", "act")]
+    found = [gptq(problem(w_NK, hessian.diagonal().diag(), scheme, order=order))[0] for order in ORDERS]
     for other in found[1:]:
         assert torch.equal(found[0].codes, other.codes)
         assert torch.equal(dequantize(found[0]), dequantize(other))
@@ -504,7 +507,7 @@ def test_non_finite_weights_are_an_error(method: Any, target: Target, bad: float
 @pytest.mark.parametrize("order", ["", "GAR", "random"])
 def test_unknown_order(order: str) -> None:
     """The message shows what was found and what exists."""
-    with pytest.raises(DuotoneError, match=rf"--order: found '{order}', expected one of gar, act, none"):
+    with pytest.raises(DuotoneError, match=rf"--order: found '{order}', expected one of gar, act, min-pivot, none"):
         SolverOptions(order=order)
 
 

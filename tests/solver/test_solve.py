@@ -23,7 +23,7 @@ SHAPES = pytest.mark.parametrize(("columns", "group_size"), [(16, 8), (20, 8), (
 
 
 def factor_of(hessian: Tensor, order: str, group_size: int, damping_frac: float = DAMPING) -> Factor:
-    order_K = ORDERS[order](hessian.diagonal(), group_size)
+    order_K = ORDERS[order](hessian, group_size, damping_frac)
     return factorize(Statistics(hessian, 1), order_K, damping_frac, "layer")
 
 

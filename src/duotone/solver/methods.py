@@ -12,7 +12,7 @@ from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import Scheme
 from duotone.solver.drift import corrected_target
 from duotone.solver.refine import descend
-from duotone.solver.reorder import ORDERS
+from duotone.solver.reorder import GROUPED_ORDERS, ORDERS
 from duotone.solver.scales import (
     Scales,
     fit_paper_scales,
@@ -30,7 +30,7 @@ from duotone.solver.sweep import Grid, Rule
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How to solve. order: gar, act or none. damping_frac: of the Hessian's mean diagonal. block_size: of the column loop."""
+    """How to solve. order: one of ORDERS. damping_frac: of the Hessian's mean diagonal. block_size: of the column loop."""
 
     order: str = "gar"
     damping_frac: float = 0.01
@@ -104,8 +104,8 @@ def rtn(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     """GPTQ on a single-level INT4 grid, then the runtime's rounding to FP8 on top: what other tools and vLLM do together.
 
-    With act-order the scales are those of the original weights (`static`); otherwise each group's scale is taken from
-    the error-updated weights when the group is reached, as in the original GPTQ.
+    Where an order scatters a group's columns (act, min-pivot) the scales are those of the original weights (`static`);
+    otherwise each group's scale is taken from the error-updated weights when it is reached, as in the original GPTQ.
     """
     scheme, factor = problem.scheme, _factor(problem)
     step_NG, zero_NG = fit_single_level(problem.weight, scheme)
@@ -117,7 +117,7 @@ def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
         if zero_GN is not None and zero_N is not None:
             zero_GN[group] = zero_N
 
-    refresh = None if problem.options.order == "act" else refresh_group
+    refresh = refresh_group if problem.options.order in GROUPED_ORDERS else None
     grid = Grid(step_GN, zero_GN, torch.ones(1, device=step_GN.device), Rule.INT4_ONLY, scheme)
     codes_NK = solve(problem.weight, factor, grid, refresh, problem.options.block_size)
     step_NG, zero_NG = step_GN.T.contiguous(), None if zero_GN is None else zero_GN.T.contiguous()
@@ -190,7 +190,7 @@ METHODS: dict[str, Method] = {
 
 def shared_factor(statistics: Statistics, scheme: Scheme, options: SolverOptions, layer: str) -> Factor:
     """Order and factorize one Hessian for all linears that read the same input."""
-    order_K = ORDERS[options.order](statistics.hessian.diagonal(), scheme.group_size)
+    order_K = ORDERS[options.order](statistics.hessian, scheme.group_size, options.damping_frac)
     return factorize(statistics, order_K, options.damping_frac, layer)
 
 
