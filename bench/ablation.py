@@ -88,6 +88,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "dpq, asymmetric": ({"symmetric": False}, contextlib.nullcontext),
     "dpq, levels -7..7": ({}, lambda: sign_symmetric()),
     "dpq, GAR": ({"order": "gar"}, contextlib.nullcontext),
+    "dpq, GAR, refreshed scales": ({"order": "gar", "refresh_scales": True}, contextlib.nullcontext),
+    "dpq, min-pivot order": ({"order": "min-pivot"}, contextlib.nullcontext),
     "dpq, natural order": ({"order": "none"}, contextlib.nullcontext),
     "dpq without stream drift": ({}, lambda: mock.patch.object(methods, "corrected_target", _no_stream)),
     "dpq without drift": ({}, dpq_without(drift=False)),

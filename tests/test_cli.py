@@ -340,6 +340,32 @@ def test_generate_prints_text_and_speed_apart(original: Path) -> None:
     assert quiet.err == ""
 
 
+def test_order_and_refreshed_scales_reach_the_run(original: Path, text_file: Path, tmp_path: Path) -> None:
+    """Both are stored with the checkpoint and change its weights; refreshed scales bring the order that they need."""
+    weights, settings = [], []
+    asked = ((), ("--order", "gar"), ("--refresh-scales",), ("--order", "min-pivot"))
+    for i, options in enumerate(asked):
+        arguments = ("quantize", original, tmp_path / str(i), "--calibration", text_file, "--group-size", 32, *CALIBRATED)
+        assert invoke(*arguments, *options, "--quiet").code == 0
+        weights.append((tmp_path / str(i) / "model.safetensors").read_bytes())
+        settings.append(json.loads((tmp_path / str(i) / "duotone.json").read_text())["settings"])
+    assert [(its["order"], its["refresh_scales"]) for its in settings] == [
+        ("act", False), ("gar", False), ("gar", True), ("min-pivot", False),
+    ]  # fmt: skip
+    assert len(set(weights)) == len(asked)
+
+
+def test_refreshed_scales_are_for_dpq(original: Path, tmp_path: Path) -> None:
+    """Another method, or an order that scatters groups, is one sentence before any work."""
+    for options, found in (
+        (("--method", "gptq"), "--method gptq, expected dpq"),
+        (("--order", "act"), "--order act, expected gar"),
+    ):
+        outcome = invoke("quantize", original, tmp_path / "out", "--refresh-scales", *options)
+        assert outcome.code == 2 and outcome.err.startswith(f"duotone: --refresh-scales: found {found}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("silencer", ["--quiet", "--json"])
 @pytest.mark.parametrize("command", ["quantize", "eval"])
 def test_no_bar_when_quiet(

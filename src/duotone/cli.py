@@ -45,6 +45,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     order: Annotated[
         str | None, typer.Option(help="gar, act, min-pivot or none; dpq and gptq take act, dpq-paper gar.")
     ] = None,
+    refresh_scales: Annotated[
+        bool, typer.Option("--refresh-scales", help="dpq in order gar: search a group's scale anew when it is reached.")
+    ] = False,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points (vLLM does not load them).")] = False,
     seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
     device: Device = "auto",
@@ -71,6 +74,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
         seq_len=seq_len,
         damping_frac=damping,
         order=order,
+        refresh_scales=refresh_scales,
         effort=effort,
         seed=seed,
         device=device,

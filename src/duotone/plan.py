@@ -23,9 +23,9 @@ EFFORTS = ("default", "high")
 class QuantizeConfig:
     """Everything a user may ask of `quantize`; field names are the command line's.
 
-    order None: the method's own default. effort: `high` measures the curvature of the model's loss and searches codes for it.
-    calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
-    left in BF16. strict: a linear that must stay BF16 is an error.
+    order None: the method's own default; with refresh_scales, which is for dpq, gar. effort: `high` measures the curvature of
+    the model's loss and searches codes for it. calibration empty: the model folder's own text, else the default hub data set.
+    ignore: names or `re:` patterns of linears left in BF16. strict: a linear that must stay BF16 is an error.
     """
 
     method: str = "dpq"
@@ -38,6 +38,7 @@ class QuantizeConfig:
     seq_len: int = 2048
     damping_frac: float = 0.01
     order: str | None = None
+    refresh_scales: bool = False
     effort: str = "default"
     seed: int = 0
     device: str = "auto"
@@ -53,6 +54,8 @@ class QuantizeConfig:
                 raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
         if self.high_effort and not self.method_facts.drift:
             raise DuotoneError(f"--effort high: found --method {self.method}, expected dpq, whose targets it starts from")
+        if self.refresh_scales and self.method != "dpq":
+            raise DuotoneError(f"--refresh-scales: found --method {self.method}, expected dpq, whose scales are searched")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)
@@ -67,7 +70,8 @@ class QuantizeConfig:
     @property
     def solver(self) -> SolverOptions:
         """The solver's share of the options."""
-        return SolverOptions(self.order or self.method_facts.order, self.damping_frac)
+        order = self.order or ("gar" if self.refresh_scales else self.method_facts.order)
+        return SolverOptions(order, self.damping_frac, refresh_scales=self.refresh_scales)
 
     @property
     def method_facts(self) -> Method:

@@ -27,10 +27,11 @@ from duotone.solver.methods import (
     rtn,
     shared_factor,
 )
-from duotone.solver.reorder import ORDERS
+from duotone.solver.reorder import GROUPED_ORDERS, ORDERS
 from duotone.solver.scales import Scales, fit_paper_scales, fit_scales, fit_single_level, round_to_nearest, split_single_level
-from duotone.solver.search import search_scales, slide_scales
+from duotone.solver.search import refresh_scale, search_scales, slide_scales
 from duotone.solver.statistics import Statistics
+from duotone.solver.sweep import Grid, Rule
 from tests.oracles.obq import correlated_layer, damped, loss, obq
 
 ORDER = pytest.mark.parametrize("order", ORDERS.keys())
@@ -183,6 +184,56 @@ def test_dpq_equals_obq(
     safe_N = rows.safe
     assert np.allclose(dequantize(weight).numpy()[safe_N], value[safe_N], rtol=1e-6, atol=0)
     assert_frozen(weight, scales)
+
+
+@pytest.mark.parametrize("order", sorted(GROUPED_ORDERS))
+@CASES
+@SHAPES
+def test_dpq_with_refreshed_scales_equals_obq(
+    order: str, target: Target, symmetric: bool, columns: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before descent: at each group's first column the oracle searches that group's scale on its own updated weights."""
+    plain_dpq(monkeypatch)
+    w_NK, hessian = correlated_layer(24, columns, seed=columns, dtype=torch.float32)
+    scheme = Scheme(target, group_size=group_size, symmetric=symmetric)
+    weight, _ = dpq(problem(w_NK, hessian, scheme, order=order, refresh_scales=True))
+    searched, rows, order_K = search_scales(w_NK, scheme), Rows(24), order_of(hessian, order, group_size)
+    grid, reached = Grid.of(searched, Rule.NEAREST_VALUE, scheme), set[int]()
+
+    def scales() -> Scales:
+        zero_GN = grid.zero_point_GN
+        return Scales(grid.group_scale_GN.T.contiguous(), None if zero_GN is None else zero_GN.T, grid.outer_scale)
+
+    def before_column(k: int, updated_NK: np.ndarray) -> None:
+        j = k // group_size
+        if j not in reached:
+            reached.add(j)
+            refresh_scale(grid, j, torch.from_numpy(updated_NK[:, [i for i in order_K if i // group_size == j]].T).float())
+
+    def round_column(w_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return rows.entry(w_N, table_of(scales(), k // group_size, target), scales().step.numpy()[:, k // group_size])
+
+    _, value = obq(w_NK.numpy(), damped(hessian.numpy(), 0.01), order_K, round_column, before_column)
+    # Two scales of nearly the same error may change places where a row's float32 weights differ in their last bits.
+    same_N = (weight.group_scale == scales().group_scale).all(1).numpy()
+    assert same_N.mean() > 0.8
+    safe_N = rows.safe & same_N
+    assert np.allclose(dequantize(weight).numpy()[safe_N], value[safe_N], rtol=1e-6, atol=0)
+    assert torch.equal(weight.outer_scale, searched.outer_scale)
+    assert (weight.group_scale != searched.group_scale).double().mean() > 0.1, "scales hardly moved: nothing was tested"
+
+
+@CASES
+def test_refreshed_scales_with_slides_and_descent(target: Target, symmetric: bool) -> None:
+    """All of dpq: a legal weight, whose loss on correlated layers is within a tenth of that of scales searched once."""
+    scheme = Scheme(target, group_size=16, symmetric=symmetric)
+    errors = []
+    for seed in range(4):
+        w_NK, hessian = correlated_layer(64, 64, seed=200 + seed, dtype=torch.float32)
+        reports = [dpq(problem(w_NK, hessian, scheme, order="gar", refresh_scales=asked))[1] for asked in (False, True)]
+        errors.append([np.log(report.output_error) for report in reports])
+    frozen, refreshed = np.mean(errors, axis=0)
+    assert abs(refreshed - frozen) < np.log(1.1) and refreshed != frozen
 
 
 @CASES
@@ -509,6 +560,16 @@ def test_unknown_order(order: str) -> None:
     """The message shows what was found and what exists."""
     with pytest.raises(DuotoneError, match=rf"--order: found '{order}', expected one of gar, act, min-pivot, none"):
         SolverOptions(order=order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_refreshed_scales_want_an_order_that_keeps_groups_together(order: str) -> None:
+    """The message names the order found and those that would do."""
+    if order in GROUPED_ORDERS:
+        assert SolverOptions(order=order, refresh_scales=True).refresh_scales
+        return
+    with pytest.raises(DuotoneError, match=rf"^--refresh-scales: found --order {order}, expected gar or none"):
+        SolverOptions(order=order, refresh_scales=True)
 
 
 @pytest.mark.parametrize("damping_frac", [0.0, 1.0, -0.01, torch.nan])

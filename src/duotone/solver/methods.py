@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from duotone.solver.scales import (
     single_level,
     split_single_level,
 )
-from duotone.solver.search import search_scales, slide_scales
+from duotone.solver.search import refresh_scale, search_scales, slide_scales
 from duotone.solver.solve import Factor, factorize, output_loss, solve
 from duotone.solver.statistics import Statistics
 from duotone.solver.sweep import Grid, Rule
@@ -30,15 +31,23 @@ from duotone.solver.sweep import Grid, Rule
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How to solve. order: one of ORDERS. damping_frac: of the Hessian's mean diagonal. block_size: of the column loop."""
+    """How to solve. order: one of ORDERS. damping_frac: of the Hessian's mean diagonal. block_size: of the column loop.
+
+    refresh_scales: dpq searches each group's scale anew, on the error-updated weights, when the column loop reaches the group.
+    """
 
     order: str = "gar"
     damping_frac: float = 0.01
     block_size: int = 128
+    refresh_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise DuotoneError(f"--order: found {self.order!r}, expected one of {', '.join(ORDERS)}")
+        if self.refresh_scales and self.order not in GROUPED_ORDERS:
+            raise DuotoneError(
+                f"--refresh-scales: found --order {self.order}, expected gar or none, which visit a group's columns together"
+            )
         if self.block_size < 1:
             raise DuotoneError(f"block_size: found {self.block_size}, expected at least 1 column")
         if not 0 < self.damping_frac < 1:
@@ -138,23 +147,38 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 
     Scales are searched for the error after both roundings; each column goes straight to the nearest of its 16 FP8 values;
     of several sizes of a row's scales the one of least loss stays; coordinate descent then lets early columns answer for
-    late ones. docs/objective.md has the argument, docs/LOG.md what each step is worth.
+    late ones. With `refresh_scales` a group's scale is searched a second time, on what is left to it when it is reached.
+    docs/objective.md has the argument, docs/LOG.md what each step is worth.
     """
-    statistics, factor = _statistics(problem), _factor(problem)
-    target = replace(problem, weight=corrected_target(problem.weight, statistics))
-    scales = searched = search_scales(target.weight, problem.scheme)
-    codes_NK = compensate(target, scales, nearest=True, passes=1)
+    target = replace(problem, weight=corrected_target(problem.weight, _statistics(problem)))
+    searched = search_scales(target.weight, problem.scheme)
+    codes_NK, scales = _round(target, searched)
     loss_N = _row_loss(target, codes_NK, scales)
     for share in SCALE_SLIDES:
-        trial = slide_scales(target.weight, searched, share, problem.scheme)
-        trial_codes_NK = compensate(target, trial, nearest=True, passes=1)
+        trial_codes_NK, trial = _round(target, slide_scales(target.weight, searched, share, problem.scheme))
         trial_loss_N = _row_loss(target, trial_codes_NK, trial)
         better_N = trial_loss_N < loss_N
         scales, loss_N = scales.where(better_N, trial), torch.minimum(loss_N, trial_loss_N)
         codes_NK = torch.where(better_N[:, None], trial_codes_NK, codes_NK)
-    damping = factor.damping_frac
-    codes_NK = descend(target.weight, codes_NK, scales, statistics, problem.scheme, DESCENT_PASSES, damping, factor.order_K)
-    return finish("dpq", problem, codes_NK, scales)
+    return finish("dpq", problem, _descend(target, codes_NK, scales, DESCENT_PASSES), scales)
+
+
+def _round(problem: Problem, scales: Scales) -> tuple[Tensor, Scales]:
+    """Codes uint8 [N, K] of the column loop and one sweep of descent, and the scales they belong to: refreshed, if so asked."""
+    if not problem.options.refresh_scales:
+        return compensate(problem, scales, nearest=True, passes=1), scales
+    factor, scheme = _factor(problem), problem.scheme
+    grid = Grid.of(scales, Rule.NEAREST_VALUE, scheme)
+    codes_NK = solve(problem.weight, factor, grid, partial(refresh_scale, grid), problem.options.block_size)
+    zero_NG = None if grid.zero_point_GN is None else grid.zero_point_GN.T.contiguous()
+    scales = Scales(grid.group_scale_GN.T.contiguous(), zero_NG, scales.outer_scale)
+    return _descend(problem, codes_NK, scales, 1), scales
+
+
+def _descend(problem: Problem, codes_NK: Tensor, scales: Scales, passes: int) -> Tensor:
+    """Coordinate descent in the order and with the damping of the column loop."""
+    statistics, factor = _statistics(problem), _factor(problem)
+    return descend(problem.weight, codes_NK, scales, statistics, problem.scheme, passes, factor.damping_frac, factor.order_K)
 
 
 def _row_loss(problem: Problem, codes_NK: Tensor, scales: Scales) -> Tensor:
@@ -173,10 +197,7 @@ def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0)
     scheme, factor = problem.scheme, _factor(problem)
     grid = Grid.of(scales, Rule.NEAREST_VALUE if nearest else Rule.NEAREST_LEVEL, scheme)
     codes_NK = solve(problem.weight, factor, grid, None, problem.options.block_size)
-    if not passes or problem.statistics is None:
-        return codes_NK
-    damping = factor.damping_frac
-    return descend(problem.weight, codes_NK, scales, problem.statistics, scheme, passes, damping, factor.order_K)
+    return _descend(problem, codes_NK, scales, passes) if passes else codes_NK
 
 
 #: Default orders: act is llm-compressor's for gptq, gar the paper's. The published code observes a block as a whole.

@@ -1,4 +1,4 @@
-# Shapes: N out_features, K in_features, G groups along K, g = group_size.
+# Shapes: N out_features, K in_features, B columns of a group, G groups along K, g = group_size.
 """Scales searched for the error that remains after *both* roundings, instead of taken from each group's largest weight.
 
 A scale below min-max clips the largest weights of a group and rounds all others finer. For a channel-scaled target the
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from duotone.scheme import Scheme
-from duotone.solver.scales import Scales, bf16, fit_scales, grouped
-from duotone.solver.sweep import scale_error
+from duotone.solver.scales import Scales, bf16, fit_scales, grouped, single_level
+from duotone.solver.sweep import Grid, scale_error
 
 #: Shares of the min-max scale to try: for the row's outer scale, and for each BF16 group scale.
 _OUTER_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
@@ -45,6 +45,28 @@ def slide_scales(w_NK: Tensor, scales: Scales, share: float, scheme: Scheme) -> 
     start = fit_scales(w_NK, scheme)
     group_NG, _ = _best_groups(_Weight(w_NK, scheme.group_size, None), start, outer_N, scheme)
     return Scales(group_NG, start.zero_point, outer_N)
+
+
+def refresh_scale(grid: Grid, group: int, updated_BN: Tensor) -> None:
+    """Search one group's scale (and zero point) anew on the weights it now has to cover, and put it into the grid.
+
+    The outer scale stays, as all groups of a row share it. So does the canonical form: a group leaves the peak only while
+    another of its row, already visited or still to come, is there; a row with none at the peak is clamped, and free.
+    """
+    w_NB, scheme = updated_BN.T.contiguous(), grid.scheme
+    outer_N, weight = grid.outer_scale, _Weight(w_NB, scheme.group_size, None)
+    step_N, zero_N = single_level(w_NB, scheme)
+    zero_N1 = None if zero_N is None else zero_N[:, None]
+    start = Scales((step_N / outer_N)[:, None], zero_N1, outer_N)
+    if scheme.target.channel_outer_scale:
+        peaks_GN = grid.group_scale_GN == scheme.peak_group_scale
+        bound_N = peaks_GN[group] & (peaks_GN.sum(0) == 1)
+        found_N1, _ = _best_groups(weight, start, outer_N, scheme, lacking_N=bound_N)
+    else:
+        found_N1 = _search_groups(weight, start, scheme).group_scale
+    grid.group_scale_GN[group] = found_N1[:, 0]
+    if grid.zero_point_GN is not None and zero_N is not None:
+        grid.zero_point_GN[group] = zero_N
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +111,13 @@ def _search_rows(weight: _Weight, start: Scales, scheme: Scheme) -> Scales:
     return Scales(group_NG, start.zero_point, torch.where(keep_N, start.outer_scale, outer_N))
 
 
-def _best_groups(weight: _Weight, start: Scales, outer_N: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The E4M3 value of least error for every group under an outer scale, one of each row at the peak, and those errors."""
+def _best_groups(
+    weight: _Weight, start: Scales, outer_N: Tensor, scheme: Scheme, lacking_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The E4M3 value of least error for every group under an outer scale, one of each row at the peak, and those errors.
+
+    lacking_N: the rows that must have a group at the peak, where others than these groups count too.
+    """
     grid = _scale_grid(scheme).to(outer_N.device)
     at_NG = torch.searchsorted(grid, start.step / outer_N[:, None] * _GRID_FROM).clamp(max=len(grid) - 1)
     below_C = torch.arange(_GRID_VALUES, device=grid.device)
@@ -101,8 +128,9 @@ def _best_groups(weight: _Weight, start: Scales, outer_N: Tensor, scheme: Scheme
     group_NG, peak_error_NG = trial_NGC.gather(-1, best_NG.unsqueeze(-1)).squeeze(-1), error_NGC[..., -1]
     # Where no group of a row is at the peak, the one that loses least goes there; clamped rows are free (canonical form).
     cheapest_N = (peak_error_NG - error_NG).argmin(-1)
-    clamped_N = outer_N <= torch.tensor(scheme.smallest_outer_scale, dtype=torch.float32)
-    lacking_N = (group_NG.amax(-1) < scheme.peak_group_scale) & ~clamped_N
+    if lacking_N is None:
+        lacking_N = outer_N > torch.tensor(scheme.smallest_outer_scale, dtype=torch.float32)
+    lacking_N = lacking_N & (group_NG.amax(-1) < scheme.peak_group_scale)
     raised_NG = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(1, cheapest_N[:, None], lacking_N[:, None])
     return group_NG.masked_fill(raised_NG, scheme.peak_group_scale), torch.where(raised_NG, peak_error_NG, error_NG)
 

@@ -50,9 +50,11 @@ class Grid:
 
     @classmethod
     def of(cls, scales: Scales, rule: Rule, scheme: Scheme) -> "Grid":
-        """The grid of a weight's scales."""
-        zero_GN = None if scales.zero_point is None else scales.zero_point.T.contiguous()
-        return cls(scales.group_scale.T.contiguous(), zero_GN, scales.outer_scale.contiguous(), rule, scheme)
+        """The grid of a weight's scales: a copy, even where a transposed view would already be contiguous."""
+        copy = torch.contiguous_format
+        zero_GN = None if scales.zero_point is None else scales.zero_point.T.clone(memory_format=copy)
+        group_GN = scales.group_scale.T.clone(memory_format=copy)
+        return cls(group_GN, zero_GN, scales.outer_scale.contiguous(), rule, scheme)
 
     def column(self, group: int) -> ColumnScales:
         """One group's scales for all rows."""
