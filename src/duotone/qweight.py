@@ -84,6 +84,17 @@ class QuantizedWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
 
+def runnable_input_scale(weight: QuantizedWeight) -> Tensor | None:
+    """The static activation scale that a kernel multiplies with; None where activations are scaled per token.
+
+    Raises ValueError for a static target's weight that has none yet: it would silently be run as a dynamic one.
+    """
+    if weight.input_scale is None and not weight.scheme.target.dynamic_activations:
+        name = weight.scheme.target.name
+        raise ValueError(f"input_scale: found none, expected the calibrated one: activations of target {name} are static")
+    return weight.input_scale
+
+
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ValueError(f"{name}: found {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")

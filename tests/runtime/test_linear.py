@@ -1,9 +1,11 @@
 """The module that replaces nn.Linear, and loading."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from duotone.qweight import dequantize
 from duotone.runtime.generate import generate
 from duotone.runtime.linear import QuantizedLinear, share_call
 from duotone.runtime.load import load
-from duotone.scheme import HOPPER, Scheme
+from duotone.scheme import GAUDI, HOPPER, Scheme
 from tests.kernels.test_reference import make_weight
 
 ModelMaker = Callable[..., Path]
@@ -63,6 +65,19 @@ def test_linears_that_cannot_share_stay_as_they_are() -> None:
     layer = QuantizedLinear(make_weight(16, 64, Scheme(HOPPER, 32)), None)
     assert not share_call([layer]) and not share_call([layer, torch.nn.Linear(64, 16)])
     assert layer._shared is None
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS, ids=lambda backend: backend.NAME)
+def test_a_missing_activation_scale_is_refused(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A static target's weight never calibrated becomes no linear, on any backend; with its scale, or dynamic, it does."""
+    if backend.refuses(Scheme(GAUDI, 32), torch.device("cpu")):
+        pytest.skip(f"{backend.NAME}: {backend.refuses(Scheme(GAUDI, 32), torch.device('cpu'))}")
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
+    calibrated = make_weight(8, 64, Scheme(GAUDI, 32))
+    with pytest.raises(ValueError, match=r"^input_scale: found none, expected the calibrated one: .* target gaudi are static$"):
+        QuantizedLinear(dataclasses.replace(calibrated, input_scale=None), None)
+    assert QuantizedLinear(calibrated, None).backend is backend
+    assert QuantizedLinear(make_weight(8, 64, Scheme(HOPPER, 32)), None).input_scale is None
 
 
 def test_repr_names_scheme_and_backend(monkeypatch: pytest.MonkeyPatch) -> None:

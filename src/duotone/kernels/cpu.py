@@ -17,7 +17,7 @@ from torch import Tensor
 from duotone.contract import fp8_product
 from duotone.formats import E4M3FN
 from duotone.kernels import native
-from duotone.qweight import QuantizedWeight, expand_groups
+from duotone.qweight import QuantizedWeight, expand_groups, runnable_input_scale
 from duotone.scheme import Scheme
 
 NAME = "cpu"
@@ -91,7 +91,7 @@ def _path() -> int:
 
 
 def prepack(weight: QuantizedWeight) -> Packed:
-    """The form this backend multiplies."""
+    """The form this backend multiplies. Raises ValueError when a static activation scale is missing."""
     scheme, (rows, columns) = weight.scheme, weight.shape
     row_NG, table, bias = _table(weight)
     groups, blocks = row_NG.shape[1], -(-rows // _BLOCK_ROWS)
@@ -103,7 +103,7 @@ def prepack(weight: QuantizedWeight) -> Packed:
         table,
         bias,
         weight.outer_scale.expand(rows).contiguous(),
-        weight.input_scale,
+        runnable_input_scale(weight),
         columns,
         scheme.group_size,
         scheme.target.fp8.max,

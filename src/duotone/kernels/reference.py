@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duotone.contract import quantize_activations
-from duotone.qweight import QuantizedWeight, fp8_values
+from duotone.qweight import QuantizedWeight, fp8_values, runnable_input_scale
 from duotone.scheme import Scheme, Target
 
 NAME = "torch"
@@ -38,8 +38,9 @@ def describe() -> str:
 
 
 def prepack(weight: QuantizedWeight) -> Packed:
-    """The form this backend multiplies."""
-    return Packed(fp8_values(weight).to(torch.bfloat16), weight.outer_scale, weight.input_scale, weight.scheme.target)
+    """The form this backend multiplies. Raises ValueError when a static activation scale is missing."""
+    input_scale = runnable_input_scale(weight)
+    return Packed(fp8_values(weight).to(torch.bfloat16), weight.outer_scale, input_scale, weight.scheme.target)
 
 
 def values(packed: Packed) -> Tensor:
