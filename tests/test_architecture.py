@@ -21,7 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "runtime"),
     ("loadability",),
     ("plan", "inspection"),
-    ("outcome", "estimate"),
+    ("outcome", "estimate", "explanation"),
     ("pipeline",),
     ("evaluation", "questions"),
     ("tasks",),

@@ -92,9 +92,8 @@ def commands() -> Iterator[tuple[str, ...]]:
 
 def test_all_commands_are_found() -> None:
     """The walk that the help tests rely on sees the commands of the blueprint, nested ones too."""
-    assert {("quantize",), ("eval",), ("generate",), ("inspect",), ("bench", "accuracy"), ("bench", "linear")} <= set(
-        commands()
-    )
+    expected = {("quantize",), ("eval",), ("generate",), ("inspect",), ("explain",), ("bench", "accuracy"), ("bench", "linear")}
+    assert expected <= set(commands())
 
 
 @pytest.mark.parametrize("command", sorted(commands()), ids=" ".join)
@@ -299,12 +298,52 @@ def test_inspect_prints_a_table(quantized: tuple[Path, Outcome]) -> None:
 
 def test_inspect_says_what_multiplies(quantized: tuple[Path, Outcome], original: Path) -> None:
     """The backend of this machine, in JSON and in the table, and why no faster one; an ordinary folder has none."""
-    backend, refusals = dispatch.choose(Scheme(HOPPER, 128), torch.device("cpu"))
+    verdict = dispatch.explain(Scheme(HOPPER, 128), torch.device("cpu"))
     facts = invoke("inspect", quantized[0], "--json").json()
-    assert (facts["backend"], facts["refusals"]) == (backend.describe(), refusals)
-    assert f"multiplied here by  {backend.describe()}" in invoke("inspect", quantized[0]).out
+    assert (facts["backend"], tuple(facts["refusals"])) == (verdict.runs, verdict.refusals)
+    assert f"multiplied here by  {verdict.runs}" in invoke("inspect", quantized[0]).out
     assert invoke("inspect", original, "--json").json()["backend"] is None
     assert "multiplied" not in invoke("inspect", original).out
+
+
+def test_explain_json(quantized: tuple[Path, Outcome]) -> None:
+    """One object: each linear with its kernel, and each kernel with its share, the same kernel that `inspect` names."""
+    facts = invoke("explain", quantized[0], "--device", "cpu", "--json").json()
+    assert len(facts["layers"]) == 2 * 7 + 1 and facts["device"] == "cpu"
+    inspected = invoke("inspect", quantized[0], "--json").json()
+    assert (facts["kernels"][0]["runs"], facts["kernels"][0]["refusals"]) == (inspected["backend"], inspected["refusals"])
+    assert facts["kernels"][0]["macs_share"] == pytest.approx(quantized[1].json()["quantized_macs_share"])
+    by_name = {layer["layer"]: layer for layer in facts["layers"]}
+    assert by_name["model.layers.1.mlp.down_proj"]["shape"] == [128, 256]
+    assert by_name["lm_head"]["kept_because"] == next(x for x in inspected["layers"] if x["layer"] == "lm_head")["kept_because"]
+
+
+def test_explain_of_what_is_no_model(tmp_path: Path) -> None:
+    """Exit code 2 and one sentence: an empty folder, a folder that is not there, a device that nobody has."""
+    for arguments, found in (
+        ((tmp_path,), f"{tmp_path / 'config.json'}: found no such file"),
+        ((tmp_path / "absent",), f"{tmp_path / 'absent'}: found no such folder"),
+        ((tmp_path, "--device", "tpu"), "--device: found 'tpu', expected auto, cpu, cuda or cuda:N"),
+    ):
+        outcome = invoke("explain", *arguments)
+        assert (outcome.code, outcome.out) == (2, "") and outcome.err.count("\n") == 1
+        assert outcome.err.startswith(f"duotone: {found}")
+
+
+def test_explain_prints_like_layers_together(original: Path, tmp_path: Path) -> None:
+    """One line for the layers of all blocks, unless one of them stays BF16; the work that each kernel does, and refusals."""
+    ignored = "model.layers.1.mlp.up_proj"
+    options = ("--method", "rtn", "--group-size", 16, "--ignore", ignored, "--quiet")
+    assert invoke("quantize", original, tmp_path / "out", *options).code == 0
+    outcome = invoke("explain", tmp_path / "out", "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = [line.split() for line in outcome.out.splitlines()]
+    gate, *ups = (line for line in lines if line and line[0] in ("model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"))
+    assert gate[1:5] == ["2", "256", "x", "128"] and [up[1] for up in ups] == ["1", "1"]
+    assert "plain torch: exact, not fast" in outcome.out and f"ignored by the rule {ignored}" in " ".join(outcome.out.split())
+    assert "refused: cpu: " in outcome.out
+    share = invoke("explain", tmp_path / "out", "--json").json()["kernels"][0]["macs_share"]
+    assert f"{100 * share:.1f} % of multiply-accumulates, linears: 13" in outcome.out
 
 
 def generate(model: Path, *options: str) -> Outcome:

@@ -568,9 +568,13 @@ PACKED = "model.layers.0.mlp.down_proj.weight_packed"
 
 #: Damage to a checkpoint of ours, the commands that must refuse it, and what the sentence must say.
 BROKEN_CHECKPOINTS: dict[str, tuple[Damage, tuple[str, ...], list[str]]] = {
-    "weights truncated": (cut(WEIGHTS, 10), ("inspect", "generate", "eval"), [WEIGHTS, "truncated"]),
+    "weights truncated": (cut(WEIGHTS, 10), ("inspect", "explain", "generate", "eval"), [WEIGHTS, "truncated"]),
     "sidecar not JSON": (write("duotone.json", b"{"), ("inspect", "generate"), ["duotone.json", "not valid JSON"]),
-    "sidecar a list": (write("duotone.json", b"[]"), ("inspect", "generate"), ["duotone.json", "expected an object"]),
+    "sidecar a list": (
+        write("duotone.json", b"[]"),
+        ("inspect", "explain", "generate"),
+        ["duotone.json", "expected an object"],
+    ),
     "sidecar of a newer format": (
         edit_json("duotone.json", format_version=2),
         ("inspect", "generate", "eval"),
@@ -580,7 +584,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Damage, tuple[str, ...], list[str]]] = {
     "quantization_config a word": (edit_config(quantization_config="w4a8"), ("inspect", "eval"), ["quantization_config"]),
     "another layout": (
         edit_config(quantization_config={"quant_method": "awq"}),
-        ("inspect", "generate"),
+        ("inspect", "explain", "generate"),
         ["config.json", "'awq'"],
     ),
     "packed weight missing": (drop_tensor(".weight_packed"), ("generate",), ["model.layers.0.mlp.down_proj"]),
@@ -609,6 +613,7 @@ def test_broken_checkpoint(
     damage(folder)
     options = {
         "inspect": (),
+        "explain": (),
         "generate": ("A prompt", "--max-new-tokens", 1, "--quiet"),
         "eval": ("--text", text_file, "--seq-len", 64, "--samples", 1),
     }[command]

@@ -177,6 +177,16 @@ def inspect(model: Model, as_json: Json = False, quiet: Quiet = False) -> None:
     print_result(dataclasses.asdict(inspect_model(model)), inspection_summary, as_json)
 
 
+@app.command(epilog="Example: duotone explain Llama-W4AFP8 --device cpu")
+def explain(model: Model, device: Device = "auto", as_json: Json = False, quiet: Quiet = False) -> None:
+    """Say which kernel will run each layer here, how much of the work it does, and why nothing faster runs."""
+    del quiet  # reads headers only: there is no progress to hide
+    from duotone.explanation import explain_model
+    from duotone.report import explanation_summary
+
+    print_result(dataclasses.asdict(explain_model(model, device)), explanation_summary, as_json)
+
+
 @app.command(epilog="Example: duotone serve Llama-3.2-1B-W4AFP8 --port 8000")
 def serve(
     model: Model,

@@ -10,8 +10,11 @@ from duotone.checkpoint.compressed_tensors import scheme_from_config, tensor_spe
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import SourceFolder, open_source
-from duotone.kernels.dispatch import choose
+from duotone.kernels.dispatch import explain
 from duotone.scheme import Scheme
+
+#: How the scheme of a quantized layer begins.
+_QUANTIZED = "w4a8"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class LayerFacts:
     nbytes: int
     output_error: float | None = None
     kept_because: str | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Does it hold packed 4-bit codes?"""
+        return self.scheme.startswith(_QUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,16 @@ class Inspection:
 
 def inspect_model(model: str | Path) -> Inspection:
     """Read a checkpoint or an ordinary model folder without loading it. Raises DuotoneError for a damaged one."""
-    source = open_source(locate_model(model))
+    return inspect_source(open_source(locate_model(model)))
+
+
+def inspect_source(source: SourceFolder) -> Inspection:
+    """`inspect_model` of a folder whose headers have been read."""
     sidecar = read_sidecar(source.path) or {}
     quantization = source.config.get("quantization_config")
     scheme = None if quantization is None else scheme_from_config(quantization)
     layers = [] if scheme is None else _quantized_layers(source, scheme, sidecar)
-    backend, refusals = (None, []) if scheme is None else choose(scheme, torch.device("cpu"))
+    kernel = None if scheme is None else explain(scheme, torch.device("cpu"))
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     quantized_bytes = sum(layer.nbytes for layer in layers)
     return Inspection(
@@ -64,13 +76,13 @@ def inspect_model(model: str | Path) -> Inspection:
         bits_per_weight=8 * quantized_bytes / weights if weights else 0.0,
         calibration=sidecar.get("calibration"),
         notes=list(sidecar.get("notes", [])),
-        backend=None if backend is None else backend.describe(),
-        refusals=tuple(refusals),
+        backend=None if kernel is None else kernel.runs,
+        refusals=() if kernel is None else kernel.refusals,
     )
 
 
 def _quantized_layers(source: SourceFolder, scheme: Scheme, sidecar: dict[str, Any]) -> list[LayerFacts]:
-    kind = f"w4a8 {scheme.target.name} g{scheme.group_size}" + ("" if scheme.symmetric else " asymmetric")
+    kind = f"{_QUANTIZED} {scheme.target.name} g{scheme.group_size}" + ("" if scheme.symmetric else " asymmetric")
     shapes = source.load(name for name in source.tensors if name.endswith(".weight_shape"))
     layers: list[LayerFacts] = []
     for name, shape in shapes.items():
@@ -85,15 +97,23 @@ def _quantized_layers(source: SourceFolder, scheme: Scheme, sidecar: dict[str, A
 
 def _other_layers(source: SourceFolder, sidecar: dict[str, Any], quantization: dict[str, Any] | None) -> list[LayerFacts]:
     """Matrices that are stored as floats, with the reason where one is known."""
-    reasons: dict[str, str] = sidecar.get("kept", {})
-    ignored = set((quantization or {}).get("ignore", []))
     layers: list[LayerFacts] = []
     for name, spec in source.tensors.items():
         if len(spec.shape) != 2 or not spec.is_float or not name.endswith(".weight"):
             continue
         layer = name.removesuffix(".weight")
-        reason = reasons.get(layer, "in the ignore list" if layer in ignored else None)
-        if reason is None and quantization is not None:
-            reason = "an embedding table, not a linear" if "embed" in layer else "not a quantized linear"
-        layers.append(LayerFacts(layer, spec.shape, spec.dtype, spec.nbytes, kept_because=reason))
+        kept_because = why_kept(layer, sidecar, quantization)
+        layers.append(LayerFacts(layer, spec.shape, spec.dtype, spec.nbytes, kept_because=kept_because))
     return layers
+
+
+def why_kept(layer: str, sidecar: dict[str, Any], quantization: dict[str, Any] | None) -> str | None:
+    """Why a matrix of a quantized model is stored as floats; None for a model that is not quantized."""
+    reasons: dict[str, str] = sidecar.get("kept", {})
+    if layer in reasons:
+        return reasons[layer]
+    if quantization is None:
+        return None
+    if layer in quantization.get("ignore", []):
+        return "in the ignore list"
+    return "an embedding table, not a linear" if "embed" in layer else "not a quantized linear"

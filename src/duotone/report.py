@@ -1,5 +1,6 @@
 """Results as a person reads them: rich tables from the plain values that `--json` prints."""
 
+import re
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -86,6 +87,29 @@ def inspection_summary(facts: dict[str, Any]) -> RenderableType:
     if facts["backend"]:
         totals.add_row("multiplied here by", "\n".join((facts["backend"], *facts["refusals"])))
     return Group(table, "", totals, *_notes(facts["notes"]))
+
+
+def explanation_summary(facts: dict[str, Any]) -> RenderableType:
+    """What `duotone explain` found: like layers of all blocks on a line, then what each kernel runs, and what refused."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for column, justify in (("layers", "left"), ("", "right"), ("shape", "right"), ("scheme", "left"), ("run by", "left")):
+        table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
+    table.add_column("of the work", justify="right")
+    table.add_column("why not quantized")
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for layer in facts["layers"]:
+        name = re.sub(r"\.\d+\.", ".*.", layer["layer"])
+        shape = " x ".join(str(size) for size in layer["shape"])
+        alike.setdefault((name, shape, layer["scheme"], layer["runs"], layer["kept_because"] or ""), []).append(layer)
+    for (name, shape, scheme, runs, reason), layers in alike.items():
+        share = sum(layer["macs_share"] for layer in layers)
+        table.add_row(name, f"{len(layers)}", shape, scheme, runs, f"{100 * share:.1f} %", reason)
+    totals = _facts()
+    totals.add_row("device", facts["device"])
+    for kernel in facts["kernels"]:
+        share = f"{100 * kernel['macs_share']:.1f} % of multiply-accumulates, linears: {kernel['layers']}"
+        totals.add_row(kernel["runs"], "\n".join((share, *(f"refused: {refusal}" for refusal in kernel["refusals"]))))
+    return Group(table, "", totals)
 
 
 def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:

@@ -85,6 +85,13 @@ def describe() -> str:
     return f"compiled for CPUs, {PATHS[_path()]}"
 
 
+def path_refusals() -> list[str]:
+    """Why no faster path than the one taken will run: a sentence each, the fastest first."""
+    there, asked = paths(), native.asked_path()
+    faster = reversed(PATHS[_path() + 1 :])
+    return [f"{name}: " + (f"DUOTONE_NATIVE={asked}" if name in there else "this machine lacks it") for name in faster]
+
+
 def _path() -> int:
     """The fastest, unless DUOTONE_NATIVE names another."""
     return PATHS.index(native.asked_path() or paths()[-1])

@@ -1,5 +1,6 @@
 """Which backend runs a scheme: the first of an ordered tuple that does not refuse, and every refusal is a sentence."""
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -20,3 +21,18 @@ def choose(scheme: Scheme, device: torch.device) -> tuple[ModuleType, list[str]]
             return backend, refusals
         refusals.append(f"{backend.NAME}: {reason}")
     raise AssertionError("the reference backend never refuses")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What runs a scheme on a device, for people: the backend's name, what runs in words, and why nothing faster does."""
+
+    backend: str
+    runs: str
+    refusals: tuple[str, ...]
+
+
+def explain(scheme: Scheme, device: torch.device) -> Verdict:
+    """The choice in words: faster backends that refused, then faster paths of the one that runs."""
+    backend, refusals = choose(scheme, device)
+    return Verdict(backend.NAME, backend.describe(), (*refusals, *backend.path_refusals()))

@@ -37,6 +37,11 @@ def describe() -> str:
     return "plain torch: exact, not fast"
 
 
+def path_refusals() -> list[str]:
+    """Why no faster path will run: there is one only."""
+    return []
+
+
 def prepack(weight: QuantizedWeight) -> Packed:
     """The form this backend multiplies. Raises ValueError when a static activation scale is missing."""
     input_scale = runnable_input_scale(weight)

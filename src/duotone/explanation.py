@@ -1,0 +1,105 @@
+# Shapes: N out_features, K in_features.
+"""Which kernel will run each linear of a model on this machine, and why nothing faster does: from headers alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from duotone.checkpoint.compressed_tensors import scheme_from_config
+from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.sidecar import read_sidecar
+from duotone.checkpoint.source import open_source
+from duotone.device import resolve_device
+from duotone.errors import DuotoneError
+from duotone.inspection import LayerFacts, inspect_source, why_kept
+from duotone.kernels.dispatch import Verdict, explain
+from duotone.models.skeleton import build_skeleton, find_linears
+from duotone.runtime.load import config_dtype
+
+
+@dataclass(frozen=True)
+class LayerKernel:
+    """One linear: [N, K], scheme (`w4a8 hopper g128`, or the dtype it is stored in), and what multiplies it.
+
+    runs: the kernel and its path in words. refusals: why nothing faster runs, a sentence each. kept_because: why it is not
+    quantized. macs_share: of all linears' multiply-accumulates of a token.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    scheme: str
+    backend: str
+    runs: str
+    refusals: tuple[str, ...]
+    kept_because: str | None
+    macs_share: float
+
+
+@dataclass(frozen=True)
+class KernelShare:
+    """All linears that one kernel runs: how many, their weights, and their share of the multiply-accumulates of a token."""
+
+    backend: str
+    runs: str
+    refusals: tuple[str, ...]
+    layers: int
+    weights: int
+    macs_share: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The linears of a model on a device, in module order, and what each kernel runs of them, the largest share first."""
+
+    path: str
+    model_type: str
+    device: str
+    kernels: list[KernelShare]
+    layers: list[LayerKernel]
+
+
+def explain_model(model: str | Path, device: str = "auto") -> Explanation:
+    """What `duotone.load(model, device=device)` would run. Reads config, headers and sidecar, no weights.
+
+    Raises DuotoneError for a folder that holds no model, a device that is not there, or a packed weight that the architecture
+    has no linear for.
+    """
+    place = resolve_device(device)
+    source = open_source(locate_model(model))
+    facts = {layer.layer: layer for layer in inspect_source(source).layers}
+    sidecar, quantization = read_sidecar(source.path) or {}, source.config.get("quantization_config")
+    dtype = config_dtype(source.config)
+    linears = find_linears(build_skeleton(source.config, dtype))
+    stray = [name for name, fact in facts.items() if fact.is_quantized and name not in linears]
+    if stray:
+        raise DuotoneError(f"{source.path}: holds a packed weight {stray[0]!r}, found no such linear in this architecture")
+    ordinary = Verdict("nn.Linear", f"torch's own linear in {str(dtype).removeprefix('torch.')}", ())
+    packed = ordinary if quantization is None else explain(scheme_from_config(quantization), place)
+    macs = sum(linear.weight.numel() for linear in linears.values())
+    layers: list[LayerKernel] = []
+    for name, linear in linears.items():
+        fact = facts.get(name)
+        reason = None
+        if not (fact and fact.is_quantized):
+            reason = why_kept(name, sidecar, quantization) or "the model is not quantized"
+        verdict = ordinary if reason else packed
+        shape = (linear.out_features, linear.in_features)
+        share = linear.weight.numel() / macs
+        layers.append(LayerKernel(name, shape, _scheme(fact), verdict.backend, verdict.runs, verdict.refusals, reason, share))
+    return Explanation(str(source.path), source.config["model_type"], str(place), _shares(layers), layers)
+
+
+def _scheme(fact: LayerFacts | None) -> str:
+    """A linear without a tensor of its own shares the embedding's."""
+    return "tied" if fact is None else fact.scheme
+
+
+def _shares(layers: list[LayerKernel]) -> list[KernelShare]:
+    """What each kernel runs."""
+    by_kernel: dict[tuple[str, str, tuple[str, ...]], list[LayerKernel]] = {}
+    for layer in layers:
+        by_kernel.setdefault((layer.backend, layer.runs, layer.refusals), []).append(layer)
+    shares = [
+        KernelShare(*kernel, len(its), sum(n * k for n, k in (layer.shape for layer in its)), sum(x.macs_share for x in its))
+        for kernel, its in by_kernel.items()
+    ]
+    return sorted(shares, key=lambda share: -share.macs_share)
