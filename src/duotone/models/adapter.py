@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from duotone.errors import DuotoneError
-from duotone.models.table import Adapter
+from duotone.models.table import Adapter, NormedStream
 from duotone.models.text import TEXT_ADAPTERS
 
 _ADAPTERS: tuple[Adapter, ...] = TEXT_ADAPTERS
@@ -31,6 +31,18 @@ def find_adapter(config: dict[str, Any]) -> Adapter:
         f"config.json: found architectures {named!r} of model_type {model_type!r}, expected one of {known}; a new "
         "architecture is one table in src/duotone/models/text.py"
     )
+
+
+def normed_stream(config: dict[str, Any], option: str) -> NormedStream:
+    """What a transform has to know of the residual stream. Raises DuotoneError naming the option when the table has none."""
+    residual = find_adapter(config).residual
+    if residual is None:
+        able = ", ".join(sorted({name for adapter in _ADAPTERS if adapter.residual for name in adapter.model_types}))
+        raise DuotoneError(
+            f"{option}: found model_type {config['model_type']!r}, expected one that reads its residual stream "
+            f"through RMS norms: {able}"
+        )
+    return residual
 
 
 def has_adapter(config: dict[str, Any]) -> bool:

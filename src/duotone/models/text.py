@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from duotone.models.table import Adapter
+from duotone.models.table import Adapter, NormedStream
 
 _HEAD = ("lm_head", "output head: the last projection stays BF16, as every W4A8 runtime expects")
 _POOLER_REASON = "pooler: reads one token of each sequence, and sentence embeddings do without it"
@@ -21,6 +21,16 @@ LLAMA = Adapter(
     ),
     streams=(("self_attn.o_proj", "input_layernorm"), ("mlp.down_proj", "post_attention_layernorm")),
     keep=(_HEAD,),
+    residual=NormedStream(
+        norms=(
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
+        values=("self_attn.v_proj", "self_attn.o_proj"),
+        embedding="model.embed_tokens",
+        final_norm="model.norm",
+        head="lm_head",
+    ),
 )
 
 BERT = Adapter(
