@@ -18,6 +18,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("solver", "checkpoint"),
     ("models",),
+    ("transforms",),
     ("calibrate", "runtime"),
     ("loadability",),
     ("plan", "inspection"),
@@ -36,6 +37,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
 #: (room, room of a tier above it that it must not know): the quantizing and the running wing meet in the file on disk.
 FORBIDDEN = {
     ("runtime", "solver"),
+    ("runtime", "transforms"),
     ("models", "solver"),
     ("models", "kernels"),
     ("calibrate", "checkpoint"),
