@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +22,34 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: Configs and indexes are small; a larger one is not what it says it is.
 _MAX_JSON_BYTES = 256 * 1024 * 1024
+
+
+class Source(Protocol):
+    """A model's tensors by name and the config they belong to: a folder as it is, or one seen through a transform."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, of the model that the tensors make."""
+        ...
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Dtype and shape in which `load` gives each tensor, and the file it comes from."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors of the folder."""
+        ...
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU. Raises DuotoneError naming a missing tensor or a bad file."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +83,16 @@ class SourceFolder:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
+
+
+def load_finite(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a source. Raises DuotoneError naming one that holds NaN or infinity."""
+    tensors = source.load(names)
+    for name, tensor in tensors.items():
+        if source.tensors[name].is_float and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise DuotoneError(f"{source.path / source.tensors[name].file}: {name} holds {bad} NaN or infinite values")
+    return tensors
 
 
 def open_source(path: Path) -> SourceFolder:
