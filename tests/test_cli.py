@@ -173,6 +173,41 @@ def test_effort_reaches_the_run(
     assert "curvature" not in default["seconds"]
 
 
+def test_transforms_reach_the_run(
+    tiny_model: Callable[..., Path], quantized: tuple[Path, Outcome], text_file: Path, tmp_path: Path
+) -> None:
+    """`--rotate` and `--equalize` are what is reported, stored, foreseen and shown by inspect; without them, nothing of it."""
+    source = tiny_model(hidden_size=64, intermediate_size=96, head_dim=16, tie_word_embeddings=True)
+    arguments = ("quantize", source, tmp_path / "out", "--calibration", text_file, *CALIBRATED, "--json")
+    arguments += ("--rotate", "--equalize", "0.25")
+    foreseen, report = invoke(*arguments, "--dry-run").json(), invoke(*arguments).json()
+    settings = json.loads((tmp_path / "out" / "duotone.json").read_text())["settings"]
+    for stored in (report["config"], settings):
+        assert (stored["rotate"], stored["equalize"]) == (True, 0.25)
+    assert foreseen["disk_bytes"] == report["weight_bytes"] == tensor_bytes(tmp_path / "out")
+    assert [note.split()[0] for note in report["notes"][:3]] == ["rotated:", "lm_head", "equalized:"]
+    assert report["notes"] == invoke("inspect", tmp_path / "out", "--json").json()["notes"]
+    assert foreseen["notes"][:3] == report["notes"][:3]
+    default = quantized[1].json()
+    assert (default["config"]["rotate"], default["config"]["equalize"]) == (False, None)
+    assert not any(note.startswith(("rotated", "equalized")) for note in default["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--equalize", "0"), "--equalize: found 0.0, expected a number above 0 and at most 1 (0.5 is usual)"),
+        (("--equalize", "nan"), "--equalize: found nan, expected a number above 0 and at most 1 (0.5 is usual)"),
+        (("--equalize", "0.5", "--method", "rtn"), "--equalize: found --method rtn, expected one that looks at its inputs"),
+    ],
+)
+def test_transforms_that_cannot_be(original: Path, tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    """One sentence before any work."""
+    outcome = invoke("quantize", original, tmp_path / "out", *options)
+    assert (outcome.code, outcome.out) == (2, "") and outcome.err.startswith(f"duotone: {sentence}")
+    assert outcome.err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_dry_run(quantized: tuple[Path, Outcome], original: Path, tmp_path: Path) -> None:
     """Nothing is written, and what is foreseen is what the run then took: bytes exactly, the layers and the one kept."""
     out, outcome = quantized

@@ -28,8 +28,8 @@ def quantize(model: str | Path, out: str | Path, *, progress: Progress | None = 
     """Quantize a model folder or hub id into the folder `out`.
 
     options: the fields of `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration,
-    samples, seq_len, damping_frac, order, refresh_scales, effort, seed, device, strict). Raises DuotoneError; then `out` is as
-    it was before.
+    samples, seq_len, damping_frac, order, refresh_scales, effort, rotate, equalize, seed, device, strict). Raises DuotoneError;
+    then `out` is as it was before.
     """
     from duotone.pipeline import quantize as run
     from duotone.plan import QuantizeConfig

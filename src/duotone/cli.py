@@ -24,7 +24,10 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
-@app.command(epilog="Example: duotone quantize meta-llama/Llama-3.2-1B Llama-3.2-1B-W4AFP8 --calibration text.txt")
+@app.command(
+    epilog="Example: duotone quantize meta-llama/Llama-3.2-1B Llama-3.2-1B-W4AFP8 --calibration text.txt\n\n"
+    "With transforms: duotone quantize meta-llama/Llama-3.2-1B out --rotate --equalize 0.5 --calibration text.txt"
+)
 def quantize(  # noqa: PLR0913 - every option of the command
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
@@ -48,8 +51,15 @@ def quantize(  # noqa: PLR0913 - every option of the command
     refresh_scales: Annotated[
         bool, typer.Option("--refresh-scales", help="dpq in order gar: search a group's scale anew when it is reached.")
     ] = False,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Turn the residual stream by a random Hadamard matrix, folded into the weights.")
+    ] = False,
+    equalize: Annotated[
+        float | None,
+        typer.Option(metavar="ALPHA", help="Move channel sizes from norms into linears: inputs^ALPHA / weights^(1 - ALPHA)."),
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points (vLLM does not load them).")] = False,
-    seed: Annotated[int, typer.Option(help="Draws the calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the calibration windows and the rotation.")] = 0,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
     dry_run: Annotated[
@@ -76,6 +86,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
         order=order,
         refresh_scales=refresh_scales,
         effort=effort,
+        rotate=rotate,
+        equalize=equalize,
         seed=seed,
         device=device,
         strict=strict,
@@ -105,7 +117,7 @@ def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:
         "quantized_macs_share": plan.quantized_macs_share,
         "bits_per_weight": plan.bits_per_weight,
         "kept": plan.kept,
-        "notes": vllm_warnings(config.scheme, plan.shapes, plan.split_groups),
+        "notes": [*plan.transforms, *vllm_warnings(config.scheme, plan.shapes, plan.split_groups)],
     }
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from duotone.calibrate.data import TokenWindows
+from duotone.checkpoint.sidecar import FORMAT_VERSION
 from duotone.loadability import vllm_warnings
 from duotone.plan import Plan, QuantizeConfig
 from duotone.solver.methods import LayerReport
+from duotone.version import VERSION
 
 
 @dataclass
@@ -45,9 +47,28 @@ def calibration_facts(windows: TokenWindows | None) -> dict[str, Any] | None:
 
 def notes_of(plan: Plan, windows: TokenWindows | None) -> list[str]:
     """What the user should know about this run before it starts."""
-    notes = list(windows.notes) if windows is not None else []
+    notes = list(plan.transforms) + (list(windows.notes) if windows is not None else [])
     if windows is not None and plan.seq_len < plan.config.seq_len:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
     return notes + vllm_warnings(plan.config.scheme, plan.shapes, plan.split_groups)
+
+
+def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The content of duotone.json. scales: of each layer, those that the weights' own file cannot hold."""
+    layers = {layer: dict(entry) for layer, entry in scales.items()}
+    for layer in report.layers:
+        layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
+    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device"}}
+    return {
+        "format_version": FORMAT_VERSION,
+        "producer": f"duotone {VERSION}",
+        "settings": settings | {"order": plan.config.solver.order},
+        "calibration": report.calibration,
+        "bits_per_weight": report.bits_per_weight,
+        "quantized_macs_share": report.quantized_macs_share,
+        "layers": layers,
+        "kept": plan.kept,
+        "notes": report.notes,
+    }

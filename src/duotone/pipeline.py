@@ -1,5 +1,5 @@
 # Shapes: N out_features, K in_features.
-"""The story: open, plan, and for each block: load, observe, solve, pass on, pack, write.
+"""The story: open, plan, and for each block: load, observe, equalize, solve, pass on, pack, write.
 
 Only the current block's weights and the calibration activations are in memory; a block's tensors are on disk before the
 next block is read. The output folder appears when everything in it is whole.
@@ -21,15 +21,14 @@ from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions, locate_model
 from duotone.checkpoint.scratch import Scratch
-from duotone.checkpoint.sidecar import FORMAT_VERSION, SIDECAR
-from duotone.checkpoint.source import open_source
+from duotone.checkpoint.sidecar import SIDECAR
+from duotone.checkpoint.source import load_finite, open_source
 from duotone.checkpoint.writer import CheckpointWriter, check_output, output_folder, write_json
 from duotone.contract import static_activation_scale
 from duotone.device import resolve_device
-from duotone.errors import DuotoneError
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
-from duotone.outcome import QuantizeReport, calibration_facts, notes_of
+from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
 from duotone.phases import Phases, peak_resident_bytes
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
@@ -37,7 +36,7 @@ from duotone.solver.couple import couple
 from duotone.solver.drift import bias_shift
 from duotone.solver.methods import METHODS, Problem, shared_factor
 from duotone.solver.statistics import Statistics
-from duotone.version import VERSION
+from duotone.transforms.equalization import equalize
 
 #: Where `--effort high` keeps curvatures while it runs, inside the folder that is being made.
 _SCRATCH = ".curvature"
@@ -87,9 +86,9 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
             _measure_curvature(run, skeleton, stream, windows, staging, lambda done: tell(done, steps, "measuring curvature"))
         for index, block in enumerate(plan.blocks):
             tell(before + index, steps, block.path)
-            weights, biases = _quantize_block(run, index, block, skeleton, stream)
+            weights, changed = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
-                _write_block(run, writer, block, weights, biases)
+                _write_block(run, writer, block, weights, changed)
         tell(steps, steps, "writing")
         with phases("write"):
             report.weight_bytes = writer.finish()
@@ -110,16 +109,16 @@ def _quantize_block(
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Load one block and solve its linears, group after group, while the calibration windows walk through it.
 
-    Returns the quantized weights, and the biases that have changed with them.
+    Returns the quantized weights, and the other tensors that have changed with them: biases, norms that were equalized.
     """
     with run.phases("read"):
-        originals = _load_finite(run.plan, block.tensors)
+        originals = load_finite(run.plan.source, block.tensors)
     weights: dict[str, QuantizedWeight] = {}
-    biases: dict[str, Tensor] = {}
+    changed: dict[str, Tensor] = {}
     if stream is None:
         for group in block.shared_inputs:
             weights |= _solve_group(run, group, originals, None)
-        return weights, biases
+        return weights, changed
     fill(skeleton, originals, _compute_dtype(run.device), run.device)
     module, method = skeleton.get_submodule(block.path), run.plan.config.method_facts
     original = copy.deepcopy(module) if method.drift else None
@@ -127,20 +126,27 @@ def _quantize_block(
     with stream.enter(index, module, block.stops, block.streams, original) as observer:
         for group in block.shared_inputs:
             statistics = observer.observe(group[0], method.needs_statistics and method.sequential) or ahead.pop(group[0], None)
+            s_K: Tensor | None = None
+            if statistics is not None and run.plan.config.equalize is not None and group[0] in block.norms:
+                done = equalize(originals, *block.norms[group[0]], group, statistics, run.plan.config.equalize)
+                s_K, statistics = done.s_K, done.statistics
+                changed, originals = changed | done.tensors, originals | done.tensors
+                observer.absmax[group[0]] /= s_K
             free = statistics is not None and method.drift and all(f"{layer}.bias" in originals for layer in group)
             solved = _solve_group(run, group, originals, statistics.centered() if statistics and free else statistics)
             for layer, weight in solved.items():
                 linear, values = skeleton.get_submodule(layer), dequantize(weight)
                 if statistics is not None and free:
-                    biases[f"{layer}.bias"] = _corrected_bias(layer, originals, values, statistics)
-                    _set(linear, "bias", biases[f"{layer}.bias"])
-                _set(linear, "weight", values)
+                    changed[f"{layer}.bias"] = _corrected_bias(layer, originals, values, statistics)
+                    _set(linear, "bias", changed[f"{layer}.bias"])
+                # The walk has passed the norm already, and keeps its old weight.
+                _set(linear, "weight", values if s_K is None else values / s_K)
             weights |= solved
         stream.leave(observer)
     release(module)
     if not run.plan.config.scheme.target.dynamic_activations:
         weights = _with_input_scales(block, weights, observer.absmax)
-    return weights, biases
+    return weights, changed
 
 
 def _corrected_bias(layer: str, originals: dict[str, Tensor], v_NK: Tensor, statistics: Statistics) -> Tensor:
@@ -196,40 +202,29 @@ def _with_input_scales(
     scaled: dict[str, QuantizedWeight] = {}
     for group in block.shared_inputs:
         for layer in group:
-            scale = static_activation_scale(absmax[group[0]], weights[layer].scheme.target)
+            scale = static_activation_scale(absmax[group[0]].amax(), weights[layer].scheme.target)
             scaled[layer] = dataclasses.replace(weights[layer], input_scale=scale)
     return scaled
 
 
 def _write_block(
-    run: _Run, writer: CheckpointWriter, block: BlockPlan, weights: dict[str, QuantizedWeight], biases: dict[str, Tensor]
+    run: _Run, writer: CheckpointWriter, block: BlockPlan, weights: dict[str, QuantizedWeight], changed: dict[str, Tensor]
 ) -> None:
     """Pack a block's weights, copy its other tensors, and put all of them on disk."""
     for layer, weight in weights.items():
         writer.write(to_tensors(layer, weight))
         run.sidecar_layers[layer] = dict(side_scales(weight))
-    writer.write({name: bias.cpu() for name, bias in biases.items()})
-    replaced = {f"{layer}.weight" for layer in weights} | biases.keys()
+    packed = {f"{layer}.weight" for layer in weights}
+    writer.write({name: tensor.to("cpu", torch.bfloat16) for name, tensor in changed.items() if name not in packed})
+    replaced = packed | changed.keys()
     _copy_through(run, writer, tuple(name for name in block.tensors if name not in replaced))
 
 
 def _copy_through(run: _Run, writer: CheckpointWriter, names: tuple[str, ...]) -> None:
     """Copy tensors that are not quantized, floats as BF16, one at a time."""
     for name in names:
-        tensor = _load_finite(run.plan, (name,))[name]
+        tensor = load_finite(run.plan.source, (name,))[name]
         writer.write({name: tensor.to(torch.bfloat16) if run.plan.outputs[name].dtype == "BF16" else tensor})
-
-
-def _load_finite(plan: Plan, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors of the source. Raises DuotoneError naming one that holds NaN or infinity."""
-    tensors = plan.source.load(names)
-    for name, tensor in tensors.items():
-        if plan.source.tensors[name].is_float and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise DuotoneError(
-                f"{plan.source.path / plan.source.tensors[name].file}: {name} holds {bad} NaN or infinite values"
-            )
-    return tensors
 
 
 def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
@@ -238,7 +233,7 @@ def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream
     heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
     names = [name for name in run.plan.outside if name not in heads and _is_parameter(skeleton, name)]
     with run.phases("read"):
-        fill(skeleton, _load_finite(run.plan, tuple(names)), _compute_dtype(run.device), run.device)
+        fill(skeleton, load_finite(run.plan.source, tuple(names)), _compute_dtype(run.device), run.device)
         skeleton.tie_weights()
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
@@ -255,14 +250,14 @@ def _measure_curvature(
     plan, dtype = run.plan, _compute_dtype(run.device)
     heads = [name for name in plan.outside if _is_parameter(skeleton, name) and skeleton.get_parameter(name).is_meta]
     with run.phases("read"):
-        fill(skeleton, _load_finite(plan, tuple(heads)), dtype, run.device)
+        fill(skeleton, load_finite(plan.source, tuple(heads)), dtype, run.device)
         skeleton.tie_weights()
         run.curvatures = Scratch(staging / _SCRATCH)
     blocks = [skeleton.get_submodule(block.path) for block in plan.blocks]
 
     def load(index: int) -> None:
         with run.phases("read"):
-            fill(skeleton, _load_finite(plan, plan.blocks[index].tensors), dtype, run.device)
+            fill(skeleton, load_finite(plan.source, plan.blocks[index].tensors), dtype, run.device)
 
     backward = Backward(
         skeleton, blocks, [block.shared_inputs for block in plan.blocks], load, lambda index: release(blocks[index])
@@ -296,18 +291,4 @@ def _write_settings(run: _Run, staging: Path) -> None:
     config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
     config["quantization_config"] = quantization_config(plan.config.scheme, sorted(plan.kept))
     write_json(staging / "config.json", config)
-    for layer in report.layers:
-        run.sidecar_layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
-    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device"}}
-    sidecar = {
-        "format_version": FORMAT_VERSION,
-        "producer": f"duotone {VERSION}",
-        "settings": settings | {"order": plan.config.solver.order},
-        "calibration": report.calibration,
-        "bits_per_weight": report.bits_per_weight,
-        "quantized_macs_share": report.quantized_macs_share,
-        "layers": run.sidecar_layers,
-        "kept": plan.kept,
-        "notes": report.notes,
-    }
-    write_json(staging / SIDECAR, sidecar)
+    write_json(staging / SIDECAR, sidecar_of(report, plan, run.sidecar_layers))

@@ -7,14 +7,15 @@ import torch
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
-from duotone.checkpoint.source import SourceFolder
+from duotone.checkpoint.source import Source, SourceFolder
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
-from duotone.models.adapter import find_adapter
+from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
-from duotone.models.table import Adapter
+from duotone.models.table import Adapter, NormedStream
 from duotone.scheme import TARGETS, Scheme, check_rules, matches
 from duotone.solver.methods import METHODS, Method, SolverOptions
+from duotone.transforms.rotated import rotate
 
 EFFORTS = ("default", "high")
 
@@ -24,8 +25,10 @@ class QuantizeConfig:
     """Everything a user may ask of `quantize`; field names are the command line's.
 
     order None: the method's own default; with refresh_scales, which is for dpq, gar. effort: `high` measures the curvature of
-    the model's loss and searches codes for it. calibration empty: the model folder's own text, else the default hub data set.
-    ignore: names or `re:` patterns of linears left in BF16. strict: a linear that must stay BF16 is an error.
+    the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
+    channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them.
+    calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
+    left in BF16. strict: a linear that must stay BF16 is an error.
     """
 
     method: str = "dpq"
@@ -40,6 +43,8 @@ class QuantizeConfig:
     order: str | None = None
     refresh_scales: bool = False
     effort: str = "default"
+    rotate: bool = False
+    equalize: float | None = None
     seed: int = 0
     device: str = "auto"
     strict: bool = False
@@ -54,8 +59,11 @@ class QuantizeConfig:
                 raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
         if self.high_effort and not self.method_facts.drift:
             raise DuotoneError(f"--effort high: found --method {self.method}, expected dpq, whose targets it starts from")
-        if self.refresh_scales and self.method != "dpq":
-            raise DuotoneError(f"--refresh-scales: found --method {self.method}, expected dpq, whose scales are searched")
+    order None: the method's own default; with refresh_scales, which is for dpq, gar. effort: `high` measures the curvature of
+    the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
+    channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them.
+    calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
+    left in BF16. strict: a linear that must stay BF16 is an error.
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)
@@ -99,12 +107,14 @@ class BlockPlan:
     """One block: its path, the full names of linears to quantize grouped by shared input, and every tensor it holds.
 
     streams: for linears that write to the residual stream, the module, by its path in the block, that reads it before.
+    norms: for the first linear of each group to equalize, the norm in front of it and every linear that reads it.
     """
 
     path: str
     shared_inputs: tuple[tuple[str, ...], ...]
     tensors: tuple[str, ...]
     streams: dict[str, str]
+    norms: dict[str, tuple[str, tuple[str, ...]]]
 
     @property
     def stops(self) -> dict[str, str]:
@@ -118,10 +128,11 @@ class Plan:
 
     kept: linears left in BF16 with their reason. quantized_macs_share: of all linears' multiply-accumulates, the share that
     will run quantized. outputs: every tensor of the new checkpoint, in order. converted: those whose floats become BF16.
+    transforms: what is done to the model before it is quantized, a line each. source: the model behind its rotation, if any.
     """
 
     config: QuantizeConfig
-    source: SourceFolder
+    source: Source
     adapter: Adapter
     blocks: tuple[BlockPlan, ...]
     outside: tuple[str, ...]
@@ -130,6 +141,7 @@ class Plan:
     quantized_macs_share: float
     outputs: dict[str, TensorSpec]
     converted: tuple[str, ...]
+    transforms: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[str]:
@@ -166,8 +178,9 @@ class Plan:
         return min(self.config.seq_len, int(self.source.config.get("max_position_embeddings", self.config.seq_len)))
 
 
-def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
+def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
     """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
+    source: Source = folder
     found = source.config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
@@ -178,6 +191,7 @@ def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
     kept = _kept_linears(adapter, list(linears), config)
     wanted = expected_tensors(model)
     _check_source(source, wanted)
+    residual = normed_stream(source.config, "--equalize") if config.equalize is not None else None
     blocks: list[BlockPlan] = []
     for index in range(len(model.get_submodule(adapter.blocks))):  # pyright: ignore[reportArgumentType]
         path = f"{adapter.blocks}.{index}"
@@ -186,7 +200,7 @@ def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
         tensors = tuple(name for name in wanted if name.startswith(f"{path}."))
         groups = tuple(group for group in groups if group)
         streams = {f"{path}.{writer}": reader for writer, reader in adapter.streams if (f"{path}.{writer}",) in groups}
-        blocks.append(BlockPlan(path, groups, tensors, streams))
+        blocks.append(BlockPlan(path, groups, tensors, streams, _norms_before(path, groups, residual)))
     shapes = {
         layer: (linears[layer].out_features, linears[layer].in_features)
         for block in blocks
@@ -195,11 +209,33 @@ def make_plan(source: SourceFolder, config: QuantizeConfig) -> Plan:
     }
     if not shapes:
         raise DuotoneError(f"{source.path}: every linear is left in BF16, expected at least one to quantize (see --ignore)")
+    transforms: list[str] = []
+    if config.rotate:
+        stream, paths = normed_stream(source.config, "--rotate"), [block.path for block in blocks]
+        rotated = rotate(source, adapter, stream, paths, wanted, model.config.num_attention_heads, config.seed)
+        source, transforms = rotated, [*rotated.notes]
+    if config.equalize is not None:
+        count = sum(len(block.norms) for block in blocks)
+        transforms.append(
+            f"equalized: channels between {count} norms and the linears that read them, exponent {config.equalize}"
+        )
     in_blocks = {name for block in blocks for name in block.tensors}
     outside = tuple(name for name in source.tensors if name not in in_blocks)
     outputs, converted = _outputs(source, blocks, outside, shapes, config.scheme)
     share = sum(n * k for n, k in shapes.values()) / sum(linear.weight.numel() for linear in linears.values())
-    return Plan(config, source, adapter, tuple(blocks), outside, kept, shapes, share, outputs, converted)
+    facts = (kept, shapes, share, outputs, converted, tuple(transforms))
+    return Plan(config, source, adapter, tuple(blocks), outside, *facts)
+
+
+def _norms_before(
+    path: str, groups: tuple[tuple[str, ...], ...], residual: NormedStream | None
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For the first linear of each group behind a norm: that norm and all its readers, by full name."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for norm, readers in residual.norms if residual is not None else ():
+        names = tuple(f"{path}.{reader}" for reader in readers)
+        found |= {group[0]: (f"{path}.{norm}", names) for group in groups if group[0] in names}
+    return found
 
 
 def _kept_linears(adapter: Adapter, linears: list[str], config: QuantizeConfig) -> dict[str, str]:
@@ -224,7 +260,7 @@ def _kept_linears(adapter: Adapter, linears: list[str], config: QuantizeConfig) 
     return kept
 
 
-def _check_source(source: SourceFolder, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_source(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     """Every tensor the architecture needs is there, with its shape, as floats."""
     for name, shape in shapes.items():
         spec = source.tensors.get(name)
@@ -239,7 +275,7 @@ def _check_source(source: SourceFolder, shapes: dict[str, tuple[int, ...]]) -> N
 
 
 def _outputs(
-    source: SourceFolder,
+    source: Source,
     blocks: list[BlockPlan],
     outside: tuple[str, ...],
     shapes: dict[str, tuple[int, int]],

@@ -30,7 +30,10 @@ class _AllCaptured(Exception):
 
 @dataclass
 class Observer:
-    """All batches inside one block; hands out the statistics of one group of linears after the other."""
+    """All batches inside one block; hands out the statistics of one group of linears after the other.
+
+    absmax: the largest input magnitude of each channel [K], by the group's first linear.
+    """
 
     quantized: BlockWalk
     original: BlockWalk | None
@@ -41,7 +44,7 @@ class Observer:
     def observe(self, name: str, statistics: bool = True) -> Statistics | None:
         """Walk on to the linear `name`; second moments of what it reads there, and its drift when the original walks along.
 
-        Without `statistics` only the largest input magnitude is taken.
+        Without `statistics` only the largest input magnitudes are taken.
         """
         sums: StatisticsAccumulator | None = None
         original: Iterator[Arrival | None] = _nothing() if self.original is None else self.original.until(name)
@@ -51,8 +54,8 @@ class Observer:
                 at, meant = next(arrivals, None), next(original, None)
             if at is None:
                 break
-            largest = at.x.abs().amax().float()
-            self.absmax[name] = torch.maximum(self.absmax[name], largest) if name in self.absmax else largest
+            largest_K = at.x.abs().flatten(0, -2).amax(0).float()
+            self.absmax[name] = torch.maximum(self.absmax[name], largest_K) if name in self.absmax else largest_K
             if statistics:
                 with self.phases("hessian"):
                     sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
