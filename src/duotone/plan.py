@@ -59,11 +59,13 @@ class QuantizeConfig:
                 raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
         if self.high_effort and not self.method_facts.drift:
             raise DuotoneError(f"--effort high: found --method {self.method}, expected dpq, whose targets it starts from")
-    order None: the method's own default; with refresh_scales, which is for dpq, gar. effort: `high` measures the curvature of
-    the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
-    channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them.
-    calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
-    left in BF16. strict: a linear that must stay BF16 is an error.
+        if self.refresh_scales and self.method != "dpq":
+            raise DuotoneError(f"--refresh-scales: found --method {self.method}, expected dpq, whose scales are searched")
+        if self.equalize is not None and not 0 < self.equalize <= 1:
+            raise DuotoneError(f"--equalize: found {self.equalize}, expected a number above 0 and at most 1 (0.5 is usual)")
+        if self.equalize is not None and not self.needs_statistics:
+            able = ", ".join(name for name, method in METHODS.items() if method.needs_statistics)
+            raise DuotoneError(f"--equalize: found --method {self.method}, expected one that looks at its inputs: {able}")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)
