@@ -99,6 +99,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "dpq with 12 descents": ({}, lambda: mock.patch.object(methods, "DESCENT_PASSES", 12)),
     "dpq, drift damping 0.01": ({}, lambda: mock.patch.object(drift, "DRIFT_DAMPING", 0.01)),
     "dpq, drift damping 0.2": ({}, lambda: mock.patch.object(drift, "DRIFT_DAMPING", 0.2)),
+    "dpq, rotated": ({"rotate": True}, contextlib.nullcontext),
+    "dpq, equalized 0.5": ({"equalize": 0.5}, contextlib.nullcontext),
     "dpq, effort high": ({"effort": "high"}, contextlib.nullcontext),
     "dpq, effort high, 1 path": ({"effort": "high"}, lambda: mock.patch.object(couple, "BEAM_WIDTH", 1)),
     "dpq, effort high, 16 paths": ({"effort": "high"}, lambda: mock.patch.object(couple, "BEAM_WIDTH", 16)),
