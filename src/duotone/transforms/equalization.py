@@ -58,8 +58,8 @@ def channel_scales(power_K: Tensor, weights: Sequence[Tensor], alpha: float) -> 
     """Wanted s [K] with geometric mean 1: rms of the inputs^alpha / absmax of the weights^(1 - alpha), but for the bounds.
 
     power_K: mean squares of the inputs. weights: [N, K] of the linears that share them. A channel that is zero in either keeps
-    its size. Not rounded to powers of two, which would spare norm and weights a rounding to BF16: it moves columns of one group
-    apart again by up to 2, and costs more than that rounding does.
+    its size. Not rounded to powers of two, which would spare the norm a rounding to BF16 but moves columns of one group apart
+    again, by up to 2.
     """
     absmax_K = torch.stack([w_NK.float().abs().amax(0) for w_NK in weights]).amax(0)
     alive_K = (power_K > 0) & (absmax_K > 0)
