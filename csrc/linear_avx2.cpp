@@ -22,7 +22,8 @@ struct Avx2 {
   static inline I load(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const I*>(bytes)); }
   static inline I aligned(const int16_t* from) { return _mm256_load_si256(reinterpret_cast<const I*>(from)); }
   static inline void store(I* to, I value) { _mm256_store_si256(to, value); }
-  static inline void values(const Rows& rows, I* value) {
+  template <class R>
+  static inline void values(const R& rows, I* value) {
     for (int i = 0; i < 4; i++) value[i] = rows.pair(i);
   }
   static inline I nibbles(I codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
@@ -37,6 +38,7 @@ struct Avx2 {
     __builtin_memcpy(&both, x, 4);
     return _mm256_set1_epi32(both);
   }
+  static inline I product(I w, I x) { return _mm256_madd_epi16(w, x); }
   static inline I madd(I sum, I w, I x) {
     // Written out so that the sum stays in its register: compilers copy it on, which costs a tenth of the speed.
     const I product = _mm256_madd_epi16(w, x);
@@ -47,7 +49,7 @@ struct Avx2 {
 
 }  // namespace
 
-const LinearPath linear_avx2 = Kernel<Avx2>::run;
+const LinearPath linear_avx2 = run_path<Avx2>;
 
 }  // namespace duotone
 

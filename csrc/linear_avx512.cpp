@@ -21,7 +21,7 @@ struct Avx512 : Registers512 {
 
 }  // namespace
 
-const LinearPath linear_avx512 = Kernel<Avx512>::run;
+const LinearPath linear_avx512 = run_path<Avx512>;
 
 }  // namespace duotone
 

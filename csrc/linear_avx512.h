@@ -13,7 +13,8 @@ struct Registers512 {
   static inline I load(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
   static inline I aligned(const int16_t* from) { return _mm512_load_si512(from); }
   static inline void store(I* to, I value) { _mm512_storeu_si512(to, value); }
-  static inline void values(const Rows& rows, I* value) {
+  template <class R>
+  static inline void values(const R& rows, I* value) {
     for (int i = 0; i < 2; i++)
       value[i] = _mm512_inserti64x4(_mm512_castsi256_si512(rows.pair(2 * i)), rows.pair(2 * i + 1), 1);
   }
@@ -24,6 +25,7 @@ struct Registers512 {
   static inline I eight(const int16_t* x) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
+  static inline I product(I w, I x) { return _mm512_madd_epi16(w, x); }
   static inline I two(const int16_t* x) {
     int32_t both;
     __builtin_memcpy(&both, x, 4);

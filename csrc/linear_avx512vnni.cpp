@@ -22,7 +22,7 @@ struct Avx512Vnni : Registers512 {
 
 }  // namespace
 
-const LinearPath linear_avx512vnni = Kernel<Avx512Vnni>::run;
+const LinearPath linear_avx512vnni = run_path<Avx512Vnni>;
 
 }  // namespace duotone
 

@@ -24,7 +24,7 @@ constexpr int64_t SEGMENT_CHUNKS = 8;  // at most: 256 columns of 255 units by 1
 // What a token has in a segment beside its values.
 struct Segment {
   float scale;          // of `high`, a power of two
-  int32_t high_sum, low_sum;
+  int32_t high_sum, low_sum;  // times the bias of a weight whose rows have one
   uint32_t low_chunks;  // bit by bit, the chunks where `low` is not zero
 };
 
@@ -45,6 +45,7 @@ struct Linear {
   bool wide_index;    // uint16 instead of uint8
   const Sixteen* table;
   int32_t bias;       // of all rows of the table, or -1 where they differ
+  bool byte_units;    // row r of the table is that of the FP8 byte r: its unit is 2^(r / 8 + BYTE_UNIT - 127)
   const int16_t *high, *low;      // [segments][M][columns of a segment]: what is read together lies together
   const Segment* segment;         // [segments][M]
   float* total;                   // [M][8 ceil(N/8)]: sums before any scale
@@ -60,6 +61,7 @@ struct Linear {
 };
 
 constexpr float LOW_SCALE = 0x1p-9f;  // the step of FP8
+constexpr int32_t BYTE_UNIT = 127 - 10;
 
 // What a path brings: columns of rows [begin, end), in units of 8 rows.
 using LinearPath = void (*)(const Linear&, int64_t begin, int64_t end);

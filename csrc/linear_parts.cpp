@@ -2,7 +2,7 @@
 
 #include "linear_parts.h"
 
-#include <cstdlib>
+#include <cmath>
 #include <limits>
 
 #include "floats.h"
@@ -90,7 +90,9 @@ DUOTONE_INLINE float split_token(const T* x, const Weight& weight, const Linear&
   const float scale = whole_numbers(x, weight, value);
   for (int64_t s = 0; s < p.segments; s++) {
     const int64_t at = p.at(s, token);
-    segment[s * p.tokens + token] = split_segment(value + s * p.segment_chunks * CHUNK, p.chunks_of(s), high + at, low + at);
+    Segment& of = segment[s * p.tokens + token];
+    of = split_segment(value + s * p.segment_chunks * CHUNK, p.chunks_of(s), high + at, low + at);
+    if (p.bias >= 0) of.high_sum *= p.bias, of.low_sum *= p.bias;
   }
   return scale;
 }
@@ -129,6 +131,13 @@ const uint16_t* wide_rows(const Tensor& index, int64_t rows) {
   return row;
 }
 
+// Whether the rows of a table have the units that linear_kernels.h gives to FP8 bytes.
+bool has_byte_units(const Linear& p) {
+  bool all = !p.wide_index;
+  for (int r = 0; r < 127; r++) all = all && p.table[r].unit == std::ldexp(1.0f, r / 8 + BYTE_UNIT - 127);
+  return all;
+}
+
 }  // namespace
 
 int64_t linear_paths() {
@@ -162,6 +171,7 @@ Weight weight_of(const Tensor* four, const Tensor* input_scale, const WeightFact
   if (p.wide_index) p.index = wide_rows(index, table.size(0));
   else p.index = data_of<uint8_t>(index, ScalarType::Byte, "index");
   p.table = reinterpret_cast<const Sixteen*>(data_of<uint8_t>(table, ScalarType::Byte, "table"));
+  p.byte_units = has_byte_units(p);
   weight.outer = data_of<float>(outer_scale, ScalarType::Float, "outer_scale");
   if (input_scale) {
     STD_TORCH_CHECK(input_scale->numel() == 1, "input_scale: expected one value");

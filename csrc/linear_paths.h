@@ -13,42 +13,48 @@ constexpr int64_t PAIRS = CHUNK / 2;                                 // of colum
 constexpr int64_t PANEL_ROWS = 16, TOKEN_BLOCK = 48;                 // decoded at once, beside tokens that share them
 constexpr int64_t CACHED_COLUMNS = 2048;                             // of TOKEN_BLOCK tokens, 192 KiB
 constexpr int64_t AHEAD = 2048;                                      // bytes of codes to fetch ahead
+constexpr int64_t USUAL_CHUNKS = 4;                                  // of a segment: a group of 128 columns
 
 DUOTONE_ALWAYS const __m256i* wide(const void* from) { return static_cast<const __m256i*>(from); }
 
 // A block's rows in one group.
+template <class Number>
 struct Rows {
-  const Sixteen* row[BLOCK_ROWS];
+  const Sixteen* table;
+  const Number* number;
 
-  DUOTONE_ALWAYS Rows of(const Linear& p, int64_t block, int64_t group) {
-    const int64_t at = (block * p.groups + group) * BLOCK_ROWS;
-    Rows found;
-    if (p.wide_index)
-      for (int r = 0; r < BLOCK_ROWS; r++) found.row[r] = p.table + static_cast<const uint16_t*>(p.index)[at + r];
-    else
-      for (int r = 0; r < BLOCK_ROWS; r++) found.row[r] = p.table + static_cast<const uint8_t*>(p.index)[at + r];
-    return found;
+  inline __attribute__((always_inline)) Rows(const Linear& p, int64_t block, int64_t group)
+      : table(p.table), number(static_cast<const Number*>(p.index) + (block * p.groups + group) * BLOCK_ROWS) {}
+
+  inline __attribute__((always_inline)) const Sixteen& row(int i) const { return table[number[i]]; }
+  inline __attribute__((always_inline)) __m256 unit(const Linear& p) const {
+    if (sizeof(Number) == 1 && p.byte_units) {  // the exponent of an FP8 byte, in its place in a float
+      const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(number)));
+      const __m256i exponent = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x78)), 20);
+      return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(BYTE_UNIT << 23)));
+    }
+    return _mm256_setr_ps(row(0).unit, row(1).unit, row(2).unit, row(3).unit, row(4).unit, row(5).unit, row(6).unit, row(7).unit);
   }
-  inline __attribute__((always_inline)) __m256 unit() const {
-    return _mm256_setr_ps(row[0]->unit, row[1]->unit, row[2]->unit, row[3]->unit, row[4]->unit, row[5]->unit, row[6]->unit,
-                          row[7]->unit);
+  inline __attribute__((always_inline)) __m256i bias() const {
+    return _mm256_setr_epi32(row(0).bias, row(1).bias, row(2).bias, row(3).bias, row(4).bias, row(5).bias, row(6).bias,
+                             row(7).bias);
   }
-  inline __attribute__((always_inline)) __m256i bias(const Linear& p) const {
-    if (p.bias >= 0) return _mm256_set1_epi32(p.bias);
-    return _mm256_setr_epi32(row[0]->bias, row[1]->bias, row[2]->bias, row[3]->bias, row[4]->bias, row[5]->bias, row[6]->bias,
-                             row[7]->bias);
+  // What the biases add to sums of products with values whose sum is x_sum.
+  inline __attribute__((always_inline)) __m256i biased(const Linear& p, int32_t x_sum) const {
+    const __m256i x = _mm256_set1_epi32(x_sum);
+    return p.bias >= 0 ? x : _mm256_mullo_epi32(bias(), x);
   }
   // The values of rows `i` and `i + 4`.
   inline __attribute__((always_inline)) __m256i pair(int i) const {
-    const auto sixteen = [](const Sixteen* of) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(of->value)); };
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(row[i])), sixteen(row[i + 4]), 1);
+    const auto sixteen = [](const Sixteen& of) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(of.value)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(row(i))), sixteen(row(i + 4)), 1);
   }
 };
 
 // Adds a segment's integer sums of eight rows to their totals. Units and scales are powers of two: only the sum rounds.
-DUOTONE_ALWAYS __m256 add_segment(__m256 total, __m256i sum, __m256i bias, __m256 unit, int32_t x_sum, float scale) {
-  const __m256i exact = _mm256_sub_epi32(sum, _mm256_mullo_epi32(bias, _mm256_set1_epi32(x_sum)));
-  return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(scale)), unit, total);
+DUOTONE_ALWAYS __m256 add_segment(__m256 total, __m256i sum, __m256i biased, __m256 unit, float scale) {
+  const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, biased));
+  return _mm256_fmadd_ps(_mm256_mul_ps(exact, _mm256_set1_ps(scale)), unit, total);
 }
 
 // The four sums of each row of four pairs of rows, added up: rows in order.
@@ -56,14 +62,15 @@ DUOTONE_ALWAYS __m256i rows_of(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
 }
 
-template <class V>
+template <class V, class Number>
 struct Kernel {
   using I = typename V::I;
+  using Block = Rows<Number>;
   static constexpr int REGS = BLOCK_BYTES / sizeof(I);  // registers that hold the codes of a block's chunk
   static constexpr int WIDE = PANEL_ROWS * 4 / sizeof(I);
 
-  // Adds chunk `c` of COUNT registers, from register FIRST on, times TOKENS tokens to `sum`.
-  template <int TOKENS, int FIRST, int COUNT>
+  // Adds a chunk of COUNT registers, from register FIRST on, times TOKENS tokens to `sum`, or begins it.
+  template <bool BEGINS, int TOKENS, int FIRST, int COUNT>
   DUOTONE_ALWAYS void chunk(const uint8_t* codes, const int16_t* const* x, int64_t at, const I* value, I (*sum)[COUNT]) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++)
@@ -74,7 +81,8 @@ struct Kernel {
         const I even = V::even(bytes), odd = V::shift(bytes, 8);
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; t++) {
-          sum[t][r] = V::madd(sum[t][r], even, V::eight(x[t] + at + half * 16));
+          const I first = V::eight(x[t] + at + half * 16);
+          sum[t][r] = BEGINS && !half ? V::product(even, first) : V::madd(sum[t][r], even, first);
           sum[t][r] = V::madd(sum[t][r], odd, V::eight(x[t] + at + half * 16 + 8));
         }
       }
@@ -85,14 +93,16 @@ struct Kernel {
   DUOTONE_ALWAYS void segment(const uint8_t* codes, int64_t chunks, const int16_t* const* x, const I* value,
                               __m256i (*to)[4]) {
     I sum[TOKENS][COUNT];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++)
-#pragma GCC unroll 4
-      for (int r = 0; r < COUNT; r++) sum[t][r] = V::zero();
-    for (int64_t c = 0; c < chunks; c++, codes += BLOCK_BYTES) {
-      __builtin_prefetch(codes + AHEAD), __builtin_prefetch(codes + AHEAD + 64);
-      chunk<TOKENS, FIRST, COUNT>(codes, x, c * CHUNK, value, sum);
-    }
+    __builtin_prefetch(codes + AHEAD), __builtin_prefetch(codes + AHEAD + 64);
+    chunk<true, TOKENS, FIRST, COUNT>(codes, x, 0, value, sum);
+    const auto next = [&](int64_t c) __attribute__((always_inline)) {
+      __builtin_prefetch(codes + c * BLOCK_BYTES + AHEAD), __builtin_prefetch(codes + c * BLOCK_BYTES + AHEAD + 64);
+      chunk<false, TOKENS, FIRST, COUNT>(codes + c * BLOCK_BYTES, x, c * CHUNK, value, sum);
+    };
+    if (TOKENS == 1 && chunks == USUAL_CHUNKS)
+      next(1), next(2), next(3);
+    else
+      for (int64_t c = 1; c < chunks; c++) next(c);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 4
@@ -109,8 +119,7 @@ struct Kernel {
     const Segment* of = p.segment;
     int64_t group = 0, left = p.group_segments;
     for (int64_t s = 0, rest = p.chunks; s < p.segments; s++, rest -= p.segment_chunks, of += TOKENS) {
-      const Rows rows = Rows::of(p, block, group);
-      if (!--left) group++, left = p.group_segments;
+      const Block rows(p, block, group);
       I value[REGS];
       V::values(rows, value);
       const int64_t chunks = rest < p.segment_chunks ? rest : p.segment_chunks;
@@ -123,21 +132,22 @@ struct Kernel {
         segment<TOKENS, 0, REGS / 2>(codes, chunks, x, value, sum);
         segment<TOKENS, REGS / 2, REGS / 2>(codes, chunks, x, value, sum);
       }
-      const __m256i bias = rows.bias(p);
-      const __m256 unit = rows.unit();
+      const __m256 unit = rows.unit(p);
       for (int t = 0; t < TOKENS; t++) {
         const __m256i rows_sum = rows_of(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
-        total[t] = add_segment(total[t], rows_sum, bias, unit, of[t].high_sum, of[t].scale);
-        if (of[t].low_chunks) total[t] = add_low(p, codes, rows, s, t, total[t]);
+        total[t] = add_segment(total[t], rows_sum, rows.biased(p, of[t].high_sum), unit, of[t].scale);
+        if (of[t].low_chunks) total[t] = add_low(p, codes, block, group, s, t, total[t]);
       }
+      if (!--left) group++, left = p.group_segments;
       codes += chunks * BLOCK_BYTES, high += TOKENS * chunks * CHUNK;
     }
     for (int t = 0; t < TOKENS; t++) _mm256_storeu_ps(p.total + t * p.stride() + block * BLOCK_ROWS, total[t]);
   }
 
   // What the shift of a segment cut off: seldom anything, and then in few chunks.
-  static __attribute__((noinline)) __m256 add_low(const Linear& p, const uint8_t* codes, Rows rows, int64_t s, int64_t token,
-                                                  __m256 total) {
+  static __attribute__((noinline)) __m256 add_low(const Linear& p, const uint8_t* codes, int64_t block, int64_t group, int64_t s,
+                                                  int64_t token, __m256 total) {
+    const Block rows(p, block, group);
     const int16_t* x = p.low + p.at(s, token);
     const Segment& of = p.segment[s * p.tokens + token];
     I value[REGS], sum[1][REGS];
@@ -146,15 +156,15 @@ struct Kernel {
     for (int r = 0; r < REGS; r++) sum[0][r] = V::zero();
     for (uint32_t left = of.low_chunks; left; left &= left - 1) {
       const int64_t c = __builtin_ctz(left);
-      chunk<1, 0, REGS>(codes + c * BLOCK_BYTES, &x, c * CHUNK, value, sum);
+      chunk<false, 1, 0, REGS>(codes + c * BLOCK_BYTES, &x, c * CHUNK, value, sum);
     }
     for (int r = 0; r < REGS; r++) V::store(reinterpret_cast<I*>(stored) + r, sum[0][r]);
     const __m256i rows_sum = rows_of(stored[0], stored[1], stored[2], stored[3]);
-    return add_segment(total, rows_sum, rows.bias(p), rows.unit(), of.low_sum, LOW_SCALE);
+    return add_segment(total, rows_sum, rows.biased(p, of.low_sum), rows.unit(p), LOW_SCALE);
   }
 
   // Decodes a segment of a block into eight lanes of a panel, [pair of columns][16 rows][2 columns], from lane `lane` on.
-  static void fill_panel(const uint8_t* codes, int64_t chunks, const Rows& rows, int16_t* panel, int64_t lane) {
+  static void fill_panel(const uint8_t* codes, int64_t chunks, const Block& rows, int16_t* panel, int64_t lane) {
     const __m256i low_half = _mm256_set1_epi8(15), low_byte = _mm256_set1_epi16(255);
     int16_t* to = panel + lane * 2;
     for (int64_t c = 0; c < chunks; c++, codes += BLOCK_BYTES) {
@@ -213,7 +223,7 @@ struct Kernel {
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) {
       const Segment& of = p.segment[s * p.tokens + token + t];
-      add_panel(sum[t], bias, unit, of.high_sum, of.scale, total + t * PANEL_ROWS);
+      add_panel(p, sum[t], bias, unit, of.high_sum, of.scale, total + t * PANEL_ROWS);
       if (!of.low_chunks) continue;
       I low[1][WIDE];
       for (int i = 0; i < WIDE; i++) low[0][i] = V::zero();
@@ -221,17 +231,20 @@ struct Kernel {
         const int64_t c = __builtin_ctz(left);
         multiply<1>(panel + c * PAIRS * PANEL_ROWS * 2, p.low + first + t * columns + c * CHUNK, 0, PAIRS, low);
       }
-      add_panel(low[0], bias, unit, of.low_sum, LOW_SCALE, total + t * PANEL_ROWS);
+      add_panel(p, low[0], bias, unit, of.low_sum, LOW_SCALE, total + t * PANEL_ROWS);
     }
   }
 
-  DUOTONE_ALWAYS void add_panel(const I* sum, const __m256i* bias, const __m256* unit, int32_t x_sum, float scale,
-                                float* total) {
+  DUOTONE_ALWAYS void add_panel(const Linear& p, const I* sum, const __m256i* bias, const __m256* unit, int32_t x_sum,
+                                float scale, float* total) {
+    const __m256i x = _mm256_set1_epi32(x_sum);
     alignas(64) __m256i eight[2];
     for (int i = 0; i < WIDE; i++) V::store(reinterpret_cast<I*>(eight) + i, sum[i]);
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-      _mm256_store_ps(total + i * 8, add_segment(_mm256_load_ps(total + i * 8), eight[i], bias[i], unit[i], x_sum, scale));
+    for (int i = 0; i < 2; i++) {
+      const __m256i biased = p.bias >= 0 ? x : _mm256_mullo_epi32(bias[i], x);
+      _mm256_store_ps(total + i * 8, add_segment(_mm256_load_ps(total + i * 8), eight[i], biased, unit[i], scale));
+    }
   }
 
   // One or two blocks of rows times tokens [begin, end) over segments [first, last): weights are decoded once for all of them.
@@ -250,9 +263,9 @@ struct Kernel {
       __m256 unit[2];
       for (int64_t b = 0; b < 2; b++) {  // without a second block the first stands in its place, and goes nowhere
         const int64_t of = block + (b < blocks ? b : 0);
-        const Rows rows = Rows::of(p, of, s / p.group_segments);
+        const Block rows(p, of, s / p.group_segments);
         const uint8_t* codes = p.codes + (of * p.chunks + s * p.segment_chunks) * BLOCK_BYTES;
-        bias[b] = rows.bias(p), unit[b] = rows.unit();
+        bias[b] = rows.bias(), unit[b] = rows.unit(p);
         fill_panel(codes, p.chunks_of(s), rows, panel, b * BLOCK_ROWS);
       }
       int64_t t = begin;
@@ -287,6 +300,12 @@ struct Kernel {
       }
   }
 };
+
+// All a path is.
+template <class V>
+void run_path(const Linear& p, int64_t begin, int64_t end) {
+  p.wide_index ? Kernel<V, uint16_t>::run(p, begin, end) : Kernel<V, uint8_t>::run(p, begin, end);
+}
 
 }  // namespace
 }  // namespace duotone

@@ -196,13 +196,17 @@ class _Clock(StoppingCriteria):
 
 
 def _turn_of(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Callable[[], Turn]:
+    # Nothing ends a text early, and no step looks whether something does.
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+
     def turn() -> Turn:
         clock = _Clock()
         begin = time.perf_counter()
         with torch.no_grad():
             model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-                do_sample=False, pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False,
+                pad_token_id=0, stopping_criteria=StoppingCriteriaList([clock]),
             )  # fmt: skip
         return clock.times[0] - begin, (clock.times[-1] - clock.times[0]) / (new_tokens - 1)
 

@@ -132,30 +132,44 @@ def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
     else:
         scales, row = torch.unique(scale_NG, return_inverse=True)
     values = fp8_product(torch.tensor(scheme.levels), zeros, scales[:, None], scheme.target.fp8)
-    step = scheme.target.fp8.smallest_subnormal
-    table, bias = _sixteens((values / step).to(torch.int32), step)
+    by_byte = zeros is None and len(scales) == _E4M3FN_POSITIVE
+    unit = _byte_units() if by_byte else _largest_units(values, scheme.target.fp8.smallest_subnormal)
+    table, bias = _sixteens(values, unit)
     table = torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table))))
     return row.view(scale_NG.shape), table, int(bias[0]) if bool((bias == bias[0]).all()) else -1
 
 
-def _sixteens(steps: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """Rows of the table for values int32 [T, 16] in steps of FP8, and their biases.
+def _byte_units() -> Tensor:
+    """Of the rows that FP8 bytes have: one for each exponent, which the kernel reads from the byte (csrc/linear_kernels.h).
 
-    The unit of a row is the largest power of two that divides all of them. FP8 has four significant bits and no level is more
-    than 15 times another, so they span at most 240 units and what the rounding of both ends adds, which a byte holds.
+    A scale is at most 15 such units and a level at most 8, so no value is more than 120.
     """
+    return torch.ldexp(torch.ones(_E4M3FN_POSITIVE), torch.arange(_E4M3FN_POSITIVE) // 8 - 10)
+
+
+def _largest_units(values: Tensor, step: float) -> Tensor:
+    """Of each row [T, 16] of FP8 values, multiples of `step`: the largest power of two that divides all of them."""
+    steps = (values / step).to(torch.int32)
     bits = steps[:, 0]
     for i in range(1, steps.shape[1]):
         bits = bits | steps[:, i]
-    unit = torch.where(bits == 0, 1, bits & -bits)
-    value = steps // unit[:, None]
+    return torch.where(bits == 0, 1, bits & -bits).float() * step
+
+
+def _sixteens(values: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the table for FP8 values [T, 16] that are whole numbers of a unit [T], and their biases.
+
+    FP8 has four significant bits and no level is more than 15 times another, so they span at most 240 units and what the
+    rounding of both ends adds, which a byte holds.
+    """
+    value = (values / unit[:, None]).to(torch.int32)
     lowest, highest = value.amin(1), value.amax(1)
     bias = torch.where((lowest >= -_BIAS) & (highest < 256 - _BIAS), _BIAS, -lowest)
     biased = value + bias[:, None]
     if int(biased.max()) > 255:
         raise AssertionError("a group's FP8 values span more than 255 of their units")
-    facts = torch.stack(((unit.float() * step).view(torch.int32), bias.to(torch.int32)), 1)
-    spare = torch.zeros(len(steps), 8, dtype=torch.uint8)
+    facts = torch.stack((unit.view(torch.int32), bias.to(torch.int32)), 1)
+    spare = torch.zeros(len(values), 8, dtype=torch.uint8)
     return torch.cat((biased.to(torch.uint8), facts.view(torch.uint8), spare), 1), bias
 
 

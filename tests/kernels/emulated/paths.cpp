@@ -1,5 +1,6 @@
 // Runs every vector path of the W4A8 linear on random problems and compares all bits with the portable one. Built by
 // tests/kernels/test_emulated.py with SIMDe standing in for the instructions that this machine lacks.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,16 +47,20 @@ struct Named {
 // Number of paths that differ.
 int compare(Linear p) {
   uint8_t* codes = zeros<uint8_t>(p.blocks() * p.chunks * BLOCK_BYTES);
-  uint8_t* index = zeros<uint8_t>(p.blocks() * p.groups * BLOCK_ROWS);
+  const int64_t rows = p.byte_units ? 127 : 256, count = p.blocks() * p.groups * BLOCK_ROWS;
+  uint16_t* index = zeros<uint16_t>(count);
   Sixteen* table = zeros<Sixteen>(256);
   int16_t *high = zeros<int16_t>(p.tokens * p.columns()), *low = zeros<int16_t>(p.tokens * p.columns());
   Segment* segment = zeros<Segment>(p.tokens * p.segments);
   float *meant = zeros<float>(p.tokens * p.stride()), *found = zeros<float>(p.tokens * p.stride());
   for (int64_t i = 0; i < p.blocks() * p.chunks * BLOCK_BYTES; i++) codes[i] = static_cast<uint8_t>(below(256));
-  for (int64_t i = 0; i < p.blocks() * p.groups * BLOCK_ROWS; i++) index[i] = static_cast<uint8_t>(below(256));
+  for (int64_t i = 0; i < count; i++) {
+    if (p.wide_index) index[i] = static_cast<uint16_t>(below(rows));
+    else reinterpret_cast<uint8_t*>(index)[i] = static_cast<uint8_t>(below(rows));
+  }
   for (int i = 0; i < 256; i++) {
     for (uint8_t& value : table[i].value) value = static_cast<uint8_t>(below(256));
-    table[i].unit = 1.0f / static_cast<float>(1 << below(10));
+    table[i].unit = p.byte_units ? std::ldexp(1.0f, i / 8 + BYTE_UNIT - 127) : 1.0f / static_cast<float>(1 << below(10));
     table[i].bias = p.bias < 0 ? static_cast<int32_t>(below(256)) : p.bias;
   }
   fill_activations(p, high, low, segment);
@@ -86,6 +91,7 @@ int main() {
   for (int64_t i = 0; i < cases; i++) {
     Linear p{};
     p.tokens = 1 + below(70), p.rows = 1 + below(60), p.chunks = 1 + below(30), p.bias = below(2) ? 128 : -1;
+    p.wide_index = below(2), p.byte_units = !p.wide_index && below(2);
     p.groups = (p.chunks + group_chunks[i % 6] - 1) / group_chunks[i % 6], p.segment_chunks = segment_chunks[i % 6];
     p.segments = (p.chunks + p.segment_chunks - 1) / p.segment_chunks;
     p.group_segments = group_chunks[i % 6] / p.segment_chunks;
