@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <exception>
 #include <thread>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -27,7 +28,7 @@ class Crew {
     void each(int64_t pieces, const Work& work) {
       Stage& stage = crew_.stage_[at_++];
       int64_t done = 0;
-      for (int64_t i; (i = stage.next.fetch_add(1, std::memory_order_relaxed)) < pieces; done++) work(i);
+      for (int64_t i; (i = stage.next.fetch_add(1, std::memory_order_relaxed)) < pieces; done++) crew_.attempt(work, i);
       stage.done.fetch_add(done, std::memory_order_acq_rel);
       for (int turn = 0; stage.done.load(std::memory_order_acquire) < pieces; turn++) wait(turn);
     }
@@ -45,12 +46,23 @@ class Crew {
       Member member(crew);
       work(member);
     });
+    if (crew.error_) std::rethrow_exception(crew.error_);
   }
 
  private:
   struct alignas(64) Stage {
     std::atomic<int64_t> next{0}, done{0};
   };
+
+  // A piece that throws is done, or all others would wait for it; the first one's error is everybody's.
+  template <class Work>
+  void attempt(const Work& work, int64_t piece) {
+    try {
+      if (!failed_.load(std::memory_order_relaxed)) work(piece);
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
 
   // A stage's last piece is a matter of microseconds, unless its thread has lost its core.
   static void wait(int turn) {
@@ -61,6 +73,8 @@ class Crew {
   }
 
   Stage stage_[STAGES];
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 
 }  // namespace duotone

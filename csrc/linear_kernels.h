@@ -6,8 +6,8 @@
 // FP8 activations are whole numbers of 2^-9, of 18 bits. A segment of columns is shifted right until it fits 16; what falls
 // off is not 0 only where a value is 2^11 times smaller than the segment's largest, and is multiplied apart, in `low`.
 // So sums over a segment are integers, exact, and in any order the same: 16 x 16 bits multiply at twice the rate of float32.
-// Only the sums of segments are added in float32, first to last. That is all the rounding there is, and it is the same for
-// any number of tokens and threads and on any path.
+// Each becomes a float32, and these are added first to last. That is all the rounding there is, and it is the same for any
+// number of tokens and threads and on any path.
 //
 // Layout: codes [N/8][C][4][2 rows][16 bytes], C chunks of 32 columns; the two rows of a pair are 4 apart. Byte 2j + p of a row
 // holds column 8p + j in its low half and 16 + 8p + j in its high half, so that even and odd bytes become 8 columns each.
@@ -24,7 +24,7 @@ constexpr int64_t SEGMENT_CHUNKS = 8;  // at most: 256 columns of 255 units by 1
 // What a token has in a segment beside its values.
 struct Segment {
   float scale;          // of `high`, a power of two
-  int32_t high_sum, low_sum;  // times the bias of a weight whose rows have one
+  int32_t high_sum, low_sum;  // times the bias that all rows have in common, if they do
   uint32_t low_chunks;  // bit by bit, the chunks where `low` is not zero
 };
 

@@ -51,7 +51,8 @@ struct Rows {
   }
 };
 
-// Adds a segment's integer sums of eight rows to their totals. Units and scales are powers of two: only the sum rounds.
+// Adds a segment's integer sums of eight rows, as float32, to their totals. Units and scales are powers of two: nothing rounds
+// there.
 DUOTONE_ALWAYS __m256 add_segment(__m256 total, __m256i sum, __m256i biased, __m256 unit, float scale) {
   const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, biased));
   return _mm256_fmadd_ps(_mm256_mul_ps(exact, _mm256_set1_ps(scale)), unit, total);

@@ -133,6 +133,15 @@ def test_sixteen_values_fit_a_byte(scale: float, zero: int) -> None:
     assert torch.equal(cpu.values(cpu.prepack(weight)), fp8_values(weight))
 
 
+@pytest.mark.parametrize("count", [126, 127, 128])
+def test_as_many_scales_as_there_are_bytes(count: int) -> None:
+    """BF16 scales are no FP8 bytes, however many there are."""
+    scale = (128 + torch.arange(count))[:, None].float() / 32
+    codes = torch.arange(16, dtype=torch.uint8).repeat(count, 2)
+    weight = QuantizedWeight(codes, scale, torch.ones(1), Scheme(GAUDI, 32), None, torch.tensor(0.25))
+    assert torch.equal(cpu.values(cpu.prepack(weight)), fp8_values(weight))
+
+
 @EVERY_PATH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])

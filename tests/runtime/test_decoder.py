@@ -1,7 +1,9 @@
 """The short way through a decoder: taken where it applies, equal to the long way, left alone where it is not."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +23,12 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=f"compiled ops: {
 ModelMaker = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
 def checkpoint(request: pytest.FixtureRequest, tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Biases on q, k and v with qwen2, norms of queries and keys with qwen3."""
     out = tmp_path_factory.mktemp("decoder") / "out"
-    duotone.quantize(tiny_model(request.param), out, method="rtn", device="cpu")
+    windows = {"sliding_window": None} if request.param == "mistral" else {}
+    duotone.quantize(tiny_model(request.param, **windows), out, method="rtn", device="cpu")
     return out
 
 
@@ -179,13 +182,34 @@ def test_a_cache_begun_in_inference_mode_goes_on_outside(checkpoint: Path) -> No
     assert torch.equal(decode(model, cache, 8), meant)
 
 
-def test_who_listens_or_replaces_is_heard(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hook on a module inside a layer is called, an adapter in a linear's place is used, gradients are kept."""
+def _on_linear(model: PreTrainedModel, heard: Callable[..., None]) -> Callable[[], None]:
+    return model.model.layers[0].mlp.down_proj.register_forward_hook(heard).remove
+
+
+def _on_layer(model: PreTrainedModel, heard: Callable[..., None]) -> Callable[[], None]:
+    return model.model.layers[1].register_forward_hook(heard).remove
+
+
+def _everywhere(model: PreTrainedModel, heard: Callable[..., None]) -> Callable[[], None]:
+    attention = model.model.layers[0].self_attn
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard() if module is attention else None)
+    return hook.remove
+
+
+@pytest.mark.parametrize("listen", [_on_linear, _on_layer, _everywhere])
+def test_who_listens_is_heard(checkpoint: Path, listen: Callable) -> None:
+    """A hook on a linear, on a layer, on all modules is called in each step, and only while it is there."""
     model, heard = load(checkpoint, device="cpu"), []
-    hook = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: heard.append(1))
-    plain = step(model, torch.arange(9)[None])
+    stop = listen(model, lambda *_: heard.append(1))
+    step(model, torch.arange(9)[None])
     assert len(heard) == 2
-    hook.remove()
+    stop()
+    plain = step(model, torch.arange(9)[None])
+    assert len(heard) == 2 and torch.equal(plain, step(load(checkpoint, device="cpu"), torch.arange(9)[None]))
+
+
+def test_who_replaces_a_part_is_asked(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter in a linear's place, another layer, another forward: the short way is left for good, its weights are freed."""
 
     class Doubled(torch.nn.Module):
         def __init__(self, inner: torch.nn.Module) -> None:
@@ -195,14 +219,103 @@ def test_who_listens_or_replaces_is_heard(checkpoint: Path, monkeypatch: pytest.
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) * 2
 
-    twin = long_way(checkpoint, monkeypatch)
-    for each in (model, twin):
-        each.model.layers[1].self_attn.o_proj = Doubled(each.model.layers[1].self_attn.o_proj)
-    found, meant = step(model, torch.arange(9)[None]).float(), step(twin, torch.arange(9)[None]).float()
-    assert float((found - meant).norm() / meant.norm()) < 0.02 and not torch.equal(found, plain.float())
-    past = model(torch.arange(8)[None], use_cache=True).past_key_values
+    def adapt(model: PreTrainedModel) -> None:
+        model.model.layers[1].self_attn.o_proj = Doubled(model.model.layers[1].self_attn.o_proj)
+
+    def prune(model: PreTrainedModel) -> None:
+        model.model.layers[0].mlp = model.model.layers[1].mlp
+
+    def patch(model: PreTrainedModel) -> None:
+        original = model.model.layers[0].self_attn.forward
+        model.model.layers[0].self_attn.forward = lambda *a, **k: (original(*a, **k)[0] * 2, None)
+
+    tokens = torch.arange(9)[None]
+    for change in (adapt, prune, patch):
+        model, twin = load(checkpoint, device="cpu"), long_way(checkpoint, monkeypatch)
+        before = step(model, tokens)
+        change(model), change(twin)
+        found, meant = step(model, tokens).float(), step(twin, tokens).float()
+        assert float((found - meant).norm() / meant.norm()) < 0.02 and not torch.equal(found, before.float())
+        assert model.model.forward == model.model._long_way
+
+
+def test_gradients_are_kept(checkpoint: Path) -> None:
+    """Of what comes in, of a norm that is tuned, and of a bias."""
+    model = load(checkpoint, device="cpu")
+    with torch.no_grad():
+        past = model(torch.arange(8)[None], use_cache=True).past_key_values
     x = model.model.embed_tokens(torch.tensor([[8]])).detach().requires_grad_()
-    assert model(inputs_embeds=x, past_key_values=past).logits.requires_grad
+    assert model(inputs_embeds=x, past_key_values=copy.deepcopy(past)).logits.requires_grad
+    norm = model.model.layers[1].post_attention_layernorm.weight
+    norm.requires_grad_()
+    y = model.model.layers[1].post_attention_layernorm(torch.ones(1, 1, len(norm)).bfloat16())
+    assert y.requires_grad
+    heard: list[int] = []
+    original = model.model._long_way
+    model.model._long_way = lambda *a, **k: heard.append(1) or original(*a, **k)
+    model(torch.tensor([[8]]), past_key_values=copy.deepcopy(past))
+    assert heard
+
+
+def test_what_asks_for_more_goes_the_long_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tuple, no cache back, a norm in another dtype: each as without us."""
+    short, long, tokens = load(checkpoint, device="cpu"), long_way(checkpoint, monkeypatch), torch.tensor([[8]])
+    answers = []
+    for model in (short, long):
+        with torch.no_grad():
+            past = model(torch.arange(8)[None], use_cache=True).past_key_values
+            row = model.model(tokens, past_key_values=copy.deepcopy(past), return_dict=False)
+            kept = model(tokens, past_key_values=copy.deepcopy(past), use_cache=False).past_key_values
+            model.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data.float()
+            wide = model.model(tokens, past_key_values=past).last_hidden_state
+        answers.append((type(row), len(row), kept is None, wide.dtype))
+    assert answers[0] == answers[1] and answers[0][0] is tuple
+
+
+def test_moving_a_model_to_where_it_is_changes_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.to("cpu")` and `.bfloat16()` leave it on the short way."""
+    model, tokens = load(checkpoint, device="cpu").to("cpu").bfloat16(), torch.arange(9)[None]
+    past = model(tokens, use_cache=True).past_key_values
+    with torch.no_grad():
+        assert took_short_way(model, monkeypatch, lambda: model(tokens[:, :1], past_key_values=past, use_cache=True))
+
+
+def test_a_window_is_kept(tiny_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that grows without end does not show a model with a window more than its window."""
+    duotone.quantize(tiny_model("mistral", sliding_window=8), tmp_path / "out", method="rtn", device="cpu")
+    steps = []
+    for model in (load(tmp_path / "out", device="cpu"), long_way(tmp_path / "out", monkeypatch)):
+        past = DynamicCache()
+        with torch.no_grad():
+            model(torch.arange(20)[None], past_key_values=past, use_cache=True)
+        steps.append(decode(model, past, 30, 31).float())
+    assert float((steps[0] - steps[1]).norm() / steps[1].norm()) < 0.02
+
+
+def test_rooms_are_made_only_where_they_serve(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches make none; a long step drops them; they are freed with their cache, at once; none is pickled."""
+    model, made = load(checkpoint, device="cpu"), []
+    original = cache.Room.__init__
+    monkeypatch.setattr(cache.Room, "__init__", lambda self, layer: made.append(1) or original(self, layer))
+    tokens, mask = torch.arange(18).view(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    step(model, tokens, mask)
+    assert not made
+    past = DynamicCache(config=model.config)
+    decode(model, past, 5, 6, 7)
+    assert len(made) == 2 and all("_duotone_room" in vars(layer) for layer in past.layers)
+    assert pickle.loads(pickle.dumps(past)).layers[0]._duotone_room is None
+    with torch.no_grad():
+        model(tokens[:1, :2], past_key_values=past)
+    assert not any("_duotone_room" in vars(layer) for layer in past.layers)
+    decode(model, past, 8)
+    gc.disable()
+    try:
+        room = weakref.ref(past.layers[0]._duotone_room)
+        del past
+        assert room() is None
+    finally:
+        gc.enable()
 
 
 def test_attentions_are_returned_to_who_asks(checkpoint: Path) -> None:

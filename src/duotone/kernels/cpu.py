@@ -122,18 +122,19 @@ def prepack(weight: QuantizedWeight) -> Packed:
 def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
     """Which of some sixteens each group [N, G] of a weight has; those, uint8 [T, 32]; their bias, -1 if they differ."""
     scheme, scale_NG, zero_NG = weight.scheme, weight.group_scale, weight.zero_point
-    zeros = None
+    zeros, unit = None, None
     if zero_NG is not None:
         pairs, row = torch.unique(torch.stack((scale_NG, zero_NG), -1).flatten(0, 1), dim=0, return_inverse=True)
         scales, zeros = pairs[:, 0], pairs[:, 1:]
     elif scheme.target.channel_outer_scale and scheme.target.fp8 is E4M3FN:  # scales are FP8 values: each is its byte's row
         row = scale_NG.to(torch.float8_e4m3fn).view(torch.uint8)
         scales = torch.arange(_E4M3FN_POSITIVE, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        unit = _byte_units()
     else:
         scales, row = torch.unique(scale_NG, return_inverse=True)
     values = fp8_product(torch.tensor(scheme.levels), zeros, scales[:, None], scheme.target.fp8)
-    by_byte = zeros is None and len(scales) == _E4M3FN_POSITIVE
-    unit = _byte_units() if by_byte else _largest_units(values, scheme.target.fp8.smallest_subnormal)
+    if unit is None:
+        unit = _largest_units(values, scheme.target.fp8.smallest_subnormal)
     table, bias = _sixteens(values, unit)
     table = torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table))))
     return row.view(scale_NG.shape), table, int(bias[0]) if bool((bias == bias[0]).all()) else -1

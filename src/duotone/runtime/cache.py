@@ -2,10 +2,10 @@
 """transformers' growing cache, with room behind what it holds: a new token is written there instead of everything copied.
 
 What the cache shows are ordinary tensors, so whatever else transformers does with them (crop, reorder, repeat, copy) stays
-right: the room is given up as soon as the cache shows anything but what the room showed last.
+right: a room serves only a cache that shows what the room showed last, and any other step than ours drops it.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,58 +14,67 @@ from transformers.cache_utils import DynamicLayer
 
 #: Tokens that a cache has room for at least, beyond what it holds.
 _ROOM = 64
+_ATTRIBUTE = "_duotone_room"
 
 
 class Room:
     """Keys and values [B, H, room, D], of which `used` tokens are there."""
 
     def __init__(self, cache: DynamicLayer) -> None:
+        """Take over what a cache holds."""
         assert cache.keys is not None and cache.values is not None
         batch, heads, length, size = cache.keys.shape
         shape = (batch, heads, length + max(_ROOM, length // 8), size)
         self.keys, self.values = cache.keys.new_empty(shape), cache.values.new_empty(shape)
         self.keys[:, :, :length], self.values[:, :, :length] = cache.keys, cache.values
-        self.used = length
-        self._cache = cache
-        self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.show(cache, length)  # at once, so that what was there before is freed
+
+    def show(self, cache: DynamicLayer, used: int) -> None:
+        """Have the cache show this many tokens."""
+        self.used = used
+        self._shown: tuple[Tensor, Tensor] = self.keys.narrow(2, 0, used), self.values.narrow(2, 0, used)
+        cache.keys, cache.values = self._shown
 
     def serves(self, cache: DynamicLayer) -> bool:
         """Whether it holds what the cache shows, nobody has gone on from there, and it may be written."""
         return (
-            cache is self._cache
-            and cache.keys is not None
-            and cache.keys is self._shown[0]
+            cache.keys is self._shown[0]
             and cache.values is self._shown[1]
-            and self.used == cache.keys.shape[2] < self.keys.shape[2]
+            and self.used < self.keys.shape[2]
             and self.keys.is_inference() == torch.is_inference_mode_enabled()
         )
 
-    def show_new(self) -> None:
-        """Have the cache show one token more, which has been written."""
-        self.used += 1
-        shown = self.keys.narrow(2, 0, self.used), self.values.narrow(2, 0, self.used)
-        self._cache.keys, self._cache.values = self._shown = shown
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a cache begins without one."""
+        return (type(None), ())
 
 
 def room_of(layer: Any) -> Room:
     """The room of a layer's cache; a new one where it has none, or another has used it."""
-    room = getattr(layer, "_duotone_room", None)
+    room = layer.__dict__.get(_ATTRIBUTE)
     if room is None or not room.serves(layer):
-        room = layer._duotone_room = Room(layer)
+        room = Room(layer)
+        setattr(layer, _ATTRIBUTE, room)
     return room
 
 
-def rooms_of(cache: Any, layers: int) -> list[Room] | None:
-    """The room of each layer, where a cache grows by concatenation, holds BF16 on a CPU and as many tokens in every layer."""
-    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != layers:
-        return None
-    if not all(_grows(layer) for layer in cache.layers):
-        return None
-    rooms = [room_of(layer) for layer in cache.layers]
-    return rooms if all(room.used == rooms[0].used for room in rooms) else None
+def drop_rooms(cache: Any) -> None:
+    """Leave a cache to transformers, which may replace what it shows: nothing is kept beside it."""
+    if type(cache) is DynamicCache:
+        for layer in cache.layers:
+            if hasattr(layer, _ATTRIBUTE):
+                delattr(layer, _ATTRIBUTE)
 
 
-def _grows(layer: Any) -> bool:
+def growing_layers(cache: Any, count: int) -> list[DynamicLayer] | None:
+    """Its layers, where a cache grows by concatenation, holds BF16 on a CPU and as many tokens in each of them."""
+    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != count:
+        return None
+    layers = [layer for layer in cache.layers if _grows(layer)]
+    return layers if len(layers) == count and len({layer.get_seq_length() for layer in layers}) == 1 else None
+
+
+def _grows(layer: Any) -> TypeGuard[DynamicLayer]:
     if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4:
         return False
     return layer.keys.dtype == torch.bfloat16 and layer.keys.device.type == "cpu"

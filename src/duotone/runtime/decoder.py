@@ -26,15 +26,15 @@ def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
     if not native.available():
         return
     norms = {module for module in model.modules() if _is_norm(module)}
-    stack = find_stack(model.base_model, blocks, norms)
-    if stack is not None and all(layer_agrees(layer) for layer in stack.layers):
-        _replace(model.base_model, step, stack)
+    for norm in norms:
+        _replace(norm, _norm)
     for block in blocks:
         mlp = getattr(block, "mlp", None)
         if mlp is not None and _is_gated(mlp):
             _replace(mlp, _mlp)
-    for norm in norms:
-        _replace(norm, _norm)
+    stack = find_stack(model.base_model, blocks, norms)  # as they are now: it knows their forwards
+    if stack is not None and all(layer_agrees(layer) for layer in stack.layers):
+        _replace(model.base_model, step, stack)
     head = model.get_output_embeddings()
     if attention.is_better(model.dtype, model.device) and _is_plain(head):
         _replace(head, _head)
@@ -59,7 +59,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     fits = hidden_states.dtype == self.weight.dtype == torch.bfloat16 and hidden_states.is_contiguous()
-    if not fits or torch.compiler.is_compiling():
+    if not fits or differentiates(hidden_states, self.weight) or torch.compiler.is_compiling():
         return self._long_way(hidden_states)
     return torch.ops.duotone.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -76,7 +76,8 @@ def _is_gated(mlp: Any) -> bool:
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
     """The forward of LlamaMLP."""
-    return self._long_way(x) if x.dtype != torch.bfloat16 or torch.compiler.is_compiling() else _short_mlp(self, x)
+    short = x.dtype == torch.bfloat16 and not differentiates(x) and not torch.compiler.is_compiling()
+    return _short_mlp(self, x) if short else self._long_way(x)
 
 
 def _short_mlp(mlp: Any, x: Tensor) -> Tensor:

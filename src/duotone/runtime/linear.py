@@ -68,7 +68,8 @@ class QuantizedLinear(nn.Module):
                         f"this model was loaded for a CPU; load it for {device.type}: duotone.load(..., device=...)"
                     )
                 moved[field.name] = value.to(device)
-        self._packed = dataclasses.replace(self._packed, **moved)
+        if any(tensor is not getattr(self._packed, name) for name, tensor in moved.items()):
+            self._packed = dataclasses.replace(self._packed, **moved)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

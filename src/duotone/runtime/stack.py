@@ -8,7 +8,7 @@ to a layer's end.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from duotone.kernels import cpu
 from duotone.runtime import attention
-from duotone.runtime.cache import Room, room_of, rooms_of
+from duotone.runtime.cache import Room, drop_rooms, growing_layers, room_of
 from duotone.runtime.linear import QuantizedLinear, merged_weight
 
 #: Between the two ways, relative to the largest output: BF16 has eight bits, and a few roundings differ.
@@ -35,8 +35,22 @@ _LINEARS = (
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 #: Of queries and keys, in some.
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-#: Options of a model's forward that ask for nothing.
-_PLAIN = (("return_dict", True), ("use_cache", True))
+
+
+class _Place(NamedTuple):
+    """Where a module stood when a layer was tried, and its own forward, where it has one besides its class's."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    forward: Any
+
+    @classmethod
+    def of(cls, root: nn.Module, path: str) -> "_Place":
+        """The place of a module under another."""
+        parent, _, name = path.rpartition(".")
+        module = root.get_submodule(path)
+        return cls(root.get_submodule(parent), name, module, module.__dict__.get("forward"))
 
 
 @dataclass(frozen=True)
@@ -48,15 +62,12 @@ class Layer:
     norms: tuple[Any, ...]
     weights: list[Tensor]
     facts: list[int]
-    places: list[tuple[nn.Module, str, nn.Module]]  # (parent, name, module) of each
+    places: list[_Place]
     packed: list[cpu.Packed]  # of each linear
 
-    def is_whole(self) -> bool:
-        """Whether these still are the layer's modules and weights, and nobody listens to them."""
-        return all(
-            parent._modules.get(name) is module and not module._forward_hooks and not module._forward_pre_hooks
-            for parent, name, module in self.places
-        ) and all(linear._packed is packed for linear, packed in zip(self.linears, self.packed, strict=True))
+    def parameters(self) -> list[Tensor]:
+        """What else it computes with: its norms' weights and its linears' biases."""
+        return [norm.weight for norm in self.norms] + [bias for linear in self.linears if (bias := linear.bias) is not None]
 
 
 @dataclass(frozen=True)
@@ -66,11 +77,25 @@ class Stack:
     layers: tuple[Layer, ...]
     weights: list[Tensor]
     facts: list[int]
+    places: list[_Place]
 
-    def is_whole(self, blocks: Any) -> bool:
-        """Whether these still are the layers of a model."""
-        mine = [layer.block for layer in self.layers]
-        return [*blocks._modules.values()] == mine and all(layer.is_whole() for layer in self.layers)
+    def is_current(self, blocks: Any) -> bool:
+        """Whether these still are the modules and weights of a model's layers."""
+        return len(blocks) == len(self.layers) and all(
+            parent._modules.get(name) is module and module.__dict__.get("forward") is forward
+            for parent, name, module, forward in self.places
+        ) and all(
+            linear._packed is packed
+            for layer in self.layers
+            for linear, packed in zip(layer.linears, layer.packed, strict=True)
+        )  # fmt: skip
+
+    def is_heard(self) -> bool:
+        """Whether anybody listens to one of these modules, or to all there are."""
+        everybody = nn.modules.module
+        return bool(everybody._global_forward_hooks or everybody._global_forward_pre_hooks) or any(
+            place.module._forward_hooks or place.module._forward_pre_hooks for place in self.places
+        )
 
 
 def find_stack(model: Any, blocks: nn.ModuleList, norms: set[nn.Module]) -> Stack | None:
@@ -82,13 +107,18 @@ def find_stack(model: Any, blocks: nn.ModuleList, norms: set[nn.Module]) -> Stac
     found = tuple(layer for layer in layers if layer is not None)
     if len(found) < len(layers) or len({_shared_facts(layer) for layer in found}) > 1:
         return None
-    return Stack(found, [t for layer in found for t in layer.weights], [fact for layer in found for fact in layer.facts])
+    return Stack(
+        found,
+        [t for layer in found for t in layer.weights],
+        [fact for layer in found for fact in layer.facts],
+        [_Place.of(blocks, str(i)) for i in range(len(blocks))] + [place for layer in found for place in layer.places],
+    )
 
 
 def _layer(block: nn.Module, norms: set[nn.Module]) -> Layer | None:
     """A layer of Llama's build, or of Qwen 3's, which norms its queries and keys."""
     names = [name for group in _LINEARS for name in group]
-    found = {name: _found(block, name) for name in (*names, *_NORMS, *_HEAD_NORMS, "self_attn", "mlp")}
+    found = {name: _found(block, name) for name in (*names, *_NORMS, *_HEAD_NORMS, "self_attn", "mlp", "mlp.act_fn")}
     own = [found[name] for name in _NORMS] + [norm for name in _HEAD_NORMS if (norm := found[name]) is not None]
     linears = tuple(linear for name in names if isinstance(linear := found[name], QuantizedLinear) and linear.backend is cpu)
     if len(linears) < len(names) or any(norm not in norms for norm in own) or len(own) == len(_NORMS) + 1:
@@ -105,14 +135,9 @@ def _layer(block: nn.Module, norms: set[nn.Module]) -> Layer | None:
         tuple(own),
         [t for w in weights for t in (w.codes, w.index, w.table, w.outer_scale, _or(w.input_scale, none))],
         [fact for w in weights for fact in (w.in_features, w.group_size, w.bias)],
-        [_place(block, name, module) for name, module in found.items() if module is not None],
+        [_Place.of(block, name) for name, module in found.items() if module is not None],
         [linear._packed for linear in linears],
     )
-
-
-def _place(block: nn.Module, name: str, module: nn.Module) -> tuple[nn.Module, str, nn.Module]:
-    parent, _, leaf = name.rpartition(".")
-    return block.get_submodule(parent), leaf, module
 
 
 def _found(block: nn.Module, name: str) -> nn.Module | None:
@@ -140,25 +165,32 @@ def step(
     **options: Any,
 ) -> Any:
     """The forward of LlamaModel and of those built like it."""
-    x, rooms = inputs_embeds, None
-    if _is_step(self, input_ids, inputs_embeds, options) and stack.is_whole(self.layers):
-        rooms = rooms_of(past_key_values, len(stack.layers))
-    if rooms is not None and _sees_all(attention_mask, rooms[0].used + 1):
-        x = self.embed_tokens(input_ids) if x is None else x
-        positions = torch.full((1, 1), rooms[0].used) if position_ids is None else position_ids
+    held = None
+    if not stack.is_current(self.layers):
+        self.forward = self._long_way  # for good: whoever replaced a part does not need the old ones kept
+    elif _is_step(self, input_ids, inputs_embeds, use_cache, options) and not stack.is_heard():
+        held = growing_layers(past_key_values, len(stack.layers))
+    if held is not None and _sees_all(self.config, attention_mask, held[0].get_seq_length() + 1):
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = torch.full((1, 1), held[0].get_seq_length()) if position_ids is None else position_ids
         tables = self.rotary_emb(x, position_ids=positions)
-        if all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (x, *tables)) and not differentiates(x):
+        others = [parameter for layer in stack.layers for parameter in layer.parameters()]
+        if _is_plain_bf16(x, *tables, *others) and not differentiates(x, *others) and not _learns(held[0]):
+            rooms = [room_of(layer) for layer in held]
             x = _run(stack.layers, stack.weights, stack.facts, x, tables, rooms)
-            for room in rooms:
-                room.show_new()
+            for room, layer in zip(rooms, held, strict=True):
+                room.show(layer, room.used + 1)
             return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+    drop_rooms(past_key_values)
     return self._long_way(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
         inputs_embeds=inputs_embeds, use_cache=use_cache, **options,
     )  # fmt: skip
 
 
-def _is_step(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, options: dict[str, Any]) -> bool:
+def _is_step(
+    model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None, use_cache: bool | None, options: dict[str, Any]
+) -> bool:
     """Whether a call asks for one more token of each sequence and nothing else."""
     given = input_ids if inputs_embeds is None else inputs_embeds
     config = model.config
@@ -167,19 +199,31 @@ def _is_step(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None,
         and (input_ids is None) != (inputs_embeds is None)
         and given.dim() == (2 if inputs_embeds is None else 3)
         and given.shape[1] == 1
+        and bool(config.use_cache if use_cache is None else use_cache)
         and not model.training
         and not torch.compiler.is_compiling()
         and config._attn_implementation in ("sdpa", attention.NAME)
         and not config.output_attentions
         and not config.output_hidden_states
-        and config.return_dict
-        and all(value is None or value is False or (name, value) in _PLAIN for name, value in options.items())
+        and bool(options.get("return_dict", config.return_dict))
+        and not any(value for name, value in options.items() if name != "return_dict")
     )
 
 
-def _sees_all(mask: Any, length: int) -> bool:
-    """Whether a mask hides none of the tokens."""
+def _sees_all(config: Any, mask: Any, length: int) -> bool:
+    """Whether neither a window nor a mask hides any of the tokens."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and length > window:
+        return False
     return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length and bool(mask.all()))
+
+
+def _learns(layer: DynamicLayer) -> bool:
+    return layer.keys is not None and differentiates(layer.keys)
+
+
+def _is_plain_bf16(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.bfloat16 and tensor.is_contiguous() for tensor in tensors)
 
 
 def _run(

@@ -36,6 +36,7 @@ void fill_activations(const Linear& p, int16_t* high, int16_t* low, Segment* seg
         of.low_chunks |= uint32_t{1} << c;
         for (int64_t k = at + c * CHUNK; k < at + (c + 1) * CHUNK; k++) of.low_sum += low[k] = static_cast<int16_t>(below(8));
       }
+      if (p.bias >= 0) of.high_sum *= p.bias, of.low_sum *= p.bias;
     }
 }
 
