@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,6 +21,27 @@ from duotone.report import generate_table, show
 from duotone.speed_model import LLAMA_1B, GenerateBench, Turn, generate_rows
 
 RECORDS = HERE.parent / "records" / "generate.jsonl"
+#: llama.cpp's own choice of an output head for Q4_0, and the one that a W4A8 checkpoint has.
+HEADS = {"llama.cpp Q4_0": "Q6_K", "llama.cpp Q4_0, BF16 head": "BF16"}
+
+
+class Peer:
+    """A process that takes a turn whenever it is asked, and waits otherwise; it ends with the stack."""
+
+    def __init__(self, stack: ExitStack, command: list[object]) -> None:
+        arguments = [str(part) for part in command]
+        process = stack.enter_context(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert process.stdin is not None and process.stdout is not None
+        self._ask, self._answer = process.stdin, process.stdout
+        stack.callback(self._ask.close)
+        self.facts = json.loads(self._answer.readline())
+
+    def turn(self) -> Turn:
+        """Seconds until the prompt is read, and those of each new token."""
+        self._ask.write("\n")
+        self._ask.flush()
+        prefill, decode = json.loads(self._answer.readline())
+        return prefill, decode
 
 
 def main() -> None:
@@ -33,27 +55,16 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "config.json"
+    with ExitStack() as stack:
+        config = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "config.json"
         config.write_text(json.dumps(LLAMA_1B), encoding="utf-8")
-        script = HERE / "llamacpp_turns.py"
-        command = [given.llama_cpp, script, config, str(given.prompt_tokens), str(given.new_tokens), str(given.threads)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
-            assert peer.stdin is not None and peer.stdout is not None
-            ask, answer = peer.stdin, peer.stdout
-            facts = json.loads(answer.readline())
-
-            def turn() -> Turn:
-                ask.write("\n")
-                ask.flush()
-                prefill, decode = json.loads(answer.readline())
-                return prefill, decode
-
-            bench = GenerateBench(None, given.prompt_tokens, given.new_tokens, given.rounds)
-            rows = list(generate_rows(bench, {"llama.cpp Q4_0": turn}))
-            peer.stdin.close()
+        sizes = [config, given.prompt_tokens, given.new_tokens, given.threads]
+        peers = {name: Peer(stack, [given.llama_cpp, HERE / "llamacpp_turns.py", *sizes, head]) for name, head in HEADS.items()}
+        bench = GenerateBench(None, given.prompt_tokens, given.new_tokens, given.rounds)
+        rows = list(generate_rows(bench, {name: peer.turn for name, peer in peers.items()}))
     for row in rows:
-        if row["runtime"] == "llama.cpp Q4_0":
+        if row["runtime"] in peers:
+            facts = peers[row["runtime"]].facts
             row["weight_bytes"] = facts["weight_bytes"]
             row["versions"] = row["versions"] | {"llama-cpp-python": facts["version"]}
     append_records(given.records, rows)

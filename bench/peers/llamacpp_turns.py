@@ -1,9 +1,10 @@
 """llama.cpp on a random Q4_0 model of a config's shape; runs in its own environment, and takes a turn for every line it reads.
 
-    PYTHON llamacpp_turns.py CONFIG.json PROMPT_TOKENS NEW_TOKENS THREADS
+    PYTHON llamacpp_turns.py CONFIG.json PROMPT_TOKENS NEW_TOKENS THREADS HEAD
 
 PYTHON has llama-cpp-python, built from its source package, and gguf. Answers a line of JSON: first what it is, then for each
-turn the seconds until the prompt is read and those of each new token. As llama.cpp's own Q4_0 does, the output head is Q6_K.
+turn the seconds until the prompt is read and those of each new token. HEAD is what the output head is stored in: Q6_K, as
+llama.cpp's own Q4_0 has it, or BF16, as a W4A8 checkpoint does.
 """
 
 import json
@@ -17,7 +18,12 @@ import gguf
 import llama_cpp
 import numpy as np
 
-KINDS = {"Q4_0": (gguf.GGMLQuantizationType.Q4_0, 32, 18), "Q6_K": (gguf.GGMLQuantizationType.Q6_K, 256, 210)}
+#: (type, values of a block, its bytes)
+KINDS = {
+    "Q4_0": (gguf.GGMLQuantizationType.Q4_0, 32, 18),
+    "Q6_K": (gguf.GGMLQuantizationType.Q6_K, 256, 210),
+    "BF16": (gguf.GGMLQuantizationType.BF16, 1, 2),
+}
 
 
 def main() -> None:
@@ -26,7 +32,7 @@ def main() -> None:
     prompt_tokens, new_tokens, threads = map(int, sys.argv[2:5])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_model(path, config)
+        write_model(path, config, sys.argv[5])
         size = path.stat().st_size
         model = llama_cpp.Llama(
             str(path), n_ctx=prompt_tokens + new_tokens + 8, n_batch=512, n_threads=threads, n_threads_batch=threads,
@@ -47,7 +53,7 @@ def main() -> None:
         print(json.dumps([first - begin, (done - first) / (new_tokens - 1)]), flush=True)
 
 
-def write_model(path: Path, config: dict[str, Any]) -> None:
+def write_model(path: Path, config: dict[str, Any], head: str) -> None:
     """A GGUF file of random weights without a tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -63,7 +69,7 @@ def write_model(path: Path, config: dict[str, Any]) -> None:
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     queries, keys = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     add(writer, "token_embd.weight", "Q4_0", config["vocab_size"], hidden)
-    add(writer, "output.weight", "Q6_K", config["vocab_size"], hidden)
+    add(writer, "output.weight", head, config["vocab_size"], hidden)
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
     for layer in range(config["num_hidden_layers"]):
         shapes = {
@@ -85,7 +91,9 @@ def add(writer: gguf.GGUFWriter, name: str, kind: str, rows: int, columns: int) 
     number, block, size = KINDS[kind]
     data = np.random.default_rng(len(name)).integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
     scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    if kind == "Q4_0":
+    if kind == "BF16":
+        data[..., 1] = 0x3C  # about a hundredth
+    elif kind == "Q4_0":
         data[..., :2] = scale
     else:
         data[..., 192:208] = 1
