@@ -68,7 +68,7 @@ def drop_rooms(cache: Any) -> None:
 
 def growing_layers(cache: Any, count: int) -> list[DynamicLayer] | None:
     """Its layers, where a cache grows by concatenation, holds BF16 on a CPU and as many tokens in each of them."""
-    if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) != count:
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or len(cache.layers) != count:
         return None
     layers = [layer for layer in cache.layers if _grows(layer)]
     return layers if len(layers) == count and len({layer.get_seq_length() for layer in layers}) == 1 else None

@@ -205,7 +205,7 @@ def _is_step(
         and config._attn_implementation in ("sdpa", attention.NAME)
         and not config.output_attentions
         and not config.output_hidden_states
-        and bool(options.get("return_dict", config.return_dict))
+        and bool(options.get("return_dict", getattr(config, "return_dict", True)))
         and not any(value for name, value in options.items() if name != "return_dict")
     )
 
