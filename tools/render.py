@@ -318,6 +318,25 @@ def windows_table() -> str:
     return markdown(("model", "tool", "long windows", "short windows"), lines)
 
 
+def ranks_table() -> str:
+    """Encoders: how far the similarities of sentences keep their order, in the arithmetic that runs, mean over seeds."""
+    lines: list[tuple[str, ...]] = []
+    for model, rows in comparison().items():
+        for (tool, method), found in candidates(rows).items():
+            tasks = [
+                row["tasks"] for row in found if row["arithmetic"] == "contract" and "rank_correlation" in (row["tasks"] or {})
+            ]
+            if not tasks:
+                continue
+            cells = []
+            for name, scale in (("rank_correlation", 1), ("neighbor_agreement", 100)):
+                value, error = (mean([task[name][i] for task in tasks]) * scale for i in (0, 1))
+                cells.append(f"{value:.4f} ± {error:.4f}" if scale == 1 else f"{value:.1f} ± {error:.1f}")
+            lines.append((model, tool, method, str(len(tasks)), *cells))
+    lines.sort(key=lambda cells: (cells[0], -float(cells[4].split()[0])))
+    return markdown(("model", "tool", "method", "seeds", "rank correlation", "nearest sentence kept, %"), lines)
+
+
 def bound_table() -> str:
     """What `--effort high` loses by rounding, the least that any rounding could, and what that would make of the KL."""
     newest = {row["model"]: row for row in records("bound")}
@@ -462,6 +481,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "goal": goal_table,
     "paired": paired_table,
     "windows": windows_table,
+    "ranks": ranks_table,
     "bound": bound_table,
     "tasks": task_table,
     "quantize-time": quantize_time_table,
