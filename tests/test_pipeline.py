@@ -164,6 +164,19 @@ def test_block_inputs_come_from_the_quantized_prefix(tiny_model: ModelMaker, tex
     assert errors["plain"][1] != errors["kept"][1]
 
 
+def spied(monkeypatch: pytest.MonkeyPatch, method: str) -> dict[str, Problem]:
+    """Every problem that the method will be given, by layer."""
+    given: dict[str, Problem] = {}
+    solve = METHODS[method].solve
+
+    def spy(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
+        given[problem.layer] = problem
+        return solve(problem)
+
+    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], solve=spy))
+    return given
+
+
 def plain_model(source: Path, out: Path) -> PreTrainedModel:
     """The original float32 model with the dequantized weights and the biases of `out`: what calibration runs."""
     model, reader = load(source, torch.float32, "cpu"), WeightReader(open_source(out))
@@ -274,14 +287,7 @@ def test_methods_that_take_a_block_as_a_whole(
     Against a plain reference of two passes a block: one with the original weights, watched, then one with the quantized ones.
     """
     source, text = tiny_model("qwen2", initializer_range=0.15), (str(text_file),)
-    given: dict[str, Problem] = {}
-    solve = METHODS[method].solve
-
-    def spy(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
-        given[problem.layer] = problem
-        return solve(problem)
-
-    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], solve=spy))
+    given = spied(monkeypatch, method)
     duotone.quantize(source, tmp_path / "out", method=method, calibration=text, **QUICK)
     model, quantized = load(source, torch.float32, "cpu"), plain_model(source, tmp_path / "out")
     tokens = calibration_tokens(source, text_file)

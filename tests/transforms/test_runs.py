@@ -1,6 +1,5 @@
 """Whole runs with transforms: what is written computes what the original does, as any checkpoint of the format."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,28 +21,15 @@ from duotone.plan import QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.runtime.load import load
 from duotone.scheme import TARGETS
-from duotone.solver.methods import METHODS, LayerReport, Problem
+from duotone.solver.methods import Problem
 from tests.calibrate.test_curvature import deviation, in_one_pass
-from tests.test_pipeline import QUICK, calibration_tokens, folder_hashes, linears_of, plain_model
+from tests.test_pipeline import QUICK, calibration_tokens, folder_hashes, linears_of, plain_model, spied
 from tests.transforms.test_rotated import filled, rotated
 
 ModelMaker = Callable[..., Path]
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 BOTH = {"rotate": True, "equalize": 0.5}
-
-
-def spied(monkeypatch: pytest.MonkeyPatch, method: str) -> dict[str, Problem]:
-    """Every problem that the method will be given, by layer."""
-    given: dict[str, Problem] = {}
-    solve = METHODS[method].solve
-
-    def spy(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
-        given[problem.layer] = problem
-        return solve(problem)
-
-    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], solve=spy))
-    return given
 
 
 def written_model(source: Path, out: Path, tied: bool = False) -> nn.Module:
