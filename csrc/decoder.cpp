@@ -251,8 +251,8 @@ void run_layer(const Stack& of, Tensor& keys, Tensor& values, const Tensor* norm
     return Step(&weights[i * 5], weights[i * 5 + 4], &biases[bias], count, own, of.tokens);
   };
   Step qkv = step(0, 0, 3), out = step(1, 3, 1), gate_up = step(2, 4, 2), down = step(3, 6, 1);
-  const int64_t attended = out.weight.columns, inner = down.weight.columns, kv = heads * of.size;
-  STD_TORCH_CHECK(qkv.weight.columns == of.hidden && gate_up.weight.columns == of.hidden && out.rows() == of.hidden &&
+  const int64_t attended = out.weight.p.in_features, inner = down.weight.p.in_features, kv = heads * of.size;
+  STD_TORCH_CHECK(qkv.weight.p.in_features == of.hidden && gate_up.weight.p.in_features == of.hidden && out.rows() == of.hidden &&
                       down.rows() == of.hidden && gate_up.rows() == 2 * inner && qkv.rows() == attended + 2 * kv &&
                       attended > 0 && attended % kv == 0,
                   "weights: found sizes that do not fit one another");

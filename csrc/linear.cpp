@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -20,6 +24,26 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Has the kernel back memory that is read from end to end with large pages, where it knows them: a page of 4 KiB is over before
+// what is fetched ahead of it has arrived. To be called before the memory is written. Advice: nothing depends on it.
+void use_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+// Memory for codes of that shape.
+Tensor new_codes(Tensor like, std::vector<int64_t> shape) {
+  Tensor codes = torch::stable::new_empty(like, shape);
+  use_large_pages(codes.mutable_data_ptr(), codes.numel());
+  return codes;
+}
 
 // Blocks [begin, end) of rows in the order of linear_kernels.h.
 DUOTONE_CLONES void pack_blocks(const uint8_t* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, uint8_t* to) {
@@ -40,15 +64,37 @@ DUOTONE_CLONES void pack_blocks(const uint8_t* from, int64_t rows, int64_t colum
   }
 }
 
-// Codes of any number of rows and columns, packed; what is added to fill a block is code 0.
-Tensor pack_codes(Tensor codes) {
+// Blocks [begin, end) in the order of linear_avx512vbmi.cpp.
+void pack_columns(const uint8_t* from, int64_t rows, int64_t columns, int64_t steps, int64_t begin, int64_t end, uint8_t* to) {
+  to += begin * steps * COLUMN_ROWS * 4;
+  for (int64_t block = begin; block < end; block++)
+    for (int64_t i = 0; i < steps; i++)
+      for (int64_t row = block * COLUMN_ROWS; row < (block + 1) * COLUMN_ROWS; row++, to += 4) {
+        const int64_t there = row < rows ? std::clamp<int64_t>(columns - i * COLUMN_STEP, 0, COLUMN_STEP) : 0;
+        uint64_t eight = 0;
+        if (there == COLUMN_STEP) std::memcpy(&eight, from + row * columns + i * COLUMN_STEP, COLUMN_STEP);
+        else if (there) std::memcpy(&eight, from + row * columns + i * COLUMN_STEP, static_cast<size_t>(there));
+        const uint32_t four = static_cast<uint32_t>(eight | eight >> 28);
+        std::memcpy(to, &four, 4);
+      }
+}
+
+// Codes of any number of rows and columns, packed in blocks of 8 or 16 rows; what is added to fill a block is code 0.
+Tensor pack_codes(Tensor codes, int64_t block_rows) {
   STD_TORCH_CHECK(codes.dim() == 2, "codes: expected two dimensions");
+  STD_TORCH_CHECK(block_rows == BLOCK_ROWS || block_rows == COLUMN_ROWS, "block_rows: expected 8 or 16");
   const uint8_t* from = data_of<uint8_t>(codes, ScalarType::Byte, "codes");
   const int64_t rows = codes.size(0), columns = codes.size(1);
-  const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, chunks = (columns + CHUNK - 1) / CHUNK;
-  Tensor packed = torch::stable::new_empty(codes, {blocks, chunks, BLOCK_ROWS / 2, 2, CHUNK_BYTES});
+  const int64_t blocks = (rows + block_rows - 1) / block_rows, chunks = (columns + CHUNK - 1) / CHUNK;
+  const bool by_columns = block_rows == COLUMN_ROWS;
+  const int64_t steps = chunks * (CHUNK / COLUMN_STEP);
+  Tensor packed = by_columns ? new_codes(codes, {blocks, steps, COLUMN_ROWS, COLUMN_STEP / 2})
+                             : new_codes(codes, {blocks, chunks, BLOCK_ROWS / 2, 2, CHUNK_BYTES});
   uint8_t* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, blocks, 16, [&](int64_t begin, int64_t end) { pack_blocks(from, rows, columns, begin, end, to); });
+  torch::stable::parallel_for(0, blocks, 16, [&](int64_t begin, int64_t end) {
+    if (by_columns) pack_columns(from, rows, columns, steps, begin, end, to);
+    else pack_blocks(from, rows, columns, begin, end, to);
+  });
   return packed;
 }
 
@@ -57,6 +103,24 @@ DUOTONE_CLONES void split_bytes(const uint8_t* from, int64_t count, uint8_t* to)
     to[2 * i] = from[i] & 15;
     to[2 * i + 1] = from[i] >> 4;
   }
+}
+
+// The codes of several weights, one after the other.
+Tensor join_codes(std::vector<Tensor> parts) {
+  STD_TORCH_CHECK(!parts.empty(), "codes: expected some");
+  std::vector<int64_t> shape(parts[0].sizes().begin(), parts[0].sizes().end());
+  for (size_t i = 1; i < parts.size(); i++) {
+    STD_TORCH_CHECK(parts[i].dim() == parts[0].dim(), "codes: expected one layout");
+    for (int64_t d = 1; d < parts[0].dim(); d++) STD_TORCH_CHECK(parts[i].size(d) == shape[d], "codes: expected one layout");
+    shape[0] += parts[i].size(0);
+  }
+  Tensor joined = new_codes(parts[0], shape);
+  uint8_t* to = static_cast<uint8_t*>(joined.mutable_data_ptr());
+  for (const Tensor& part : parts) {
+    std::memcpy(to, data_of<uint8_t>(part, ScalarType::Byte, "codes"), static_cast<size_t>(part.numel()));
+    to += part.numel();
+  }
+  return joined;
 }
 
 // Two codes of each byte, the lower half first: bytes [...] to codes [..., 2].
@@ -88,8 +152,8 @@ struct Result {
 template <typename T>
 void multiply(const Weight& weight, const T* x, int64_t tokens, const Result<T>& to) {
   Product product(weight, tokens);
-  torch::stable::parallel_for(0, tokens, grain(weight.columns * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) product.quantize(x + m * weight.columns, m);
+  torch::stable::parallel_for(0, tokens, grain(weight.p.in_features * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) product.quantize(x + m * weight.p.in_features, m);
   });
   // Whoever is free takes the next piece: cores are not alike, and not always ours.
   std::atomic<int64_t> next{0};
@@ -147,7 +211,8 @@ Tensor linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_s
 
 STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("linear_paths() -> int");
-  m.def("pack_codes(Tensor codes) -> Tensor");
+  m.def("pack_codes(Tensor codes, int block_rows) -> Tensor");
+  m.def("join_codes(Tensor[] parts) -> Tensor");
   m.def("unpack_bytes(Tensor bytes) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, Tensor? input_scale, Tensor? bias, "
@@ -156,6 +221,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("pack_codes", TORCH_BOX(&duotone::pack_codes));
+  m.impl("join_codes", TORCH_BOX(&duotone::join_codes));
   m.impl("unpack_bytes", TORCH_BOX(&duotone::unpack_bytes));
   m.impl("linear", TORCH_BOX(&duotone::linear));
 }

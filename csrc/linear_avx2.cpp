@@ -49,7 +49,7 @@ struct Avx2 {
 
 }  // namespace
 
-const LinearPath linear_avx2 = run_path<Avx2>;
+const LinearPath linear_avx2 = {split_words, split_words, run_path<Avx2>};
 
 }  // namespace duotone
 
@@ -60,6 +60,6 @@ const LinearPath linear_avx2 = run_path<Avx2>;
 #endif
 #else
 namespace duotone {
-const LinearPath linear_avx2 = nullptr;
+const LinearPath linear_avx2 = {nullptr, nullptr, nullptr};
 }
 #endif

@@ -21,7 +21,7 @@ struct Avx512 : Registers512 {
 
 }  // namespace
 
-const LinearPath linear_avx512 = run_path<Avx512>;
+const LinearPath linear_avx512 = {split_words, split_words, run_path<Avx512>};
 
 }  // namespace duotone
 
@@ -32,6 +32,6 @@ const LinearPath linear_avx512 = run_path<Avx512>;
 #endif
 #else
 namespace duotone {
-const LinearPath linear_avx512 = nullptr;
+const LinearPath linear_avx512 = {nullptr, nullptr, nullptr};
 }
 #endif

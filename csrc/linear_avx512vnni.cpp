@@ -22,7 +22,7 @@ struct Avx512Vnni : Registers512 {
 
 }  // namespace
 
-const LinearPath linear_avx512vnni = run_path<Avx512Vnni>;
+const LinearPath linear_avx512vnni = {split_words, split_words, run_path<Avx512Vnni>};
 
 }  // namespace duotone
 
@@ -33,6 +33,6 @@ const LinearPath linear_avx512vnni = run_path<Avx512Vnni>;
 #endif
 #else
 namespace duotone {
-const LinearPath linear_avx512vnni = nullptr;
+const LinearPath linear_avx512vnni = {nullptr, nullptr, nullptr};
 }
 #endif

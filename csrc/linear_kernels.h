@@ -19,6 +19,7 @@
 namespace duotone {
 
 constexpr int64_t BLOCK_ROWS = 8, CHUNK = 32, CHUNK_BYTES = 16, BLOCK_BYTES = BLOCK_ROWS * CHUNK_BYTES, TABLE_BYTES = 32;
+constexpr int64_t COLUMN_ROWS = 16, COLUMN_STEP = 8;  // of a block and a step in the layout of linear_avx512vbmi.cpp
 constexpr int64_t SEGMENT_CHUNKS = 8;  // at most: 256 columns of 255 units by 15 bits stay below 2^31
 
 // What a token has in a segment beside its values.
@@ -38,7 +39,7 @@ struct Sixteen {
 static_assert(sizeof(Sixteen) == TABLE_BYTES);
 
 struct Linear {
-  int64_t tokens, rows, chunks, groups, segment_chunks, segments;
+  int64_t in_features, tokens, rows, chunks, groups, segment_chunks, segments;
   int64_t group_segments;  // a group's
   const uint8_t* codes;
   const void* index;  // [N/8][G][8]: which row of the table
@@ -46,12 +47,15 @@ struct Linear {
   const Sixteen* table;
   int32_t bias;       // of all rows of the table, or -1 where they differ
   bool byte_units;    // row r of the table is that of the FP8 byte r: its unit is 2^(r / 8 + BYTE_UNIT - 127)
-  const int16_t *high, *low;      // [segments][M][columns of a segment]: what is read together lies together
-  const Segment* segment;         // [segments][M]
-  float* total;                   // [M][8 ceil(N/8)]: sums before any scale
+  const uint8_t* by_mantissa;  // [8][16], in place of a table, where a path has its own layout
+  float input_scale;  // static, or 0 for one a token
+  float fp8_max, smallest_scale;
+  int16_t *high, *low;  // [segments][M][columns of a segment]: what is read together lies together
+  Segment* segment;     // [segments][M]
+  float* total;         // [M][16 ceil(N/16)]: sums before any scale
 
   int64_t blocks() const { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
-  int64_t stride() const { return blocks() * BLOCK_ROWS; }
+  int64_t stride() const { return (blocks() + 1) / 2 * 2 * BLOCK_ROWS; }
   int64_t columns() const { return chunks * CHUNK; }
   int64_t chunks_of(int64_t s) const {
     return chunks - s * segment_chunks < segment_chunks ? chunks - s * segment_chunks : segment_chunks;
@@ -61,12 +65,43 @@ struct Linear {
 };
 
 constexpr float LOW_SCALE = 0x1p-9f;  // the step of FP8
-constexpr int32_t BYTE_UNIT = 127 - 10;
+constexpr int32_t BYTE_UNIT = 127 - 10, LOWEST_EXPONENT = -2;
 
-// What a path brings: columns of rows [begin, end), in units of 8 rows.
-using LinearPath = void (*)(const Linear&, int64_t begin, int64_t end);
+// A token's scale, NaN for one that holds what is no number, from the bits of its largest value without a sign.
+struct Activations {
+  float scale;
+  bool number;
+};
+inline Activations activations(const Linear& p, uint32_t largest) {
+  constexpr uint32_t infinity = 0x7F800000u;
+  float scale = p.input_scale;
+  const bool number = scale == 0.0f ? largest < infinity : largest <= infinity;  // a static scale clamps infinities
+  if (scale == 0.0f) {
+    std::memcpy(&scale, &largest, 4);
+    scale /= p.fp8_max;
+    scale = scale < p.smallest_scale ? p.smallest_scale : scale;
+  }
+  return {number ? scale : __builtin_nanf(""), number};
+}
 
-// Null where the path is not compiled in. All give the same bits.
-extern const LinearPath linear_portable, linear_avx2, linear_avx512, linear_avx512vnni;
+// How far a segment of whole numbers is shifted right to fit 16 bits.
+inline int shift_of(int32_t largest) {
+  int shift = 0;
+  while (largest >> shift > INT16_MAX) shift++;
+  return shift;
+}
+
+// What a path brings: a token put on the FP8 grid and split into segments, which returns its scale; and the sums of all tokens
+// for blocks of rows [begin, end). All null where the path is not compiled in. All give the same bits.
+struct LinearPath {
+  float (*split_bf16)(const Linear&, const uint16_t* x, int64_t token);
+  float (*split_float)(const Linear&, const float* x, int64_t token);
+  void (*run)(const Linear&, int64_t begin, int64_t end);
+};
+extern const LinearPath linear_portable, linear_avx2, linear_avx512, linear_avx512vnni, linear_avx512vbmi;
+
+// Activations as 16-bit numbers, in the order of columns: of all paths but the last.
+float split_words(const Linear& p, const uint16_t* x, int64_t token);
+float split_words(const Linear& p, const float* x, int64_t token);
 
 }  // namespace duotone

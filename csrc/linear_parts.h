@@ -34,11 +34,8 @@ int64_t linear_paths();
 // A weight as kernels/cpu.py packs it.
 struct Weight {
   Linear p;  // without tokens
-  int64_t columns;
   const float* outer;
-  float input_scale;  // static, or 0 for one a token
-  float fp8_max, smallest_scale;
-  LinearPath run;
+  const LinearPath* path;
 };
 
 // Its tensors: codes, index, table, outer_scale; input_scale or null. Its facts: columns, group_size, value_bias. Checked.

@@ -52,6 +52,6 @@ void run(const Linear& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const LinearPath linear_portable = run;
+const LinearPath linear_portable = {split_words, split_words, run};
 
 }  // namespace duotone

@@ -46,8 +46,8 @@ def test_says_what_loading_does(tiny_model: ModelMaker, tmp_path: Path, group_si
         module = linears[layer.layer]
         assert layer.shape == (module.out_features, module.in_features)
         if isinstance(module, QuantizedLinear):
-            assert (layer.backend, layer.runs) == (module.backend.NAME, module.backend.describe())
-            assert layer.refusals == (*module.refusals, *module.backend.path_refusals())
+            assert (layer.backend, layer.runs) == (module.backend.NAME, module.backend.describe(module.scheme))
+            assert layer.refusals == (*module.refusals, *module.backend.path_refusals(module.scheme))
             assert (layer.scheme, layer.kept_because) == (f"w4a8 hopper g{group_size}", None)
         else:
             assert (layer.backend, layer.runs, layer.refusals) == ("nn.Linear", "torch's own linear in bfloat16", ())
@@ -105,7 +105,7 @@ def test_without_the_extension(tiny_model: ModelMaker, tmp_path: Path) -> None:
     environment = {**os.environ, "DUOTONE_NATIVE": "0"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
     kernel = json.loads(done.stdout)["kernels"][0]
-    assert (kernel["backend"], kernel["runs"]) == (reference.NAME, reference.describe())
+    assert (kernel["backend"], kernel["runs"]) == (reference.NAME, reference.describe(Scheme()))
     assert kernel["refusals"] == ["cpu: DUOTONE_NATIVE=0"] and kernel["layers"] == 14
 
 

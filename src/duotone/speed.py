@@ -66,6 +66,7 @@ class _Prepared:
         self.shape, self.group_size = (rows, columns), bench.group_size
         weight = random_weight(rows, columns, bench.group_size, bench.seed)
         self.backend, self.refusals = choose(weight.scheme, torch.device("cpu"))
+        self.runs = self.backend.describe(weight.scheme)
         count = lambda size: max(2, -(-_OUT_OF_CACHE // size))  # noqa: E731
         self.packed = [self.backend.prepack(weight) for _ in range(count(rows * columns // 2))]
         self.bf16 = [torch.randn(rows, columns).bfloat16() for _ in range(count(rows * columns * 2))]
@@ -122,7 +123,7 @@ def _measure(bench: SpeedBench, prepared: _Prepared, x: Tensor, ceiling: float) 
         median = statistics.median(taken)
         yield provenance(bench.seed) | {
             "kernel": name,
-            "backend": prepared.backend.describe(),
+            "backend": prepared.runs,
             "refusals": prepared.refusals,
             "shape": [rows, columns],
             "tokens": len(x),

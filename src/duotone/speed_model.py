@@ -214,7 +214,7 @@ def _turn_of(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Callabl
 
 
 def _backend(model: PreTrainedModel) -> str:
-    return next(module.backend.describe() for module in model.modules() if isinstance(module, QuantizedLinear))
+    return next(module.backend.describe(module.scheme) for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def _nbytes(model: PreTrainedModel) -> int:

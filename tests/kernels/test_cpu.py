@@ -41,7 +41,7 @@ def threads() -> Iterator[None]:
 
 
 def packed_for(path: str, weight: QuantizedWeight) -> cpu.Packed:
-    return replace(cpu.prepack(weight), path=cpu.PATHS.index(path))
+    return cpu.prepack(weight, path)
 
 
 def tokens_of(count: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,10 +1,9 @@
-# Shapes: M tokens, N out_features, K in_features, G groups along K, T rows of the table.
+# Shapes: M tokens, N out_features, K in_features, G groups along K.
 """The W4A8 linear on a CPU, 4-bit codes all the way to the registers: csrc/linear.cpp, with a path for each instruction set.
 
-Every FP8 weight of a group is one of 16 values, so a weight is its codes, a table of such sixteens, and for each group the
-number of its row. The table is made by the contract; the compiled code knows nothing of FP8 products. It multiplies whole
-numbers, 8 bits of a weight by 16 of an activation, exactly (csrc/linear_kernels.h): all paths give the same bits, for any
-number of tokens and threads.
+A weight is its codes, a table of the values that they stand for, and for each group its place there (`layout`). The compiled code
+knows nothing of FP8 products. It multiplies whole numbers, 8 bits of a weight by 16 of an activation, exactly
+(csrc/linear_kernels.h): all paths give the same bits, for any number of tokens and threads.
 """
 
 from collections.abc import Sequence
@@ -14,31 +13,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from duotone.contract import fp8_product
-from duotone.formats import E4M3FN
-from duotone.kernels import native
-from duotone.qweight import QuantizedWeight, expand_groups, runnable_input_scale
+from duotone.kernels import layout, native
+from duotone.qweight import QuantizedWeight, runnable_input_scale
 from duotone.scheme import Scheme
 
 NAME = "cpu"
 #: In the order of csrc/linear.cpp's enum Path, the fastest last.
-PATHS = ("portable", "avx2", "avx512", "avx512vnni")
-_BLOCK_ROWS, _CHUNK = 8, 32
+PATHS = ("portable", "avx2", "avx512", "avx512vnni", "avx512vbmi")
+#: Has a layout of its own, for which weights must be of one kind.
+_BY_COLUMNS = PATHS.index("avx512vbmi")
 _NATIVE = (torch.bfloat16, torch.float32)
-#: Added to the values of a group, in its units, so that they are whole numbers of a byte.
-_BIAS = 128
-#: E4M3FN bytes 0 to 126 are its values from 0 to 448.
-_E4M3FN_POSITIVE = 127
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A weight as the op reads it: the only copy there is.
 
-    codes: uint8 [N/8, K/32, 4, 2, 16], padded. index: uint8 or uint16 [N/8, G, 8], rows of `table`. table: uint8 [T, 32]: 16
-    values in units of their own, the bias added to them, that unit as a float32 and that bias as an int32, and 8 bytes to
-    spare; T at least 256 so that no byte leads out of it. bias: of every row, or -1 where they differ. outer_scale: float32
-    [N]. input_scale: static activation scale or None.
+    codes, index, table, bias: as in `layout.Layout`. outer_scale: float32 [N]. input_scale: static activation scale or None.
+    path: the number of an instruction set, which also says the layout. parts: the rows of each of several weights in one.
     """
 
     codes: Tensor
@@ -59,6 +51,11 @@ class Packed:
         """Of each weight."""
         return [len(self.outer_scale)] if self.parts is None else self.parts.tolist()
 
+    @property
+    def block_rows(self) -> int:
+        """Of its layout."""
+        return layout.COLUMN_ROWS if self.path == _BY_COLUMNS else layout.BLOCK_ROWS
+
 
 def paths() -> list[str]:
     """The paths that this machine can run, the fastest last."""
@@ -76,116 +73,68 @@ def refuses(scheme: Scheme, device: torch.device) -> str | None:
     asked = native.asked_path()
     if asked is not None and asked not in paths():
         return f"DUOTONE_NATIVE={asked}, and this machine runs {', '.join(paths())}"
+    if asked is not None and (reason := _path_refuses(asked, scheme)):
+        return f"DUOTONE_NATIVE={asked}, which {reason}"
     size = scheme.group_size
-    return None if size % _CHUNK == 0 else f"group_size: found {size}, expected a multiple of {_CHUNK}"
+    return None if size % layout.CHUNK == 0 else f"group_size: found {size}, expected a multiple of {layout.CHUNK}"
 
 
-def describe() -> str:
+def describe(scheme: Scheme) -> str:
     """What will run, for people."""
-    return f"compiled for CPUs, {PATHS[_path()]}"
+    return f"compiled for CPUs, {PATHS[_path(scheme)]}"
 
 
-def path_refusals() -> list[str]:
+def path_refusals(scheme: Scheme) -> list[str]:
     """Why no faster path than the one taken will run: a sentence each, the fastest first."""
     there, asked = paths(), native.asked_path()
-    faster = reversed(PATHS[_path() + 1 :])
-    return [f"{name}: " + (f"DUOTONE_NATIVE={asked}" if name in there else "this machine lacks it") for name in faster]
+
+    def reason(name: str) -> str:
+        if name not in there:
+            return "this machine lacks it"
+        return f"DUOTONE_NATIVE={asked}" if asked else _path_refuses(name, scheme) or ""
+
+    return [f"{name}: {reason(name)}" for name in reversed(PATHS[_path(scheme) + 1 :])]
 
 
-def _path() -> int:
-    """The fastest, unless DUOTONE_NATIVE names another."""
-    return PATHS.index(native.asked_path() or paths()[-1])
+def _path(scheme: Scheme) -> int:
+    """The fastest that takes the scheme, unless DUOTONE_NATIVE names another."""
+    able = [name for name in paths() if _path_refuses(name, scheme) is None]
+    return PATHS.index(native.asked_path() or able[-1])
 
 
-def prepack(weight: QuantizedWeight) -> Packed:
-    """The form this backend multiplies. Raises ValueError when a static activation scale is missing."""
+def _path_refuses(name: str, scheme: Scheme) -> str | None:
+    """Why a path cannot multiply weights of a scheme, or None."""
+    if PATHS.index(name) == _BY_COLUMNS and layout.mantissa_table(scheme) is None:
+        return "needs INT4 codes without zero points and FP8 group scales (target hopper)"
+    return None
+
+
+def prepack(weight: QuantizedWeight, path: str | None = None) -> Packed:
+    """The form this backend multiplies, for a path of its own choice or the one named.
+
+    Raises ValueError when a static activation scale is missing or the path does not take such weights.
+    """
     scheme, (rows, columns) = weight.scheme, weight.shape
-    row_NG, table, bias = _table(weight)
-    groups, blocks = row_NG.shape[1], -(-rows // _BLOCK_ROWS)
-    index = torch.zeros(blocks * _BLOCK_ROWS, groups, dtype=torch.uint8 if len(table) <= 256 else torch.uint16)
-    index[:rows] = row_NG.to(index.dtype)
+    number = _path(scheme) if path is None else PATHS.index(path)
+    if reason := _path_refuses(PATHS[number], scheme):
+        raise ValueError(f"{PATHS[number]} {reason}")
     return Packed(
-        torch.ops.duotone.pack_codes(weight.codes.contiguous()),
-        index.view(blocks, _BLOCK_ROWS, groups).transpose(1, 2).contiguous(),
-        table,
-        bias,
+        *(layout.in_columns(weight) if number == _BY_COLUMNS else layout.in_blocks(weight)),
         weight.outer_scale.expand(rows).contiguous(),
         runnable_input_scale(weight),
         columns,
         scheme.group_size,
         scheme.target.fp8.max,
         scheme.target.smallest_activation_scale,
-        _path(),
+        number,
     )
-
-
-def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
-    """Which of some sixteens each group [N, G] of a weight has; those, uint8 [T, 32]; their bias, -1 if they differ."""
-    scheme, scale_NG, zero_NG = weight.scheme, weight.group_scale, weight.zero_point
-    zeros, unit = None, None
-    if zero_NG is not None:
-        pairs, row = torch.unique(torch.stack((scale_NG, zero_NG), -1).flatten(0, 1), dim=0, return_inverse=True)
-        scales, zeros = pairs[:, 0], pairs[:, 1:]
-    elif scheme.target.channel_outer_scale and scheme.target.fp8 is E4M3FN:  # scales are FP8 values: each is its byte's row
-        row = scale_NG.to(torch.float8_e4m3fn).view(torch.uint8)
-        scales = torch.arange(_E4M3FN_POSITIVE, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        unit = _byte_units()
-    else:
-        scales, row = torch.unique(scale_NG, return_inverse=True)
-    values = fp8_product(torch.tensor(scheme.levels), zeros, scales[:, None], scheme.target.fp8)
-    if unit is None:
-        unit = _largest_units(values, scheme.target.fp8.smallest_subnormal)
-    table, bias = _sixteens(values, unit)
-    table = torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table))))
-    return row.view(scale_NG.shape), table, int(bias[0]) if bool((bias == bias[0]).all()) else -1
-
-
-def _byte_units() -> Tensor:
-    """Of the rows that FP8 bytes have: one for each exponent, which the kernel reads from the byte (csrc/linear_kernels.h).
-
-    A scale is at most 15 such units and a level at most 8, so no value is more than 120.
-    """
-    return torch.ldexp(torch.ones(_E4M3FN_POSITIVE), torch.arange(_E4M3FN_POSITIVE) // 8 - 10)
-
-
-def _largest_units(values: Tensor, step: float) -> Tensor:
-    """Of each row [T, 16] of FP8 values, multiples of `step`: the largest power of two that divides all of them."""
-    steps = (values / step).to(torch.int32)
-    bits = steps[:, 0]
-    for i in range(1, steps.shape[1]):
-        bits = bits | steps[:, i]
-    return torch.where(bits == 0, 1, bits & -bits).float() * step
-
-
-def _sixteens(values: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the table for FP8 values [T, 16] that are whole numbers of a unit [T], and their biases.
-
-    FP8 has four significant bits and no level is more than 15 times another, so they span at most 240 units and what the
-    rounding of both ends adds, which a byte holds.
-    """
-    value = (values / unit[:, None]).to(torch.int32)
-    lowest, highest = value.amin(1), value.amax(1)
-    bias = torch.where((lowest >= -_BIAS) & (highest < 256 - _BIAS), _BIAS, -lowest)
-    biased = value + bias[:, None]
-    if int(biased.max()) > 255:
-        raise AssertionError("a group's FP8 values span more than 255 of their units")
-    facts = torch.stack((unit.view(torch.int32), bias.to(torch.int32)), 1)
-    spare = torch.zeros(len(values), 8, dtype=torch.uint8)
-    return torch.cat((biased.to(torch.uint8), facts.view(torch.uint8), spare), 1), bias
 
 
 def values(packed: Packed) -> Tensor:
     """The FP8 operand, float32 [N, K], out of what is packed."""
-    rows, columns = len(packed.outer_scale), packed.in_features
-    # [N/8, 4, 2] are a block's rows i and i + 4; bytes 2j + p of a row hold columns 8p + j: see csrc/linear_kernels.h.
-    bytes_ = packed.codes.permute(0, 3, 2, 1, 4).flatten(0, 2)  # [8 ceil(N/8), K/32, 16]
-    codes = torch.stack((bytes_ & 15, bytes_ >> 4), -2)
-    code_NK = codes.unflatten(-1, (8, 2)).transpose(-1, -2).flatten(1)[:rows, :columns]
-    facts = packed.table[:, 16:24].contiguous()
-    unit, bias = facts[:, :4].contiguous().view(torch.float32), facts[:, 4:].contiguous().view(torch.int32)
-    table = (packed.table[:, :16].to(torch.int32) - bias) * unit
-    row_NG = packed.index.to(torch.int64).transpose(1, 2).flatten(0, 1)[:rows]
-    return table[expand_groups(row_NG, packed.group_size, columns), code_NK.long()]
+    read = layout.column_values if packed.path == _BY_COLUMNS else layout.block_values
+    shape = (len(packed.outer_scale), packed.in_features)
+    return read(packed.codes, packed.index, packed.table, packed.group_size, shape)
 
 
 def can_merge(weights: Sequence[Packed]) -> bool:
@@ -196,24 +145,20 @@ def can_merge(weights: Sequence[Packed]) -> bool:
     return (
         all(getattr(weight, fact) == getattr(first, fact) for weight in weights for fact in facts)
         and all(scale == scales[0] for scale in scales)
-        and all(len(weight.outer_scale) % _BLOCK_ROWS == 0 for weight in weights[:-1])
+        and all(len(weight.outer_scale) % weight.block_rows == 0 for weight in weights[:-1])
+        and (first.path != _BY_COLUMNS or all(torch.equal(weight.table, first.table) for weight in weights))
     )
 
 
 def merge(weights: Sequence[Packed]) -> Packed:
     """Weights that read the same input as one, their rows one after the other (see `can_merge`)."""
-    table, index = weights[0].table, [weight.index for weight in weights]
-    if any(not torch.equal(weight.table, table) for weight in weights):
-        begins = [sum(len(weight.table) for weight in weights[:i]) for i in range(len(weights))]
-        table, row_T = torch.unique(torch.cat([weight.table for weight in weights]), dim=0, return_inverse=True)
-        index = [row_T[weight.index.long() + begin] for weight, begin in zip(weights, begins, strict=True)]
-    wide = len(table) > 256
+    table, index = layout.merge_tables([weight.table for weight in weights], [weight.index for weight in weights])
     biases = {weight.bias for weight in weights}
     return replace(
         weights[0],
-        codes=torch.cat([weight.codes for weight in weights]),
-        index=torch.cat(index).to(torch.uint16 if wide else torch.uint8),
-        table=torch.nn.functional.pad(table, (0, 0, 0, max(0, 256 - len(table)))),
+        codes=torch.ops.duotone.join_codes([weight.codes for weight in weights]),
+        index=index,
+        table=table,
         bias=biases.pop() if len(biases) == 1 else -1,
         outer_scale=torch.cat([weight.outer_scale for weight in weights]),
         parts=torch.tensor([len(weight.outer_scale) for weight in weights]),
@@ -226,7 +171,7 @@ def split(merged: Packed) -> list[Packed]:
     weights: list[Packed] = []
     row = 0
     for rows in merged.rows:
-        blocks = slice(row // _BLOCK_ROWS, -(-(row + rows) // _BLOCK_ROWS))
+        blocks = slice(row // merged.block_rows, -(-(row + rows) // merged.block_rows))
         outer = merged.outer_scale[row : row + rows]
         weights.append(replace(merged, codes=merged.codes[blocks], index=merged.index[blocks], outer_scale=outer, parts=None))
         row += rows

@@ -35,4 +35,4 @@ class Verdict:
 def explain(scheme: Scheme, device: torch.device) -> Verdict:
     """The choice in words: faster backends that refused, then faster paths of the one that runs."""
     backend, refusals = choose(scheme, device)
-    return Verdict(backend.NAME, backend.describe(), (*refusals, *backend.path_refusals()))
+    return Verdict(backend.NAME, backend.describe(scheme), (*refusals, *backend.path_refusals(scheme)))

@@ -1,8 +1,8 @@
 """The compiled extension: the ops torch.ops.duotone.*, loaded once, or a sentence that says why they are not there.
 
 It is optional: everything it computes, torch computes too, slower. DUOTONE_NATIVE is the only environment variable that duotone
-reads: 0 leaves the extension unloaded (to compare, or to rule it out as a cause); portable, avx2, avx512 or avx512vnni has the
-linears of a quantized model take that path (kernels/cpu.py).
+reads: 0 leaves the extension unloaded (to compare, or to rule it out as a cause); portable, avx2, avx512, avx512vnni or
+avx512vbmi has the linears of a quantized model take that path (kernels/cpu.py).
 """
 
 import os

@@ -32,13 +32,15 @@ def refuses(scheme: Scheme, device: torch.device) -> str | None:
     return None
 
 
-def describe() -> str:
+def describe(scheme: Scheme) -> str:
     """What will run, for people."""
+    del scheme
     return "plain torch: exact, not fast"
 
 
-def path_refusals() -> list[str]:
+def path_refusals(scheme: Scheme) -> list[str]:
     """Why no faster path will run: there is one only."""
+    del scheme
     return []
 
 
