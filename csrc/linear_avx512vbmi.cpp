@@ -6,8 +6,8 @@
 // the mantissa of a normal one.
 //
 // Layout: codes [N/16][K/8][16 rows][4 bytes], byte b of a row has column b in its low half and column 4 + b in its high half;
-// index [N/16][G][16 rows], a mantissa in bits 4 to 6 and an exponent in bits 0 to 3. Activations [segments][M][K/8 of a
-// segment][2 halves][2 digits, high and low][4 columns], and what a segment's shift cut off [segments][M][columns of a segment].
+// index [N/16][G][16 rows], a mantissa in bits 4 to 6 and an exponent in bits 0 to 3. Activations: in place of
+// a segment's columns [K/8][2 halves][2 digits, high and low][4 columns], and as bytes what the segment's shift cut off.
 #include "linear_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -28,7 +28,7 @@ namespace {
 constexpr int64_t ROWS = COLUMN_ROWS, STEP = COLUMN_STEP, STEP_BYTES = 64;
 constexpr int64_t CHUNK_STEPS = CHUNK / STEP;
 constexpr int MOST = 8, FEW = 4;                        // tokens that a decoded weight meets; so few that sums stay in registers
-constexpr int64_t TOKEN_BLOCK = 48, CACHED = 262144;     // tokens, bytes of their activations: these stay in the second level of cache
+constexpr int64_t PART = 2048;                           // columns of MOST tokens that stay in the first level of cache
 constexpr int64_t AHEAD = 8192, FAR_AHEAD = 24576;       // bytes of codes to fetch ahead, into the first and second level of cache
 
 struct Table {
@@ -73,36 +73,29 @@ DUOTONE_ALWAYS __m512 add_segment(__m512 total, __m512i sum, int32_t biased, __m
   return _mm512_fmadd_ps(_mm512_mul_ps(exact, _mm512_set1_ps(scale)), unit, total);
 }
 
-// What the shift of a segment cut off: seldom anything, and then in few chunks.
+// What the shift of a segment cut off: seldom anything, and then in few steps.
 __attribute__((noinline)) __m512 add_low(const Linear& p, int64_t block, int64_t s, int64_t token, __m512 total) {
   const Table table(p);
   const Group group(p, block, s / p.group_segments);
-  const Segment& of = p.segment[s * p.tokens + token];
+  const Segment& of = p.of(s, token);
   const uint8_t* codes = p.codes + (block * p.chunks + s * p.segment_chunks) * CHUNK_STEPS * STEP_BYTES;
   const int8_t* x = reinterpret_cast<const int8_t*>(p.low) + p.at(s, token);
   __m512i sum = _mm512_setzero_si512();
-  for (uint32_t left = of.low_chunks; left; left &= left - 1) {
-    const int64_t c = __builtin_ctz(left);
-    for (int64_t i = c * CHUNK_STEPS; i < (c + 1) * CHUNK_STEPS; i++) {
-      const __m512i both = _mm512_loadu_si512(codes + i * STEP_BYTES);
-      sum = _mm512_dpbusd_epi32(sum, decode(table, group, both), four(x + i * STEP));
-      sum = _mm512_dpbusd_epi32(sum, decode(table, group, _mm512_srli_epi16(both, 4)), four(x + i * STEP + 4));
-    }
+  for (uint32_t left = of.low_parts; left; left &= left - 1) {
+    const int64_t i = __builtin_ctz(left);
+    const __m512i both = _mm512_loadu_si512(codes + i * STEP_BYTES);
+    sum = _mm512_dpbusd_epi32(sum, decode(table, group, both), four(x + i * STEP));
+    sum = _mm512_dpbusd_epi32(sum, decode(table, group, _mm512_srli_epi16(both, 4)), four(x + i * STEP + 4));
   }
   return add_segment(total, sum, of.low_sum, group.unit, LOW_SCALE);
 }
 
-// A block of rows times TOKENS tokens over segments [first, last).
+// A block of rows times TOKENS tokens over segments [first, last), added to `total` [TOKENS][16]. `far` bytes on in the codes is
+// what will be read later.
 template <int TOKENS>
-DUOTONE_ALWAYS void tile(const Linear& p, int64_t block, int64_t token, int64_t first, int64_t last) {
+DUOTONE_ALWAYS void tile(const Linear& p, int64_t block, int64_t token, int64_t first, int64_t last, float* total, int64_t far) {
   constexpr int CHAINS = TOKENS == 1 ? 2 : 1;  // a token's sums, so that no addition waits for the one before
   const Table table(p);
-  __m512 kept[TOKENS <= FEW ? TOKENS : 1];
-  float* to = p.total + token * p.stride() + block * ROWS;
-  const int64_t stride = p.stride();
-  const auto load = [&](int t) { return first ? _mm512_loadu_ps(to + t * stride) : _mm512_setzero_ps(); };
-  if (TOKENS <= FEW)
-    for (int t = 0; t < TOKENS; t++) kept[t] = load(t);
   const uint8_t* codes = p.codes + (block * p.chunks + first * p.segment_chunks) * CHUNK_STEPS * STEP_BYTES;
   int64_t number = first / p.group_segments, left = p.group_segments - first % p.group_segments;
   for (int64_t s = first; s < last; s++) {
@@ -115,7 +108,8 @@ DUOTONE_ALWAYS void tile(const Linear& p, int64_t block, int64_t token, int64_t 
       for (int c = 0; c < CHAINS; c++) high[t][c] = low[t][c] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int64_t i = 0; i < steps; i++) {
-      if (TOKENS <= FEW) __builtin_prefetch(codes + AHEAD), __builtin_prefetch(codes + FAR_AHEAD, 0, 2);
+      if (TOKENS <= FEW) __builtin_prefetch(codes + AHEAD);
+      __builtin_prefetch(codes + far, 0, 2);
       const __m512i both = _mm512_loadu_si512(codes);
       codes += STEP_BYTES;
 #pragma GCC unroll 2
@@ -129,45 +123,52 @@ DUOTONE_ALWAYS void tile(const Linear& p, int64_t block, int64_t token, int64_t 
         }
       }
     }
-    const Segment* of = p.segment + s * p.tokens + token;
+    const Segment* of = &p.of(s, token);
 #pragma GCC unroll 16
     for (int t = 0; t < TOKENS; t++) {
       for (int c = 1; c < CHAINS; c++)
         high[t][0] = _mm512_add_epi32(high[t][0], high[t][c]), low[t][0] = _mm512_add_epi32(low[t][0], low[t][c]);
       const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[t][0], 8), low[t][0]);
-      const __m512 before = TOKENS <= FEW ? kept[t % FEW] : s == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(to + t * stride);
-      __m512 total = add_segment(before, sum, of[t].high_sum, group.unit, of[t].scale);
-      if (of[t].low_chunks) total = add_low(p, block, s, token + t, total);
-      if (TOKENS <= FEW) kept[t % FEW] = total;
-      else _mm512_storeu_ps(to + t * stride, total);
+      const __m512 before = _mm512_load_ps(total + t * ROWS);
+      _mm512_store_ps(total + t * ROWS, add_segment(before, sum, of[t].high_sum, group.unit, of[t].scale));
     }
     if (!--left) number++, left = p.group_segments;
   }
-  if (TOKENS <= FEW)
-    for (int t = 0; t < TOKENS; t++) _mm512_storeu_ps(to + t * stride, kept[t]);
+}
+
+// TOKENS tokens times blocks of rows [begin, end) over segments [first, last).
+template <int TOKENS>
+void blocks(const Linear& p, int64_t begin, int64_t end, int64_t token, int64_t first, int64_t last) {
+  alignas(64) float total[TOKENS * ROWS];
+  const bool whole = last - first == p.segments;  // then the next block's codes come after this one's
+  const int64_t far = whole ? FAR_AHEAD : p.chunks * CHUNK_STEPS * STEP_BYTES;
+  for (int64_t block = begin; block < end; block++) {
+    float* to = p.total + token * p.stride() + block * ROWS;
+    for (int t = 0; t < TOKENS; t++)
+      _mm512_store_ps(total + t * ROWS, first ? _mm512_loadu_ps(to + t * p.stride()) : _mm512_setzero_ps());
+    tile<TOKENS>(p, block, token, first, last, total, far);
+    for (int t = 0; t < TOKENS; t++) {
+      __m512 sum = _mm512_load_ps(total + t * ROWS);
+      if (last == p.segments) p.each_low(token + t, [&](int64_t s) { sum = add_low(p, block, s, token + t, sum); });
+      _mm512_storeu_ps(to + t * p.stride(), sum);
+    }
+  }
 }
 
 void run(const Linear& p, int64_t begin, int64_t end) {
-  const int64_t some = p.tokens < TOKEN_BLOCK ? p.tokens : TOKEN_BLOCK;
-  int64_t part = p.tokens <= FEW ? p.segments : CACHED / (some * p.segment_chunks * CHUNK * 2);
+  begin /= COLUMN_ROWS / BLOCK_ROWS, end = (end + 1) / (COLUMN_ROWS / BLOCK_ROWS);
+  int64_t part = p.tokens <= MOST ? p.segments : PART / (p.segment_chunks * CHUNK);
   if (part < 1) part = 1;
-  // Tokens and columns in parts whose activations stay in the second level of cache while all rows pass by.
-  for (int64_t token = 0; token < p.tokens; token += TOKEN_BLOCK)
+  for (int64_t some = 0; some < p.tokens; some += TOKEN_BLOCK)
     for (int64_t first = 0; first < p.segments; first += part) {
-      const int64_t to = token + TOKEN_BLOCK < p.tokens ? token + TOKEN_BLOCK : p.tokens;
+      const int64_t to = some + TOKEN_BLOCK < p.tokens ? some + TOKEN_BLOCK : p.tokens;
       const int64_t last = first + part < p.segments ? first + part : p.segments;
-      for (int64_t block = begin / 2; block < (end + 1) / 2; block++) {
-        int64_t t = token;
-        for (; t + MOST <= to; t += MOST) tile<MOST>(p, block, t, first, last);
-        for (; t + 8 <= to; t += 8) tile<8>(p, block, t, first, last);
-        for (; t + 4 <= to; t += 4) tile<4>(p, block, t, first, last);
-        switch (to - t) {
-          case 1: tile<1>(p, block, t, first, last); break;
-          case 2: tile<2>(p, block, t, first, last); break;
-          case 3: tile<3>(p, block, t, first, last); break;
-          default: break;
-        }
-      }
+      int64_t t = some;
+      for (; t + MOST <= to; t += MOST) blocks<MOST>(p, begin, end, t, first, last);
+      for (; t + 4 <= to; t += 4) blocks<4>(p, begin, end, t, first, last);
+      if (to - t == 1) blocks<1>(p, begin, end, t, first, last);
+      if (to - t == 2) blocks<2>(p, begin, end, t, first, last);
+      if (to - t == 3) blocks<3>(p, begin, end, t, first, last);
     }
 }
 
@@ -221,10 +222,12 @@ DUOTONE_ALWAYS float split_token(const Linear& p, const T* x, int64_t token) {
       store(high + i * 32, _mm_unpacklo_epi32(big, small)), store(high + i * 32 + 16, _mm_unpackhi_epi32(big, small));
       if (!shift) continue;
       store(low + i * 16, _mm512_cvtepi32_epi8(below));
-      if (_mm512_test_epi32_mask(below, below)) found.low_chunks |= uint32_t{1} << (i / 2);
+      const uint32_t any = _mm512_test_epi32_mask(below, below);
+      found.low_parts |= ((any & 0xFF) != 0 ? uint32_t{1} : 0) << i * 2 | (any >> 8 != 0 ? uint32_t{2} : 0) << i * 2;
     }
     found.high_sum = _mm512_reduce_add_epi32(high_sum) * p.bias, found.low_sum = _mm512_reduce_add_epi32(low_sum) * p.bias;
-    p.segment[s * p.tokens + token] = found;
+    p.of(s, token) = found;
+    if (found.low_parts) p.low_segments[token * p.low_words() + s / 64] |= uint64_t{1} << s % 64;
   }
   return of.scale;
 }

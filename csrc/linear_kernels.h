@@ -6,8 +6,8 @@
 // FP8 activations are whole numbers of 2^-9, of 18 bits. A segment of columns is shifted right until it fits 16; what falls
 // off is not 0 only where a value is 2^11 times smaller than the segment's largest, and is multiplied apart, in `low`.
 // So sums over a segment are integers, exact, and in any order the same: 16 x 16 bits multiply at twice the rate of float32.
-// Each becomes a float32, and these are added first to last. That is all the rounding there is, and it is the same for any
-// number of tokens and threads and on any path.
+// Each becomes a float32, and these are added first to last, then those of what was cut off. That is all the rounding there is,
+// and it is the same for any number of tokens and threads and on any path.
 //
 // Layout: codes [N/8][C][4][2 rows][16 bytes], C chunks of 32 columns; the two rows of a pair are 4 apart. Byte 2j + p of a row
 // holds column 8p + j in its low half and 16 + 8p + j in its high half, so that even and odd bytes become 8 columns each.
@@ -20,13 +20,14 @@ namespace duotone {
 
 constexpr int64_t BLOCK_ROWS = 8, CHUNK = 32, CHUNK_BYTES = 16, BLOCK_BYTES = BLOCK_ROWS * CHUNK_BYTES, TABLE_BYTES = 32;
 constexpr int64_t COLUMN_ROWS = 16, COLUMN_STEP = 8;  // of a block and a step in the layout of linear_avx512vbmi.cpp
+constexpr int64_t TOKEN_BLOCK = 64;    // tokens that a decoded weight meets before the next one is
 constexpr int64_t SEGMENT_CHUNKS = 8;  // at most: 256 columns of 255 units by 15 bits stay below 2^31
 
 // What a token has in a segment beside its values.
 struct Segment {
   float scale;          // of `high`, a power of two
   int32_t high_sum, low_sum;  // times the bias that all rows have in common, if they do
-  uint32_t low_chunks;  // bit by bit, the chunks where `low` is not zero
+  uint32_t low_parts;   // bit by bit, where `low` is not zero: which chunks, or steps in linear_avx512vbmi.cpp
 };
 
 // A row of the table.
@@ -50,8 +51,9 @@ struct Linear {
   const uint8_t* by_mantissa;  // [8][16], in place of a table, where a path has its own layout
   float input_scale;  // static, or 0 for one a token
   float fp8_max, smallest_scale;
-  int16_t *high, *low;  // [segments][M][columns of a segment]: what is read together lies together
-  Segment* segment;     // [segments][M]
+  int16_t *high, *low;  // [M/64][segments][up to 64 tokens][columns of a segment]: what is read together lies together
+  Segment* segment;     // [M/64][segments][up to 64 tokens]
+  uint64_t* low_segments;  // [M][low_words()], bit by bit: which segments have any low_parts
   float* total;         // [M][16 ceil(N/16)]: sums before any scale
 
   int64_t blocks() const { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
@@ -61,7 +63,23 @@ struct Linear {
     return chunks - s * segment_chunks < segment_chunks ? chunks - s * segment_chunks : segment_chunks;
   }
   // Where a token's values of a segment begin.
-  int64_t at(int64_t s, int64_t token) const { return (s * segment_chunks * tokens + token * chunks_of(s)) * CHUNK; }
+  int64_t at(int64_t s, int64_t token) const {
+    const int64_t first = token / TOKEN_BLOCK * TOKEN_BLOCK;
+    return first * columns() + (s * segment_chunks * together(first) + (token - first) * chunks_of(s)) * CHUNK;
+  }
+  Segment& of(int64_t s, int64_t token) const {
+    const int64_t first = token / TOKEN_BLOCK * TOKEN_BLOCK;
+    return segment[first * segments + s * together(first) + token - first];
+  }
+  int64_t low_words() const { return (segments + 63) / 64; }
+  // Calls with each segment of a token that has low parts, first to last.
+  template <class F>
+  inline __attribute__((always_inline)) void each_low(int64_t token, F&& call) const {
+    const uint64_t* words = low_segments + token * low_words();
+    for (int64_t i = 0; i < low_words(); i++)
+      for (uint64_t left = words[i]; left; left &= left - 1) call(i * 64 + __builtin_ctzll(left));
+  }
+  int64_t together(int64_t first) const { return tokens - first < TOKEN_BLOCK ? tokens - first : TOKEN_BLOCK; }
 };
 
 constexpr float LOW_SCALE = 0x1p-9f;  // the step of FP8

@@ -2,6 +2,8 @@
 
 #include "linear_parts.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cmath>
 #include <limits>
 
@@ -139,11 +141,15 @@ Weight weight_of(const Tensor* four, const Tensor* input_scale, const WeightFact
 
 Product::Product(const Weight& weight, int64_t tokens) : weight_(weight), p_(weight.p) {
   p_.tokens = tokens;
-  step_ = grain(p_.columns() * BLOCK_ROWS * 2 * tokens);
+  // Many pieces a thread, so that one who is interrupted leaves little; few, so that activations serve many rows.
+  const int64_t pieces = 16 * static_cast<int64_t>(torch::stable::get_num_threads());
+  step_ = std::max(grain(p_.columns() * BLOCK_ROWS * 2 * tokens), pairs() / pieces);
   high_ = array_of<int16_t>(tokens * p_.columns()), low_ = array_of<int16_t>(tokens * p_.columns());
   segment_ = array_of<Segment>(tokens * p_.segments);
+  low_segments_ = array_of<uint64_t>(tokens * p_.low_words());
+  std::fill_n(low_segments_.get(), tokens * p_.low_words(), uint64_t{0});
   total_ = array_of<float>(tokens * p_.stride()), scale_ = array_of<float>(tokens);
-  p_.high = high_.get(), p_.low = low_.get(), p_.segment = segment_.get(), p_.total = total_.get();
+  p_.high = high_.get(), p_.low = low_.get(), p_.segment = segment_.get(), p_.low_segments = low_segments_.get(), p_.total = total_.get();
 }
 
 void Product::quantize(const uint16_t* x, int64_t token) { scale_[token] = weight_.path->split_bf16(p_, x, token); }

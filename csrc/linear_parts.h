@@ -73,6 +73,7 @@ class Product {
   int64_t step_;  // in pairs of blocks, which share a panel
   Array<int16_t> high_, low_;
   Array<Segment> segment_;
+  Array<uint64_t> low_segments_;
   Array<float> total_, scale_;
 };
 

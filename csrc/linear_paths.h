@@ -10,8 +10,8 @@ namespace duotone {
 namespace {
 
 constexpr int64_t PAIRS = CHUNK / 2;                                 // of columns, in a chunk
-constexpr int64_t PANEL_ROWS = 16, TOKEN_BLOCK = 48;                 // decoded at once, beside tokens that share them
-constexpr int64_t CACHED_COLUMNS = 2048;                             // of TOKEN_BLOCK tokens, 192 KiB
+constexpr int64_t PANEL_ROWS = 16;                                   // decoded at once
+constexpr int64_t CACHED_COLUMNS = 2048;                             // of TOKEN_BLOCK tokens, 256 KiB
 constexpr int64_t AHEAD = 2048;                                      // bytes of codes to fetch ahead
 constexpr int64_t USUAL_CHUNKS = 4;                                  // of a segment: a group of 128 columns
 
@@ -137,25 +137,27 @@ struct Kernel {
       for (int t = 0; t < TOKENS; t++) {
         const __m256i rows_sum = rows_of(sum[t][0], sum[t][1], sum[t][2], sum[t][3]);
         total[t] = add_segment(total[t], rows_sum, rows.biased(p, of[t].high_sum), unit, of[t].scale);
-        if (of[t].low_chunks) total[t] = add_low(p, codes, block, group, s, t, total[t]);
       }
       if (!--left) group++, left = p.group_segments;
       codes += chunks * BLOCK_BYTES, high += TOKENS * chunks * CHUNK;
     }
-    for (int t = 0; t < TOKENS; t++) _mm256_storeu_ps(p.total + t * p.stride() + block * BLOCK_ROWS, total[t]);
+    for (int t = 0; t < TOKENS; t++) {
+      p.each_low(t, [&](int64_t s) { total[t] = add_low(p, block, s, t, total[t]); });
+      _mm256_storeu_ps(p.total + t * p.stride() + block * BLOCK_ROWS, total[t]);
+    }
   }
 
   // What the shift of a segment cut off: seldom anything, and then in few chunks.
-  static __attribute__((noinline)) __m256 add_low(const Linear& p, const uint8_t* codes, int64_t block, int64_t group, int64_t s,
-                                                  int64_t token, __m256 total) {
-    const Block rows(p, block, group);
+  static __attribute__((noinline)) __m256 add_low(const Linear& p, int64_t block, int64_t s, int64_t token, __m256 total) {
+    const Block rows(p, block, s / p.group_segments);
+    const uint8_t* codes = p.codes + (block * p.chunks + s * p.segment_chunks) * BLOCK_BYTES;
     const int16_t* x = p.low + p.at(s, token);
-    const Segment& of = p.segment[s * p.tokens + token];
+    const Segment& of = p.of(s, token);
     I value[REGS], sum[1][REGS];
     V::values(rows, value);
     __m256i stored[4];
     for (int r = 0; r < REGS; r++) sum[0][r] = V::zero();
-    for (uint32_t left = of.low_chunks; left; left &= left - 1) {
+    for (uint32_t left = of.low_parts; left; left &= left - 1) {
       const int64_t c = __builtin_ctz(left);
       chunk<false, 1, 0, REGS>(codes + c * BLOCK_BYTES, &x, c * CHUNK, value, sum);
     }
@@ -223,16 +225,8 @@ struct Kernel {
     multiply<TOKENS>(panel, p.high + first, columns, columns / 2, sum);
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) {
-      const Segment& of = p.segment[s * p.tokens + token + t];
+      const Segment& of = p.of(s, token + t);
       add_panel(p, sum[t], bias, unit, of.high_sum, of.scale, total + t * PANEL_ROWS);
-      if (!of.low_chunks) continue;
-      I low[1][WIDE];
-      for (int i = 0; i < WIDE; i++) low[0][i] = V::zero();
-      for (uint32_t left = of.low_chunks; left; left &= left - 1) {
-        const int64_t c = __builtin_ctz(left);
-        multiply<1>(panel + c * PAIRS * PANEL_ROWS * 2, p.low + first + t * columns + c * CHUNK, 0, PAIRS, low);
-      }
-      add_panel(p, low[0], bias, unit, of.low_sum, LOW_SCALE, total + t * PANEL_ROWS);
     }
   }
 
@@ -275,6 +269,14 @@ struct Kernel {
       for (; t < end; t++) tile<1>(p, panel, t, s, bias, unit, total + (t - begin) * PANEL_ROWS);
     }
     each([](float* to, const float* from) { _mm256_storeu_ps(to, _mm256_load_ps(from)); });
+    if (last < p.segments) return;
+    for (int64_t t = begin; t < end; t++)
+      p.each_low(t, [&](int64_t s) {
+        for (int64_t of = block; of < block + blocks; of++) {
+          float* to = p.total + t * p.stride() + of * BLOCK_ROWS;
+          _mm256_storeu_ps(to, add_low(p, of, s, t, _mm256_loadu_ps(to)));
+        }
+      });
   }
 
   template <int TOKENS>

@@ -31,22 +31,21 @@ void run(const Linear& p, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < BLOCK_ROWS; r++) {
       float* total = p.total + block * BLOCK_ROWS + r;
       for (int64_t m = 0; m < p.tokens; m++) total[m * p.stride()] = 0.0f;
-      for (int64_t s = 0; s < p.segments; s++) {
+      const auto add = [&](int64_t s, int64_t begin, int64_t end, bool low) {
         const int64_t first = s * p.segment_chunks, chunks = p.chunks_of(s);
         const Sixteen& sixteen = row_of(p, (block * p.groups + s / p.group_segments) * BLOCK_ROWS + r);
         const uint8_t* codes = p.codes + (block * p.chunks + first) * BLOCK_BYTES + (r % 4 * 2 + r / 4) * CHUNK_BYTES;
         const int32_t bias = p.bias < 0 ? sixteen.bias : 1;  // a common one is in the sums
         decode(codes, chunks, sixteen.value, w);
-        for (int64_t m = 0; m < p.tokens; m++) {
-          const Segment& segment = p.segment[s * p.tokens + m];
-          const int64_t at = p.at(s, m);
-          const int32_t high = dot(w, p.high + at, chunks * CHUNK) - bias * segment.high_sum;
-          total[m * p.stride()] += static_cast<float>(high) * segment.scale * sixteen.unit;
-          if (!segment.low_chunks) continue;
-          const int32_t low = dot(w, p.low + at, chunks * CHUNK) - bias * segment.low_sum;
-          total[m * p.stride()] += static_cast<float>(low) * LOW_SCALE * sixteen.unit;
+        for (int64_t m = begin; m < end; m++) {
+          const Segment& of = p.of(s, m);
+          const int32_t sum = dot(w, (low ? p.low : p.high) + p.at(s, m), chunks * CHUNK);
+          const int32_t exact = sum - bias * (low ? of.low_sum : of.high_sum);
+          total[m * p.stride()] += static_cast<float>(exact) * (low ? LOW_SCALE : of.scale) * sixteen.unit;
         }
-      }
+      };
+      for (int64_t s = 0; s < p.segments; s++) add(s, 0, p.tokens, false);
+      for (int64_t m = 0; m < p.tokens; m++) p.each_low(m, [&](int64_t s) { add(s, m, m + 1, true); });
     }
 }
 

@@ -23,7 +23,7 @@ DUOTONE_INLINE Segment split_segment(const int32_t* value, int64_t chunks, int16
       found.high_sum += above, found.low_sum += below;
       any |= below;
     }
-    found.low_chunks |= any ? uint32_t{1} << c : 0;
+    found.low_parts |= any ? uint32_t{1} << c : 0;
   }
   return found;
 }
@@ -47,9 +47,10 @@ DUOTONE_INLINE float split_token(const Linear& p, const T* x, int64_t token, int
   const float scale = whole_numbers(p, x, value);
   for (int64_t s = 0; s < p.segments; s++) {
     const int64_t at = p.at(s, token);
-    Segment& of = p.segment[s * p.tokens + token];
+    Segment& of = p.of(s, token);
     of = split_segment(value + s * p.segment_chunks * CHUNK, p.chunks_of(s), p.high + at, p.low + at);
     if (p.bias >= 0) of.high_sum *= p.bias, of.low_sum *= p.bias;
+    if (of.low_parts) p.low_segments[token * p.low_words() + s / 64] |= uint64_t{1} << s % 64;
   }
   return scale;
 }

@@ -4,6 +4,7 @@ A path that this CPU lacks is skipped by name; `portable` runs everywhere.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
 from duotone.kernels import cpu, dispatch, native, reference
+from duotone.kernels.layout import mantissa_table
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.runtime.linear import QuantizedLinear
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
@@ -29,6 +31,7 @@ RUNS = cpu.paths() if native.available() else []
 PATHS = [pytest.param(path, marks=pytest.mark.skipif(path not in RUNS, reason=f"this CPU has no {path}")) for path in cpu.PATHS]
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 SCHEMES = st.builds(Scheme, st.sampled_from([HOPPER, GAUDI]), st.sampled_from([32, 64, 128]), st.booleans())
+NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1.0)
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 
@@ -41,6 +44,9 @@ def threads() -> Iterator[None]:
 
 
 def packed_for(path: str, weight: QuantizedWeight) -> cpu.Packed:
+    """For a path, or for the next one where it does not take such weights: those have a test of their own."""
+    if path == "avx512vbmi" and mantissa_table(weight.scheme) is None:
+        path = "avx512vnni"
     return cpu.prepack(weight, path)
 
 
@@ -56,9 +62,11 @@ def tokens_of(count: int, columns: int, dtype: torch.dtype = torch.float32, seed
 def test_packing_loses_nothing(rows: int, columns: int, scheme: Scheme) -> None:
     """The FP8 operand comes back bit for bit from what is packed, and padding aside it takes half a byte a weight."""
     weight = make_weight(rows, columns, scheme)
-    packed = cpu.prepack(weight)
-    assert torch.equal(cpu.values(packed), fp8_values(weight))
-    assert packed.codes.numel() == -(-rows // 8) * 8 * -(-columns // 32) * 16
+    for path in RUNS:
+        packed = packed_for(path, weight)
+        assert torch.equal(cpu.values(packed), fp8_values(weight))
+        block = packed.block_rows
+        assert packed.codes.numel() == -(-rows // block) * block * -(-columns // 32) * 16
 
 
 @EVERY_PATH
@@ -85,17 +93,18 @@ def test_equals_float64(path: str, rows: int, columns: int, tokens: int, scheme:
 
 
 def by_segments(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """What csrc/linear_kernels.h says, in int64 and float32: exact sums of segments, added from the first to the last."""
+    """What csrc/linear_kernels.h says, in int64 and float32: exact sums of segments, first to last, then what was cut off."""
     scheme, (rows, columns) = weight.scheme, weight.shape
     x8, scale = quantize_activations(x, scheme.target, weight.input_scale)
     w_NK, x_MK = (fp8_values(weight) * 512).long(), (x8 * 512).long()
     total = torch.zeros(len(x), rows)
     width = min(scheme.group_size, 256)  # the groups of these tests are powers of two
-    for first in range(0, columns, width):
-        x_Mk, w_Nk = x_MK[:, first : first + width], w_NK[:, first : first + width]
-        shift = sum((x_Mk.abs().amax(1, keepdim=True) >> bit > 32767).long() for bit in range(4))
-        high = x_Mk >> shift
-        for part, power in ((high, shift), (x_Mk - (high << shift), torch.zeros_like(shift))):
+    for is_low in (False, True):
+        for first in range(0, columns, width):
+            x_Mk, w_Nk = x_MK[:, first : first + width], w_NK[:, first : first + width]
+            shift = sum((x_Mk.abs().amax(1, keepdim=True) >> bit > 32767).long() for bit in range(4))
+            high = x_Mk >> shift
+            part, power = (x_Mk - (high << shift), torch.zeros_like(shift)) if is_low else (high, shift)
             exact = part @ w_Nk.T  # a multiple of the group's unit, which float32 rounds alike
             total += exact.float() * torch.exp2(power.float()) * 2.0**-18
     return total * weight.outer_scale * scale
@@ -237,12 +246,13 @@ def test_many_tables() -> None:
     assert torch.allclose(cpu.linear(x, packed), reference.linear(x, reference.prepack(weight)), rtol=1e-4)
 
 
+@EVERY_PATH
 @pytest.mark.parametrize("scheme", [Scheme(HOPPER, 64), Scheme(HOPPER, 32, False)], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_merged_weights_are_the_weights(scheme: Scheme, dtype: torch.dtype) -> None:
+def test_merged_weights_are_the_weights(path: str, scheme: Scheme, dtype: torch.dtype) -> None:
     """One call gives each weight's own bits; the parts are views that hold what the weights held."""
-    weights = [make_weight(rows, 200, scheme) for rows in (24, 8, 13)]
-    packed = [cpu.prepack(weight) for weight in weights]
+    weights = [make_weight(rows, 200, scheme) for rows in (48, 16, 13)]
+    packed = [packed_for(path, weight) for weight in weights]
     assert cpu.can_merge(packed) and not cpu.can_merge(packed[::-1]), "13 rows are no whole blocks"
     merged = cpu.merge(packed)
     x = tokens_of(6, 200, dtype).view(2, 3, 200)
@@ -307,6 +317,31 @@ def test_environment_chooses_the_path(path: str, monkeypatch: pytest.MonkeyPatch
     assert cpu.PATHS[cpu.prepack(weight).path] == path
 
 
+@pytest.mark.parametrize("path", [PATHS[-1]])
+@pytest.mark.parametrize("scheme", [Scheme(GAUDI, 32), Scheme(HOPPER, 32, False), Scheme(HOPPER, 32, True, NF4)])
+def test_columns_are_for_fp8_scales_alone(path: str, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BF16 scales, zero points and levels off the grid take the next path by themselves; named, it refuses in a sentence."""
+    reason = "needs INT4 codes without zero points and FP8 group scales (target hopper)"
+    weight = make_weight(8, 64, scheme)
+    assert cpu.PATHS[cpu.prepack(weight).path] == "avx512vnni" and f"{path}: {reason}" in cpu.path_refusals(scheme)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        cpu.prepack(weight, path)
+    monkeypatch.setenv("DUOTONE_NATIVE", path)
+    assert cpu.refuses(scheme, CPU) == f"DUOTONE_NATIVE={path}, which {reason}"
+
+
+@given(byte=st.integers(1, 102), code=st.integers(0, 15))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_eight_mantissas_make_all_products(byte: int, code: int) -> None:
+    """Every product of a scale up to 56, subnormal ones too, is that of its mantissa in units of its exponent."""
+    scale = torch.tensor([byte], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    mantissa, exponent = torch.frexp(scale)
+    table = mantissa_table(Scheme(HOPPER, 32))
+    assert table is not None
+    value = table[int(mantissa * 16) - 8, code].float() - 128
+    assert float(value) * 2.0 ** (int(exponent) - 4) == float((scale * (code - 8)).to(torch.float8_e4m3fn).float())
+
+
 def test_without_the_extension() -> None:
     """DUOTONE_NATIVE=0: the torch path, and the reason with it."""
     program = (
@@ -325,6 +360,17 @@ def test_it_stays_on_its_device() -> None:
     linear = QuantizedLinear(make_weight(8, 64, Scheme(HOPPER, 32)), None)
     with pytest.raises(DuotoneError, match=r"loaded for a CPU; load it for meta: duotone\.load"):
         linear.to("meta")
+
+
+@pytest.mark.parametrize("path", [PATHS[-1]])
+def test_columns_read_nothing_out_of_bounds(path: str) -> None:
+    """The other layout's tensors, and a table that is too short."""
+    columns, blocks = (cpu.prepack(make_weight(8, 64, Scheme(HOPPER, 32)), of) for of in (path, "portable"))
+    x = torch.zeros(2, 64)
+    for wrong in (replace(columns, codes=blocks.codes), replace(columns, index=blocks.index),
+                  replace(columns, table=columns.table[:7]), replace(columns, bias=-1), replace(blocks, path=columns.path)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="expected"):
+            cpu.linear(x, wrong)
 
 
 BAD = {
@@ -352,7 +398,7 @@ BAD = {
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
 def test_the_op_reads_nothing_out_of_bounds(change: tuple[dict, str]) -> None:
     """Called by hand with tensors that do not belong together: an error, not a crash."""
-    packed = cpu.prepack(make_weight(8, 64, Scheme(HOPPER, 32)))
+    packed = packed_for("portable", make_weight(8, 64, Scheme(HOPPER, 32)))
     given = {
         "x": torch.zeros(2, 64), "codes": packed.codes, "index": packed.index, "table": packed.table,
         "outer_scale": packed.outer_scale, "input_scale": None, "bias": None, "parts": None, "columns": 64, "group_size": 32,

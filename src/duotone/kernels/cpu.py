@@ -184,7 +184,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if x.dtype not in _NATIVE:
         y = linear(x.float(), packed).to(x.dtype)
         return y if bias is None else y + bias
-    y = torch.ops.duotone.linear(
+    y = torch.ops.duotone.linear.default(
         x if x.is_contiguous() else x.contiguous(),
         packed.codes,
         packed.index,

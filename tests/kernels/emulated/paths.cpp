@@ -23,19 +23,20 @@ T* zeros(int64_t count) {
 int64_t below(int64_t count) { return std::rand() % count; }
 
 // Values as they come, or with what a segment's shift cuts off in some chunks.
-void fill_activations(const Linear& p, int16_t* high, int16_t* low, Segment* segment) {
+void fill_activations(const Linear& p, int16_t* high, int16_t* low) {
   for (int64_t i = 0; i < p.tokens * p.columns(); i++) high[i] = static_cast<int16_t>(below(60001) - 30000);
   for (int64_t s = 0; s < p.segments; s++)
     for (int64_t m = 0; m < p.tokens; m++) {
-      Segment& of = segment[s * p.tokens + m];
+      Segment& of = p.of(s, m);
       of.scale = LOW_SCALE * static_cast<float>(1 << below(4));
       const int64_t at = p.at(s, m);
       for (int64_t k = 0; k < p.chunks_of(s) * CHUNK; k++) of.high_sum += high[at + k];
       for (int64_t c = 0; c < p.chunks_of(s) && s % 3 == 0; c++) {
         if (below(2)) continue;
-        of.low_chunks |= uint32_t{1} << c;
+        of.low_parts |= uint32_t{1} << c;
         for (int64_t k = at + c * CHUNK; k < at + (c + 1) * CHUNK; k++) of.low_sum += low[k] = static_cast<int16_t>(below(8));
       }
+      if (of.low_parts) p.low_segments[m * p.low_words() + s / 64] |= uint64_t{1} << s % 64;
       if (p.bias >= 0) of.high_sum *= p.bias, of.low_sum *= p.bias;
     }
 }
@@ -64,8 +65,9 @@ int compare(Linear p) {
     table[i].unit = p.byte_units ? std::ldexp(1.0f, i / 8 + BYTE_UNIT - 127) : 1.0f / static_cast<float>(1 << below(10));
     table[i].bias = p.bias < 0 ? static_cast<int32_t>(below(256)) : p.bias;
   }
-  fill_activations(p, high, low, segment);
-  p.codes = codes, p.index = index, p.table = table, p.high = high, p.low = low, p.segment = segment;
+    p.codes = codes, p.index = index, p.table = table, p.high = high, p.low = low, p.segment = segment;
+  p.low_segments = zeros<uint64_t>(p.tokens * p.low_words());
+  fill_activations(p, high, low);
   p.total = meant;
   linear_portable(p, 0, p.blocks());
   int wrong = 0;
@@ -80,7 +82,7 @@ int compare(Linear p) {
                 static_cast<long>(p.rows), static_cast<long>(p.chunks));
     wrong++;
   }
-  for (void* memory : std::initializer_list<void*>{codes, index, table, high, low, segment, meant, found}) std::free(memory);
+  for (void* memory : std::initializer_list<void*>{codes, index, table, high, low, segment, p.low_segments, meant, found}) std::free(memory);
   return wrong;
 }
 
