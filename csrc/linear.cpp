@@ -6,10 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -24,19 +20,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Has the kernel back memory that is read from end to end with large pages, where it knows them: a page of 4 KiB is over before
-// what is fetched ahead of it has arrived. To be called before the memory is written. Advice: nothing depends on it.
-void use_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
 
 // Memory for codes of that shape.
 Tensor new_codes(Tensor like, std::vector<int64_t> shape) {
@@ -143,26 +126,34 @@ struct Result {
   int64_t parts;
   T* y;
 
-  void finish(const Product& product, int64_t tokens, int64_t token) const {
+  // Of `all` tokens, the one that is number `token` of a product that begins with token `first`.
+  void finish(const Product& product, int64_t all, int64_t first, int64_t token) const {
     for (int64_t i = 0, row = 0; i < parts; row += part[i++])
-      product.finish(token, row, row + part[i], bias ? bias + row : nullptr, y + row * tokens + token * part[i]);
+      product.finish(token, row, row + part[i], bias ? bias + row : nullptr, y + row * all + (first + token) * part[i]);
   }
 };
 
+// Room for a product of up to so many tokens, kept from call to call: as many at once as it takes to read weights seldom.
+constexpr int64_t TOKENS_AT_ONCE = 256;
+thread_local Scratch scratch;
+
 template <typename T>
-void multiply(const Weight& weight, const T* x, int64_t tokens, const Result<T>& to) {
-  Product product(weight, tokens);
-  torch::stable::parallel_for(0, tokens, grain(weight.p.in_features * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) product.quantize(x + m * weight.p.in_features, m);
-  });
-  // Whoever is free takes the next piece: cores are not alike, and not always ours.
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, product.pieces(), 1, [&](int64_t, int64_t) {
-    for (int64_t piece; (piece = next.fetch_add(1)) < product.pieces();) product.multiply(piece);
-  });
-  torch::stable::parallel_for(0, tokens, grain(weight.p.rows * 4), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) to.finish(product, tokens, m);
-  });
+void multiply(const Weight& weight, const T* x, int64_t all, const Result<T>& to) {
+  for (int64_t first = 0; first < all; first += TOKENS_AT_ONCE) {
+    const int64_t tokens = std::min(TOKENS_AT_ONCE, all - first);
+    Product product(weight, tokens, scratch.at_least(Product::bytes(weight, tokens)));
+    torch::stable::parallel_for(0, tokens, grain(weight.p.in_features * 4), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) product.quantize(x + (first + m) * weight.p.in_features, m);
+    });
+    // Whoever is free takes the next piece: cores are not alike, and not always ours.
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, product.pieces(), 1, [&](int64_t, int64_t) {
+      for (int64_t piece; (piece = next.fetch_add(1)) < product.pieces();) product.multiply(piece);
+    });
+    torch::stable::parallel_for(0, tokens, grain(weight.p.rows * 4), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) to.finish(product, all, first, m);
+    });
+  }
 }
 
 // The rows of each part, checked: they are those of the weight, and every part but the last begins a block.

@@ -27,8 +27,9 @@ namespace {
 
 constexpr int64_t ROWS = COLUMN_ROWS, STEP = COLUMN_STEP, STEP_BYTES = 64;
 constexpr int64_t CHUNK_STEPS = CHUNK / STEP;
-constexpr int MOST = 8, FEW = 4;                        // tokens that a decoded weight meets; so few that sums stay in registers
-constexpr int64_t PART = 2048;                           // columns of MOST tokens that stay in the first level of cache
+constexpr int MOST = 8;                                  // tokens of a tile
+constexpr int64_t FEW = 16;                              // tokens for which weights are decoded for each tile, and never stored
+constexpr int64_t PART = 512;                            // columns of a panel: decoded weights of a block that many tokens meet
 constexpr int64_t AHEAD = 8192, FAR_AHEAD = 24576;       // bytes of codes to fetch ahead, into the first and second level of cache
 
 struct Table {
@@ -77,10 +78,47 @@ DUOTONE_ALWAYS __m512i multiply(__m512i sum, __m512i w, const int8_t* x) {
 #endif
 }
 
-// Adds a segment's integer sums, as float32, to totals. Units and scales are powers of two: nothing rounds there.
-DUOTONE_ALWAYS __m512 add_segment(__m512 total, __m512i sum, int32_t biased, __m512 unit, float scale) {
-  const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(biased)));
-  return _mm512_fmadd_ps(_mm512_mul_ps(exact, _mm512_set1_ps(scale)), unit, total);
+// Sums of TOKENS tokens over the columns of a segment.
+template <int TOKENS>
+struct Sums {
+  static constexpr int CHAINS = TOKENS == 1 ? 2 : 1;  // a token's sums, so that no addition waits for the one before
+  __m512i high[TOKENS][CHAINS], low[TOKENS][CHAINS];
+
+  // Begins with what the biases add, taken away.
+  DUOTONE_ALWAYS explicit Sums(const Segment* of) {
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++)
+      for (int c = 0; c < CHAINS; c++)
+        high[t][c] = _mm512_setzero_si512(), low[t][c] = c ? _mm512_setzero_si512() : _mm512_set1_epi32(of[t].high_sum);
+  }
+  // 4 columns of weights, the first or second of a step, times tokens `bytes` apart.
+  template <int half>
+  DUOTONE_ALWAYS void add(__m512i w, const int8_t* x, int64_t bytes) {
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) {
+      const int8_t* digits = x + t * bytes + half * 8;
+      high[t][half % CHAINS] = multiply(high[t][half % CHAINS], w, digits);
+      low[t][half % CHAINS] = multiply(low[t][half % CHAINS], w, digits + 4);
+    }
+  }
+  // To totals [TOKENS][16], as float32. Units and scales are powers of two: nothing rounds there.
+  DUOTONE_ALWAYS void finish(const Segment* of, __m512 unit, float* total) {
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; t++) {
+      for (int c = 1; c < CHAINS; c++)
+        high[t][0] = _mm512_add_epi32(high[t][0], high[t][c]), low[t][0] = _mm512_add_epi32(low[t][0], low[t][c]);
+      const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[t][0], 8), low[t][0]);
+      const __m512 by = _mm512_mul_ps(unit, _mm512_set1_ps(of[t].scale));
+      _mm512_store_ps(total + t * ROWS, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by, _mm512_load_ps(total + t * ROWS)));
+    }
+  }
+};
+
+const uint8_t* codes_of(const Linear& p, int64_t block, int64_t s) {
+  return p.codes + (block * p.chunks + s * p.segment_chunks) * CHUNK_STEPS * STEP_BYTES;
+}
+const int8_t* digits_of(const Linear& p, int64_t s, int64_t token) {
+  return reinterpret_cast<const int8_t*>(p.high) + p.at(s, token) * 2;
 }
 
 // What the shift of a segment cut off: seldom anything, and then in few steps.
@@ -88,101 +126,127 @@ __attribute__((noinline)) __m512 add_low(const Linear& p, int64_t block, int64_t
   const Table table(p);
   const Group group(p, block, s / p.group_segments);
   const Segment& of = p.of(s, token);
-  const uint8_t* codes = p.codes + (block * p.chunks + s * p.segment_chunks) * CHUNK_STEPS * STEP_BYTES;
+  const uint8_t* codes = codes_of(p, block, s);
   const int8_t* x = reinterpret_cast<const int8_t*>(p.low) + p.at(s, token);
-  __m512i sum = _mm512_setzero_si512();
+  __m512i sum = _mm512_set1_epi32(of.low_sum);
   for (uint32_t left = of.low_parts; left; left &= left - 1) {
     const int64_t i = __builtin_ctz(left);
     const __m512i both = _mm512_loadu_si512(codes + i * STEP_BYTES);
     sum = multiply(sum, decode(table, group, both), x + i * STEP);
     sum = multiply(sum, decode(table, group, _mm512_srli_epi16(both, 4)), x + i * STEP + 4);
   }
-  return add_segment(total, sum, of.low_sum, group.unit, LOW_SCALE);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(group.unit, _mm512_set1_ps(LOW_SCALE)), total);
 }
 
-// A block of rows times TOKENS tokens over segments [first, last), added to `total` [TOKENS][16]. `far` bytes on in the codes is
-// what will be read later.
+// Totals of a block, with what was cut off, to where they belong.
+DUOTONE_ALWAYS void put(const Linear& p, int64_t block, int64_t token, int64_t count, const float* total) {
+  for (int64_t t = token; t < token + count; t++, total += ROWS) {
+    __m512 sum = _mm512_load_ps(total);
+    p.each_low(t, [&](int64_t s) { sum = add_low(p, block, s, t, sum); });
+    _mm512_storeu_ps(p.total + t * p.stride() + block * ROWS, sum);
+  }
+}
+
+// A block of rows times TOKENS tokens: weights are decoded and never stored.
 template <int TOKENS>
-DUOTONE_ALWAYS void tile(const Linear& p, int64_t block, int64_t token, int64_t first, int64_t last, float* total, int64_t far) {
-  constexpr int CHAINS = TOKENS == 1 ? 2 : 1;  // a token's sums, so that no addition waits for the one before
-  const Table table(p);
-  const uint8_t* codes = p.codes + (block * p.chunks + first * p.segment_chunks) * CHUNK_STEPS * STEP_BYTES;
-  int64_t number = first / p.group_segments, left = p.group_segments - first % p.group_segments;
-  for (int64_t s = first; s < last; s++) {
-    const Group group(p, block, number);
-    const int64_t steps = p.chunks_of(s) * CHUNK_STEPS, bytes = steps * STEP * 2;
-    const int8_t* x = reinterpret_cast<const int8_t*>(p.high) + p.at(s, token) * 2;
-    __m512i high[TOKENS][CHAINS], low[TOKENS][CHAINS];
-#pragma GCC unroll 16
-    for (int t = 0; t < TOKENS; t++)
-      for (int c = 0; c < CHAINS; c++) high[t][c] = low[t][c] = _mm512_setzero_si512();
+DUOTONE_ALWAYS void direct(const Linear& p, const Table& table, int64_t block, int64_t token) {
+  alignas(64) float total[TOKENS * ROWS] = {};
+  const uint8_t* codes = codes_of(p, block, 0);
+  for (int64_t s = 0; s < p.segments; s++) {
+    const Group group(p, block, s / p.group_segments);
+    const int64_t steps = p.chunks_of(s) * CHUNK_STEPS;
+    const int8_t* x = digits_of(p, s, token);
+    const Segment* of = &p.of(s, token);
+    Sums<TOKENS> sums(of);
     const auto step = [&](int64_t i) __attribute__((always_inline)) {
-      if (TOKENS <= FEW) __builtin_prefetch(codes + AHEAD);
-      __builtin_prefetch(codes + far, 0, 2);
+      __builtin_prefetch(codes + AHEAD), __builtin_prefetch(codes + FAR_AHEAD, 0, 2);
       const __m512i both = _mm512_loadu_si512(codes);
       codes += STEP_BYTES;
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        const __m512i w = decode(table, group, half ? _mm512_srli_epi16(both, 4) : both);
-#pragma GCC unroll 16
-        for (int t = 0; t < TOKENS; t++) {
-          const int8_t* digits = x + t * bytes + i * STEP * 2 + half * 8;
-          high[t][half % CHAINS] = multiply(high[t][half % CHAINS], w, digits);
-          low[t][half % CHAINS] = multiply(low[t][half % CHAINS], w, digits + 4);
-        }
-      }
+      sums.template add<0>(decode(table, group, both), x + i * STEP * 2, steps * STEP * 2);
+      sums.template add<1>(decode(table, group, _mm512_srli_epi16(both, 4)), x + i * STEP * 2, steps * STEP * 2);
     };
-    if (TOKENS <= FEW)
+    if (TOKENS <= 4)
       for (int64_t i = 0; i < steps; i += 2) step(i), step(i + 1);
     else
       for (int64_t i = 0; i < steps; i++) step(i);
-    const Segment* of = &p.of(s, token);
-#pragma GCC unroll 16
-    for (int t = 0; t < TOKENS; t++) {
-      for (int c = 1; c < CHAINS; c++)
-        high[t][0] = _mm512_add_epi32(high[t][0], high[t][c]), low[t][0] = _mm512_add_epi32(low[t][0], low[t][c]);
-      const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[t][0], 8), low[t][0]);
-      const __m512 before = _mm512_load_ps(total + t * ROWS);
-      _mm512_store_ps(total + t * ROWS, add_segment(before, sum, of[t].high_sum, group.unit, of[t].scale));
-    }
-    if (!--left) number++, left = p.group_segments;
+    sums.finish(of, group.unit, total);
+  }
+  put(p, block, token, TOKENS, total);
+}
+
+void few(const Linear& p, int64_t begin, int64_t end) {
+  const Table table(p);
+  for (int64_t block = begin; block < end; block++) {
+    int64_t t = 0;
+    for (; t + MOST <= p.tokens; t += MOST) direct<MOST>(p, table, block, t);
+    if (t + 4 <= p.tokens) direct<4>(p, table, block, t), t += 4;
+    if (p.tokens - t == 3) direct<3>(p, table, block, t);
+    if (p.tokens - t == 2) direct<2>(p, table, block, t);
+    if (p.tokens - t == 1) direct<1>(p, table, block, t);
   }
 }
 
-// TOKENS tokens times blocks of rows [begin, end) over segments [first, last).
-template <int TOKENS>
-void blocks(const Linear& p, int64_t begin, int64_t end, int64_t token, int64_t first, int64_t last) {
-  alignas(64) float total[TOKENS * ROWS];
-  const bool whole = last - first == p.segments;  // then the next block's codes come after this one's
-  const int64_t far = whole ? FAR_AHEAD : p.chunks * CHUNK_STEPS * STEP_BYTES;
-  for (int64_t block = begin; block < end; block++) {
-    float* to = p.total + token * p.stride() + block * ROWS;
-    for (int t = 0; t < TOKENS; t++)
-      _mm512_store_ps(total + t * ROWS, first ? _mm512_loadu_ps(to + t * p.stride()) : _mm512_setzero_ps());
-    tile<TOKENS>(p, block, token, first, last, total, far);
-    for (int t = 0; t < TOKENS; t++) {
-      __m512 sum = _mm512_load_ps(total + t * ROWS);
-      if (last == p.segments) p.each_low(token + t, [&](int64_t s) { sum = add_low(p, block, s, token + t, sum); });
-      _mm512_storeu_ps(to + t * p.stride(), sum);
+// Decoded weights of a block, columns of some segments, [steps][2 halves][64 bytes], and units.
+struct Panel {
+  alignas(64) int8_t weights[PART * ROWS];
+  alignas(64) float unit[PART / CHUNK][ROWS];
+};
+
+DUOTONE_ALWAYS void fill(const Linear& p, int64_t block, int64_t first, int64_t last, Panel& panel) {
+  const Table table(p);
+  int8_t* to = panel.weights;
+  for (int64_t s = first; s < last; s++) {
+    const Group group(p, block, s / p.group_segments);
+    const uint8_t* codes = codes_of(p, block, s);
+    for (int64_t i = 0; i < p.chunks_of(s) * CHUNK_STEPS; i++, codes += STEP_BYTES, to += 2 * STEP_BYTES) {
+      __builtin_prefetch(codes + p.chunks * CHUNK_STEPS * STEP_BYTES, 0, 2);  // of the next block
+      const __m512i both = _mm512_loadu_si512(codes);
+      _mm512_store_si512(to, decode(table, group, both));
+      _mm512_store_si512(to + STEP_BYTES, decode(table, group, _mm512_srli_epi16(both, 4)));
     }
+    _mm512_store_ps(panel.unit[s - first], group.unit);
   }
+}
+
+// A panel times TOKENS tokens, added to their totals.
+template <int TOKENS>
+void tile(const Linear& p, const Panel& panel, int64_t token, int64_t first, int64_t last, float* total) {
+  const int8_t* w = panel.weights;
+  for (int64_t s = first; s < last; s++) {
+    const int64_t steps = p.chunks_of(s) * CHUNK_STEPS;
+    const int8_t* x = digits_of(p, s, token);
+    const Segment* of = &p.of(s, token);
+    Sums<TOKENS> sums(of);
+    for (int64_t i = 0; i < steps; i++, w += 2 * STEP_BYTES) {
+      sums.template add<0>(_mm512_load_si512(w), x + i * STEP * 2, steps * STEP * 2);
+      sums.template add<1>(_mm512_load_si512(w + STEP_BYTES), x + i * STEP * 2, steps * STEP * 2);
+    }
+    sums.finish(of, _mm512_load_ps(panel.unit[s - first]), total);
+  }
+}
+
+// A block of rows times tokens [token, end): decoded once for all of them, in parts that stay in the first level of cache.
+void many(const Linear& p, int64_t block, int64_t token, int64_t end) {
+  Panel panel;
+  alignas(64) float total[TOKEN_BLOCK * ROWS] = {};
+  const int64_t part = PART / (p.segment_chunks * CHUNK);
+  for (int64_t first = 0; first < p.segments; first += part) {
+    const int64_t last = first + part < p.segments ? first + part : p.segments;
+    fill(p, block, first, last, panel);
+    int64_t t = token;
+    for (; t + MOST <= end; t += MOST) tile<MOST>(p, panel, t, first, last, total + (t - token) * ROWS);
+    for (; t + 4 <= end; t += 4) tile<4>(p, panel, t, first, last, total + (t - token) * ROWS);
+    for (; t < end; t++) tile<1>(p, panel, t, first, last, total + (t - token) * ROWS);
+  }
+  put(p, block, token, end - token, total);
 }
 
 void run(const Linear& p, int64_t begin, int64_t end) {
   begin /= COLUMN_ROWS / BLOCK_ROWS, end = (end + 1) / (COLUMN_ROWS / BLOCK_ROWS);
-  int64_t part = p.tokens <= MOST ? p.segments : PART / (p.segment_chunks * CHUNK);
-  if (part < 1) part = 1;
-  for (int64_t some = 0; some < p.tokens; some += TOKEN_BLOCK)
-    for (int64_t first = 0; first < p.segments; first += part) {
-      const int64_t to = some + TOKEN_BLOCK < p.tokens ? some + TOKEN_BLOCK : p.tokens;
-      const int64_t last = first + part < p.segments ? first + part : p.segments;
-      int64_t t = some;
-      for (; t + MOST <= to; t += MOST) blocks<MOST>(p, begin, end, t, first, last);
-      for (; t + 4 <= to; t += 4) blocks<4>(p, begin, end, t, first, last);
-      if (to - t == 1) blocks<1>(p, begin, end, t, first, last);
-      if (to - t == 2) blocks<2>(p, begin, end, t, first, last);
-      if (to - t == 3) blocks<3>(p, begin, end, t, first, last);
-    }
+  if (p.tokens <= FEW) return few(p, begin, end);
+  for (int64_t token = 0; token < p.tokens; token += TOKEN_BLOCK)
+    for (int64_t block = begin; block < end; block++)
+      many(p, block, token, token + TOKEN_BLOCK < p.tokens ? token + TOKEN_BLOCK : p.tokens);
 }
 
 // ---- Activations.
@@ -238,9 +302,8 @@ DUOTONE_ALWAYS float split_token(const Linear& p, const T* x, int64_t token) {
       const uint32_t any = _mm512_test_epi32_mask(below, below);
       found.low_parts |= ((any & 0xFF) != 0 ? uint32_t{1} : 0) << i * 2 | (any >> 8 != 0 ? uint32_t{2} : 0) << i * 2;
     }
-    found.high_sum = _mm512_reduce_add_epi32(high_sum) * p.bias, found.low_sum = _mm512_reduce_add_epi32(low_sum) * p.bias;
-    p.of(s, token) = found;
-    if (found.low_parts) p.low_segments[token * p.low_words() + s / 64] |= uint64_t{1} << s % 64;
+    found.high_sum = -_mm512_reduce_add_epi32(high_sum) * p.bias, found.low_sum = -_mm512_reduce_add_epi32(low_sum) * p.bias;
+    p.put(s, token, found);
   }
   return of.scale;
 }

@@ -72,6 +72,12 @@ struct Linear {
     return segment[first * segments + s * together(first) + token - first];
   }
   int64_t low_words() const { return (segments + 63) / 64; }
+  // What a path found in a segment of a token; the first comes first.
+  void put(int64_t s, int64_t token, const Segment& found) const {
+    of(s, token) = found;
+    uint64_t& word = low_segments[token * low_words() + s / 64];
+    word = (s % 64 ? word : 0) | static_cast<uint64_t>(found.low_parts != 0) << s % 64;
+  }
   // Calls with each segment of a token that has low parts, first to last.
   template <class F>
   inline __attribute__((always_inline)) void each_low(int64_t token, F&& call) const {

@@ -4,6 +4,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <limits>
 
@@ -139,17 +143,68 @@ Weight weight_of(const Tensor* four, const Tensor* input_scale, const WeightFact
   return weight;
 }
 
-Product::Product(const Weight& weight, int64_t tokens) : weight_(weight), p_(weight.p) {
+uint8_t* Scratch::at_least(int64_t bytes) {
+  if (bytes > bytes_) {
+    memory_ = nullptr, bytes_ = 0;
+    memory_ = array_of<uint8_t>(bytes);
+    use_large_pages(memory_.get(), bytes);
+    bytes_ = bytes;
+  }
+  return memory_.get();
+}
+
+void use_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+namespace {
+
+// Hands out parts of a piece of memory one after the other, each beginning with a line of cache; without memory it only counts.
+struct Parts {
+  uint8_t* memory;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(memory + used);
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+};
+
+float* lay_out(Linear& p, Parts& parts) {
+  p.high = parts.take<int16_t>(p.tokens * p.columns()), p.low = parts.take<int16_t>(p.tokens * p.columns());
+  p.segment = parts.take<Segment>(p.tokens * p.segments);
+  p.low_segments = parts.take<uint64_t>(p.tokens * p.low_words());
+  p.total = parts.take<float>(p.tokens * p.stride());
+  return parts.take<float>(p.tokens);
+}
+
+}  // namespace
+
+int64_t Product::bytes(const Weight& weight, int64_t tokens) {
+  Linear p = weight.p;
+  p.tokens = tokens;
+  Parts parts{nullptr};
+  lay_out(p, parts);
+  return parts.used;
+}
+
+Product::Product(const Weight& weight, int64_t tokens, uint8_t* memory) : weight_(weight), p_(weight.p) {
   p_.tokens = tokens;
   // Many pieces a thread, so that one who is interrupted leaves little; few, so that activations serve many rows.
   const int64_t pieces = 16 * static_cast<int64_t>(torch::stable::get_num_threads());
   step_ = std::max(grain(p_.columns() * BLOCK_ROWS * 2 * tokens), pairs() / pieces);
-  high_ = array_of<int16_t>(tokens * p_.columns()), low_ = array_of<int16_t>(tokens * p_.columns());
-  segment_ = array_of<Segment>(tokens * p_.segments);
-  low_segments_ = array_of<uint64_t>(tokens * p_.low_words());
-  std::fill_n(low_segments_.get(), tokens * p_.low_words(), uint64_t{0});
-  total_ = array_of<float>(tokens * p_.stride()), scale_ = array_of<float>(tokens);
-  p_.high = high_.get(), p_.low = low_.get(), p_.segment = segment_.get(), p_.low_segments = low_segments_.get(), p_.total = total_.get();
+  if (!memory) own_ = array_of<uint8_t>(bytes(weight, tokens));
+  Parts parts{memory ? memory : own_.get()};
+  scale_ = lay_out(p_, parts);
 }
 
 void Product::quantize(const uint16_t* x, int64_t token) { scale_[token] = weight_.path->split_bf16(p_, x, token); }
@@ -160,10 +215,10 @@ void Product::multiply(int64_t piece) {
 }
 
 void Product::finish(int64_t token, int64_t begin, int64_t end, const uint16_t* bias, uint16_t* y) const {
-  outputs(total_.get() + token * p_.stride() + begin, weight_.outer + begin, scale_[token], bias, end - begin, y);
+  outputs(p_.total + token * p_.stride() + begin, weight_.outer + begin, scale_[token], bias, end - begin, y);
 }
 void Product::finish(int64_t token, int64_t begin, int64_t end, const float* bias, float* y) const {
-  outputs(total_.get() + token * p_.stride() + begin, weight_.outer + begin, scale_[token], bias, end - begin, y);
+  outputs(p_.total + token * p_.stride() + begin, weight_.outer + begin, scale_[token], bias, end - begin, y);
 }
 
 }  // namespace duotone

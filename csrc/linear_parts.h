@@ -25,6 +25,20 @@ Array<T> array_of(int64_t count) {
   return Array<T>(memory);
 }
 
+// Memory that is asked for again and again, in large pages.
+class Scratch {
+ public:
+  uint8_t* at_least(int64_t bytes);
+
+ private:
+  Array<uint8_t> memory_;
+  int64_t bytes_ = 0;
+};
+
+// Has the kernel back memory that is read from end to end with large pages, where it knows them: a page of 4 KiB is over before
+// what is fetched ahead of it has arrived. To be called before the memory is written. Advice: nothing depends on it.
+void use_large_pages(void* memory, int64_t bytes);
+
 // Work of about 256 thousand multiplications is worth a thread.
 inline int64_t grain(int64_t each) { return std::max<int64_t>(1, 262144 / std::max<int64_t>(1, each)); }
 
@@ -49,8 +63,10 @@ Weight weight_of(const torch::stable::Tensor* four, const torch::stable::Tensor*
 // A weight times some tokens: each token is quantized, each piece of the weight's rows multiplied, in any order and by anybody.
 class Product {
  public:
-  Product(const Weight& weight, int64_t tokens);
+  // In memory of its own, or of `bytes` that are given, beginning with a line of cache.
+  Product(const Weight& weight, int64_t tokens, uint8_t* memory = nullptr);
   Product(const Product&) = delete;
+  static int64_t bytes(const Weight& weight, int64_t tokens);
 
   void quantize(const uint16_t* x, int64_t token);
   void quantize(const float* x, int64_t token);
@@ -71,10 +87,8 @@ class Product {
   const Weight& weight_;
   Linear p_;
   int64_t step_;  // in pairs of blocks, which share a panel
-  Array<int16_t> high_, low_;
-  Array<Segment> segment_;
-  Array<uint64_t> low_segments_;
-  Array<float> total_, scale_;
+  Array<uint8_t> own_;
+  float* scale_;  // [M]
 };
 
 }  // namespace duotone

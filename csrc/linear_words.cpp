@@ -47,10 +47,9 @@ DUOTONE_INLINE float split_token(const Linear& p, const T* x, int64_t token, int
   const float scale = whole_numbers(p, x, value);
   for (int64_t s = 0; s < p.segments; s++) {
     const int64_t at = p.at(s, token);
-    Segment& of = p.of(s, token);
-    of = split_segment(value + s * p.segment_chunks * CHUNK, p.chunks_of(s), p.high + at, p.low + at);
+    Segment of = split_segment(value + s * p.segment_chunks * CHUNK, p.chunks_of(s), p.high + at, p.low + at);
     if (p.bias >= 0) of.high_sum *= p.bias, of.low_sum *= p.bias;
-    if (of.low_parts) p.low_segments[token * p.low_words() + s / 64] |= uint64_t{1} << s % 64;
+    p.put(s, token, of);
   }
   return scale;
 }

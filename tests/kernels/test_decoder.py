@@ -83,7 +83,11 @@ class Layer:
         kv, hidden = self.heads * self.size, self.hidden
         shapes = (((wide, hidden), (kv, hidden), (kv, hidden)), ((hidden, wide),), ((self.inner, hidden),) * 2,
                   ((hidden, self.inner),))  # fmt: skip
-        packed = [[cpu.prepack(self._weight(i * 3 + j, *shape)) for j, shape in enumerate(g)] for i, g in enumerate(shapes)]
+        weights = [[self._weight(i * 3 + j, *shape) for j, shape in enumerate(group)] for i, group in enumerate(shapes)]
+        packed = [[cpu.prepack(weight) for weight in group] for group in weights]
+        if not all(cpu.can_merge(group) for group in packed):  # half a block of the widest layout
+            path = [name for name in cpu.paths() if name != "avx512vbmi"][-1]
+            packed = [[cpu.prepack(weight, path) for weight in group] for group in weights]
         self.weights = [cpu.merge(group) if len(group) > 1 else group[0] for group in packed]
         rows = [len(weight.outer_scale) for group in packed for weight in group]
         some = (0, 1, 2, 3, 6)  # as in Qwen 2, and two more

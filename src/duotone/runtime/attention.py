@@ -4,6 +4,8 @@ Queries, keys and values stay BF16 where they are kept; only the product is wide
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +19,42 @@ NAME = "duotone_float32"
 
 def is_better(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a model of this dtype gains by it on this device: an x86 without BF16 units; of others nothing is known."""
-    x86 = platform.machine().lower() in {"x86_64", "amd64"}
-    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
-    return dtype == torch.bfloat16 and device.type == "cpu" and x86 and not units
+    return dtype == torch.bfloat16 and device.type == "cpu" and is_x86() and not has_bf16_units()
+
+
+def is_x86() -> bool:
+    """Whether this is an x86-64 machine."""
+    return platform.machine().lower() in {"x86_64", "amd64"}
+
+
+def has_bf16_units() -> bool:
+    """Whether an x86 processor multiplies BF16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def install(model: PreTrainedModel) -> None:
     """Have every attention of a model that runs torch's fused one run it in float32."""
     if model.config._attn_implementation != "sdpa":  # pyright: ignore[reportPrivateUsage]
         return
+    _register()
+    model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def widened(config: Any) -> Iterator[None]:
+    """Attention in float32 for a while, where torch's fused one runs: what to compare another attention with."""
+    before = config._attn_implementation
+    _register()
+    try:
+        config._attn_implementation = NAME if before == "sdpa" else before
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _register() -> None:
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
 
 
 def _attend(

@@ -17,8 +17,8 @@ from duotone.kernels import native
 from duotone.runtime import attention
 from duotone.runtime.stack import close, differentiates, find_stack, layer_agrees, step
 
-#: Tokens beyond which torch's own product of the output head is as fast.
-_HEAD_TOKENS = 4
+#: Tokens beyond which torch's own product of the output head is as fast, on x86 without and with BF16 units.
+_HEAD_TOKENS, _HEAD_TOKENS_BF16 = 4, 1
 
 
 def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
@@ -36,8 +36,8 @@ def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
     if stack is not None and all(layer_agrees(layer) for layer in stack.layers):
         _replace(model.base_model, step, stack)
     head = model.get_output_embeddings()
-    if attention.is_better(model.dtype, model.device) and _is_plain(head):
-        _replace(head, _head)
+    if model.dtype == torch.bfloat16 and attention.is_x86() and _is_plain(head):
+        _replace(head, _head, _HEAD_TOKENS_BF16 if attention.has_bf16_units() else _HEAD_TOKENS)
 
 
 def _replace(module: Any, forward: Any, *more: Any) -> None:
@@ -89,15 +89,17 @@ def _is_plain(head: Any) -> bool:
     """Whether an output head is an ordinary linear without a bias, and the op gives what it gives."""
     if type(head) is not nn.Linear or head.bias is not None or head.weight.dtype != torch.bfloat16:
         return False
+    if head.weight.device.type != "cpu":
+        return False
     x = torch.randn(1, head.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         return close(torch.ops.duotone.dense(x, head.weight), head(x))
 
 
-def _head(self: Any, x: Tensor) -> Tensor:
-    """The forward of the output head."""
+def _head(self: Any, most: int, x: Tensor) -> Tensor:
+    """The forward of the output head, for at most so many tokens."""
     short = (
-        x.numel() <= _HEAD_TOKENS * self.in_features
+        x.numel() <= most * self.in_features
         and x.dtype == self.weight.dtype == torch.bfloat16
         and x.is_contiguous()
         and not differentiates(x, self.weight)

@@ -27,7 +27,7 @@ void fill_activations(const Linear& p, int16_t* high, int16_t* low) {
   for (int64_t i = 0; i < p.tokens * p.columns(); i++) high[i] = static_cast<int16_t>(below(60001) - 30000);
   for (int64_t s = 0; s < p.segments; s++)
     for (int64_t m = 0; m < p.tokens; m++) {
-      Segment& of = p.of(s, m);
+      Segment of{};
       of.scale = LOW_SCALE * static_cast<float>(1 << below(4));
       const int64_t at = p.at(s, m);
       for (int64_t k = 0; k < p.chunks_of(s) * CHUNK; k++) of.high_sum += high[at + k];
@@ -36,8 +36,8 @@ void fill_activations(const Linear& p, int16_t* high, int16_t* low) {
         of.low_parts |= uint32_t{1} << c;
         for (int64_t k = at + c * CHUNK; k < at + (c + 1) * CHUNK; k++) of.low_sum += low[k] = static_cast<int16_t>(below(8));
       }
-      if (of.low_parts) p.low_segments[m * p.low_words() + s / 64] |= uint64_t{1} << s % 64;
       if (p.bias >= 0) of.high_sum *= p.bias, of.low_sum *= p.bias;
+      p.put(s, m, of);
     }
 }
 
