@@ -133,8 +133,9 @@ struct Result {
   }
 };
 
-// Room for a product of up to so many tokens, kept from call to call: as many at once as it takes to read weights seldom.
-constexpr int64_t TOKENS_AT_ONCE = 256;
+// Room for a product of so many tokens, kept from call to call. More at once would read weights less often, and activations from
+// the third level of cache, which is slower: those are needed again and again.
+constexpr int64_t TOKENS_AT_ONCE = TOKEN_BLOCK;
 thread_local Scratch scratch;
 
 template <typename T>

@@ -29,6 +29,7 @@ constexpr int64_t ROWS = COLUMN_ROWS, STEP = COLUMN_STEP, STEP_BYTES = 64;
 constexpr int64_t CHUNK_STEPS = CHUNK / STEP;
 constexpr int MOST = 8;                                  // tokens of a tile
 constexpr int64_t FEW = 16;                              // tokens for which weights are decoded for each tile, and never stored
+constexpr int64_t CACHED = 2048;                         // columns of TOKEN_BLOCK tokens that stay in the second level of cache
 constexpr int64_t PART = 512;                            // columns of a panel: decoded weights of a block that many tokens meet
 constexpr int64_t AHEAD = 8192, FAR_AHEAD = 24576;       // bytes of codes to fetch ahead, into the first and second level of cache
 
@@ -39,10 +40,10 @@ struct Table {
       : first(_mm512_loadu_si512(p.by_mantissa)), second(_mm512_loadu_si512(p.by_mantissa + 64)) {}
 };
 
-// Sixteen rows of a group: which row of the table each byte of a step is in, and units.
+// Sixteen rows of a group: which row of the table each byte of a step is in, and the units' exponents, where a float has them:
+// to multiply powers of two is to add their bits.
 struct Group {
-  __m512i select;
-  __m512 unit;
+  __m512i select, unit;
 
   DUOTONE_ALWAYS Group(const Linear& p, int64_t block, int64_t group) {
     const uint8_t* index = static_cast<const uint8_t*>(p.index) + (block * p.groups + group) * ROWS;
@@ -50,8 +51,7 @@ struct Group {
     const __m512i lowest = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     select = _mm512_shuffle_epi8(one, lowest);
     const __m512i exponent = _mm512_and_si512(one, _mm512_set1_epi32(15));
-    const __m512i biased = _mm512_add_epi32(exponent, _mm512_set1_epi32(BYTE_UNIT + LOWEST_EXPONENT));
-    unit = _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+    unit = _mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(BYTE_UNIT + LOWEST_EXPONENT - 127)), 23);
   }
 };
 
@@ -65,17 +65,19 @@ DUOTONE_ALWAYS __m512i decode(const Table& table, const Group& group, __m512i co
 // Adds 4 columns of 16 rows times 4 columns of a token. Written out so that the four are read by the multiplication itself and
 // sums stay in their registers: compilers do either in one build and not in the next, which costs a third of the speed.
 DUOTONE_ALWAYS __m512i multiply(__m512i sum, __m512i w, const int8_t* x) {
-#if defined(DUOTONE_EMULATED)
-  int32_t word;
-  __builtin_memcpy(&word, x, 4);
-  return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(word));
-#else
   struct Four {
     int8_t columns[4];
   };
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Four*>(x)));
   return sum;
-#endif
+}
+
+// Adds a segment's integer sums, as float32, to totals. Units and scales are powers of two: nothing rounds there.
+DUOTONE_ALWAYS __m512 add_segment(__m512 total, __m512i sum, __m512i unit, float scale) {
+  int32_t exponent;
+  __builtin_memcpy(&exponent, &scale, 4);
+  const __m512 both = _mm512_castsi512_ps(_mm512_add_epi32(unit, _mm512_set1_epi32(exponent)));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total);
 }
 
 // Sums of TOKENS tokens over the columns of a segment.
@@ -101,15 +103,14 @@ struct Sums {
       low[t][half % CHAINS] = multiply(low[t][half % CHAINS], w, digits + 4);
     }
   }
-  // To totals [TOKENS][16], as float32. Units and scales are powers of two: nothing rounds there.
-  DUOTONE_ALWAYS void finish(const Segment* of, __m512 unit, float* total) {
+  // To totals [TOKENS][16], as float32.
+  DUOTONE_ALWAYS void finish(const Segment* of, __m512i unit, float* total) {
 #pragma GCC unroll 16
     for (int t = 0; t < TOKENS; t++) {
       for (int c = 1; c < CHAINS; c++)
         high[t][0] = _mm512_add_epi32(high[t][0], high[t][c]), low[t][0] = _mm512_add_epi32(low[t][0], low[t][c]);
       const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[t][0], 8), low[t][0]);
-      const __m512 by = _mm512_mul_ps(unit, _mm512_set1_ps(of[t].scale));
-      _mm512_store_ps(total + t * ROWS, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by, _mm512_load_ps(total + t * ROWS)));
+      _mm512_store_ps(total + t * ROWS, add_segment(_mm512_load_ps(total + t * ROWS), sum, unit, of[t].scale));
     }
   }
 };
@@ -135,7 +136,7 @@ __attribute__((noinline)) __m512 add_low(const Linear& p, int64_t block, int64_t
     sum = multiply(sum, decode(table, group, both), x + i * STEP);
     sum = multiply(sum, decode(table, group, _mm512_srli_epi16(both, 4)), x + i * STEP + 4);
   }
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(group.unit, _mm512_set1_ps(LOW_SCALE)), total);
+  return add_segment(total, sum, group.unit, LOW_SCALE);
 }
 
 // Totals of a block, with what was cut off, to where they belong.
@@ -189,7 +190,7 @@ void few(const Linear& p, int64_t begin, int64_t end) {
 // Decoded weights of a block, columns of some segments, [steps][2 halves][64 bytes], and units.
 struct Panel {
   alignas(64) int8_t weights[PART * ROWS];
-  alignas(64) float unit[PART / CHUNK][ROWS];
+  __m512i unit[PART / CHUNK];
 };
 
 DUOTONE_ALWAYS void fill(const Linear& p, int64_t block, int64_t first, int64_t last, Panel& panel) {
@@ -204,7 +205,7 @@ DUOTONE_ALWAYS void fill(const Linear& p, int64_t block, int64_t first, int64_t 
       _mm512_store_si512(to, decode(table, group, both));
       _mm512_store_si512(to + STEP_BYTES, decode(table, group, _mm512_srli_epi16(both, 4)));
     }
-    _mm512_store_ps(panel.unit[s - first], group.unit);
+    panel.unit[s - first] = group.unit;
   }
 }
 
@@ -217,36 +218,46 @@ void tile(const Linear& p, const Panel& panel, int64_t token, int64_t first, int
     const int8_t* x = digits_of(p, s, token);
     const Segment* of = &p.of(s, token);
     Sums<TOKENS> sums(of);
+    const int8_t* ahead = s + 1 < last ? digits_of(p, s + 1, token) : x;  // at as many lines of cache as there are steps
     for (int64_t i = 0; i < steps; i++, w += 2 * STEP_BYTES) {
+      for (int j = 0; j < TOKENS / 4; j++) __builtin_prefetch(ahead + (i * (TOKENS / 4) + j) * 64);
       sums.template add<0>(_mm512_load_si512(w), x + i * STEP * 2, steps * STEP * 2);
       sums.template add<1>(_mm512_load_si512(w + STEP_BYTES), x + i * STEP * 2, steps * STEP * 2);
     }
-    sums.finish(of, _mm512_load_ps(panel.unit[s - first]), total);
+    sums.finish(of, panel.unit[s - first], total);
   }
 }
 
-// A block of rows times tokens [token, end): decoded once for all of them, in parts that stay in the first level of cache.
-void many(const Linear& p, int64_t block, int64_t token, int64_t end) {
+// A block of rows times tokens [token, end) over segments [from, to): decoded once for all of them, in panels that stay in the
+// first level of cache.
+void many(const Linear& p, int64_t block, int64_t token, int64_t end, int64_t from, int64_t to) {
   Panel panel;
-  alignas(64) float total[TOKEN_BLOCK * ROWS] = {};
+  alignas(64) float total[TOKEN_BLOCK * ROWS];
+  float* kept = p.total + token * p.stride() + block * ROWS;
+  for (int64_t t = 0; t < end - token; t++)
+    _mm512_store_ps(total + t * ROWS, from ? _mm512_loadu_ps(kept + t * p.stride()) : _mm512_setzero_ps());
   const int64_t part = PART / (p.segment_chunks * CHUNK);
-  for (int64_t first = 0; first < p.segments; first += part) {
-    const int64_t last = first + part < p.segments ? first + part : p.segments;
+  for (int64_t first = from; first < to; first += part) {
+    const int64_t last = first + part < to ? first + part : to;
     fill(p, block, first, last, panel);
     int64_t t = token;
     for (; t + MOST <= end; t += MOST) tile<MOST>(p, panel, t, first, last, total + (t - token) * ROWS);
     for (; t + 4 <= end; t += 4) tile<4>(p, panel, t, first, last, total + (t - token) * ROWS);
     for (; t < end; t++) tile<1>(p, panel, t, first, last, total + (t - token) * ROWS);
   }
-  put(p, block, token, end - token, total);
+  if (to == p.segments) return put(p, block, token, end - token, total);
+  for (int64_t t = 0; t < end - token; t++) _mm512_storeu_ps(kept + t * p.stride(), _mm512_load_ps(total + t * ROWS));
 }
 
 void run(const Linear& p, int64_t begin, int64_t end) {
   begin /= COLUMN_ROWS / BLOCK_ROWS, end = (end + 1) / (COLUMN_ROWS / BLOCK_ROWS);
   if (p.tokens <= FEW) return few(p, begin, end);
+  // In parts whose activations stay in the second level of cache while all rows pass by.
+  const int64_t part = CACHED / (p.segment_chunks * CHUNK);
   for (int64_t token = 0; token < p.tokens; token += TOKEN_BLOCK)
-    for (int64_t block = begin; block < end; block++)
-      many(p, block, token, token + TOKEN_BLOCK < p.tokens ? token + TOKEN_BLOCK : p.tokens);
+    for (int64_t from = 0; from < p.segments; from += part)
+      for (int64_t block = begin; block < end; block++)
+        many(p, block, token, token + p.together(token), from, from + part < p.segments ? from + part : p.segments);
 }
 
 // ---- Activations.

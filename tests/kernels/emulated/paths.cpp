@@ -43,7 +43,7 @@ void fill_activations(const Linear& p, int16_t* high, int16_t* low) {
 
 struct Named {
   const char* name;
-  LinearPath run;
+  LinearPath path;
 };
 
 // Number of paths that differ.
@@ -69,14 +69,14 @@ int compare(Linear p) {
   p.low_segments = zeros<uint64_t>(p.tokens * p.low_words());
   fill_activations(p, high, low);
   p.total = meant;
-  linear_portable(p, 0, p.blocks());
+  linear_portable.run(p, 0, p.blocks());
   int wrong = 0;
   const size_t bytes = static_cast<size_t>(p.tokens * p.stride()) * sizeof(float);
   for (const Named& path :
        {Named{"avx2", linear_avx2}, Named{"avx512", linear_avx512}, Named{"avx512vnni", linear_avx512vnni}}) {
     std::memset(found, 255, bytes);
     p.total = found;
-    path.run(p, 0, p.blocks());
+    path.path.run(p, 0, p.blocks());
     if (!std::memcmp(meant, found, bytes)) continue;
     std::printf("%s differs: %ld tokens, %ld rows, %ld chunks\n", path.name, static_cast<long>(p.tokens),
                 static_cast<long>(p.rows), static_cast<long>(p.chunks));
