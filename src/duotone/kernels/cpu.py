@@ -1,8 +1,8 @@
 # Shapes: M tokens, N out_features, K in_features, G groups along K.
 """The W4A8 linear on a CPU, 4-bit codes all the way to the registers: csrc/linear.cpp, with a path for each instruction set.
 
-A weight is its codes, a table of the values that they stand for, and for each group its place there (`layout`). The compiled code
-knows nothing of FP8 products. It multiplies whole numbers, 8 bits of a weight by 16 of an activation, exactly
+A weight is its codes, a table of the values that they stand for, and for each group its place there (`layout`). The compiled
+code knows nothing of FP8 products. It multiplies whole numbers, 8 bits of a weight by 16 of an activation, exactly
 (csrc/linear_kernels.h): all paths give the same bits, for any number of tokens and threads.
 """
 

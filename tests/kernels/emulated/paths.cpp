@@ -69,9 +69,10 @@ int compare(Linear p) {
   p.low_segments = zeros<uint64_t>(p.tokens * p.low_words());
   fill_activations(p, high, low);
   p.total = meant;
+  const size_t bytes = static_cast<size_t>(p.tokens * p.stride()) * sizeof(float);
+  std::memset(meant, 255, bytes);
   linear_portable.run(p, 0, p.blocks());
   int wrong = 0;
-  const size_t bytes = static_cast<size_t>(p.tokens * p.stride()) * sizeof(float);
   for (const Named& path :
        {Named{"avx2", linear_avx2}, Named{"avx512", linear_avx512}, Named{"avx512vnni", linear_avx512vnni}}) {
     std::memset(found, 255, bytes);
