@@ -35,15 +35,15 @@ _UNIT_EXPONENT = -10
 class Layout(NamedTuple):
     """A weight's tensors as the op reads them.
 
-    blocks: codes uint8 [N/8, K/32, 4, 2, 16], padded; index uint8 or uint16 [N/8, G, 8], rows of `table`; table uint8 [T, 32]:
+    blocks: codes uint8 [N/8, K/32, 4, 2, 16], padded; place uint8 or uint16 [N/8, G, 8], rows of `table`; table uint8 [T, 32]:
     16 values in units of their own, the bias added to them, that unit as a float32 and that bias as an int32, and 8 bytes to
     spare; T at least 256 so that no byte leads out of it. bias: of every row, or -1 where they differ.
-    columns: codes uint8 [N/16, K/8, 16, 4], K padded to 32; index uint8 [N/16, G, 16]: a row of `table` times 16 and an
+    columns: codes uint8 [N/16, K/8, 16, 4], K padded to 32; place uint8 [N/16, G, 16]: a row of `table` times 16 and an
     exponent; table uint8 [8, 16]; bias: of every row.
     """
 
     codes: Tensor
-    index: Tensor
+    place: Tensor
     table: Tensor
     bias: int
 
