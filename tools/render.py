@@ -18,6 +18,11 @@ PAGES = ("README.md", "docs/accuracy.md", "docs/speed.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+Row = dict[str, Any]
+#: The linear's instruction sets, the widest last.
+PATHS = ("portable", "avx2", "avx512", "avx512vnni", "avx512vbmi")
+
+
 def records(name: str) -> list[dict[str, Any]]:
     """Rows of one records file."""
     return [json.loads(line) for line in (RECORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -419,29 +424,45 @@ def quantize_time_table() -> str:
 
 
 def linear_table() -> str:
-    """A shape and number of tokens a line: ours, and how many times as fast as torch's."""
-    newest = {(*row["shape"], row["tokens"], row["threads"], row["kernel"]): row for row in records("linear")}
+    """A shape and number of tokens a line, the widest instruction set first: ours, and how many times as fast as torch's."""
+    newest: dict[tuple[object, ...], Row] = {}
+    for row in records("linear"):
+        newest[path_of(row), row["threads"], *row["shape"], row["tokens"], row["kernel"]] = row
     lines: list[tuple[str, ...]] = []
-    for (rows, columns, tokens, threads, kernel), row in newest.items():
-        if not kernel.startswith("duotone"):
+    order = sorted(newest.items(), key=lambda item: (-PATHS.index(str(item[0][0])), -int(str(item[0][1]))))
+    for (path, threads, rows, columns, tokens, kernel), row in order:
+        if not str(kernel).startswith("duotone"):
             continue
         times = row["times_as_fast_as"]
         lines.append(
             (
-                f"{rows} x {columns}", str(tokens), str(threads), f"{row['ms']:.2f}", f"{100 * row['roofline_share']:.0f} %",
-                f"{100 * row['gflops'] / row['peak_gflops']:.0f} %", f"{times['torch BF16']:.1f}",
+                str(path), str(threads), f"{rows} x {columns}", str(tokens), f"{row['ms']:.2f}",
+                f"{100 * row['roofline_share']:.0f} %", f"{100 * row['gflops'] / row['peak_gflops']:.0f} %",
+                f"{times['torch BF16']:.1f}" if times["torch BF16"] >= 2 else f"{times['torch BF16']:.2f}",
                 f"{times['torch int4pack (W4A16)']:.1f}",
             )
         )  # fmt: skip
-    head = ("N x K", "tokens", "threads", "ms", "of memory", "of the peak", "times as fast as BF16", "as torch's int4pack")
+    head = (
+        "path", "threads", "N x K", "tokens", "ms", "of memory", "of the peak", "times as fast as BF16", "as torch's int4pack",
+    )  # fmt: skip
     return markdown(head, lines)
 
 
+def path_of(row: Row) -> str:
+    """The instruction set that a row was measured with."""
+    return str(row["backend"]).rpartition(" ")[2]
+
+
 def generate_table() -> str:
-    """Tokens a second of each runtime, of the newest measurement of each model and length."""
-    newest = {(row["model"], row["prompt_tokens"], row["threads"], row["runtime"]): row for row in records("generate")}
+    """Tokens a second of each runtime, of the newest measurement of each instruction set and length."""
+    newest: dict[tuple[object, ...], Row] = {}
+    path = ""
+    for row in records("generate"):
+        path = path_of(row) if row["backend"] else path  # the others took turns with the row of ours before them
+        newest[path, row["model"], row["prompt_tokens"], row["threads"], row["runtime"]] = row
     lines = [
         (
+            str(path),
             f"{row['runtime']}",
             f"{prompt} + {row['new_tokens']}",
             str(threads),
@@ -451,11 +472,11 @@ def generate_table() -> str:
             f"{row['ours_times_as_fast']['decode']:.2f}",
             f"{row['weight_bytes'] / 1e9:.2f} GB",
         )
-        for (_, prompt, threads, _), row in newest.items()
+        for (path, _, prompt, threads, _), row in sorted(newest.items(), key=lambda item: -PATHS.index(str(item[0][0])))
     ]
     head = (
-        "runtime", "tokens", "threads", "prompt, tokens/s", "writing, tokens/s", "ours reads, times as fast", "ours writes",
-        "weights",
+        "path", "runtime", "tokens", "threads", "prompt, tokens/s", "writing, tokens/s", "ours reads, times as fast",
+        "ours writes", "weights",
     )  # fmt: skip
     return markdown(head, lines)
 
