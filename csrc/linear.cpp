@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "crew.h"
 #include "linear_parts.h"
 #include "solver_kernels.h"
 #include "tensors.h"
@@ -146,10 +147,11 @@ void multiply(const Weight& weight, const T* x, int64_t all, const Result<T>& to
     torch::stable::parallel_for(0, tokens, grain(weight.p.in_features * 4), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; m++) product.quantize(x + (first + m) * weight.p.in_features, m);
     });
-    // Whoever is free takes the next piece: cores are not alike, and not always ours.
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, product.pieces(), 1, [&](int64_t, int64_t) {
-      for (int64_t piece; (piece = next.fetch_add(1)) < product.pieces();) product.multiply(piece);
+    Pieces pieces;
+    std::atomic<int64_t> joined{0};
+    const int64_t threads = std::min<int64_t>(product.pieces(), torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      pieces.take(product.pieces(), threads, joined.fetch_add(1), [&](int64_t piece) { product.multiply(piece); });
     });
     torch::stable::parallel_for(0, tokens, grain(weight.p.rows * 4), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; m++) to.finish(product, all, first, m);
