@@ -24,17 +24,26 @@ __all__ = ["DuotoneError", "evaluate", "load", "quantize"]
 _LAZY = {"evaluate": "duotone.evaluation", "load": "duotone.runtime.load", "DuotoneError": "duotone.errors"}
 
 
-def quantize(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any) -> QuantizeReport:
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    resume: bool = False,
+    save_every: float = 60.0,
+    **options: Any,
+) -> QuantizeReport:
     """Quantize a model folder or hub id into the folder `out`.
 
-    options: the fields of `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration,
-    samples, seq_len, damping_frac, order, refresh_scales, effort, rotate, equalize, seed, device, strict). Raises DuotoneError;
-    then `out` is as it was before.
+    resume: go on with a run on this output that was killed, or begin. save_every: seconds of work between two saves. options:
+    the fields of `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration, samples, seq_len,
+    damping_frac, order, refresh_scales, effort, rotate, equalize, seed, device, strict). Raises DuotoneError; then `out` is as
+    it was before, or what was saved lies beside it.
     """
     from duotone.pipeline import quantize as run
     from duotone.plan import QuantizeConfig
 
-    return run(model, out, QuantizeConfig(**options), progress)
+    return run(model, out, QuantizeConfig(**options), progress, resume=resume, save_every=save_every)
 
 
 def __getattr__(name: str) -> Any:

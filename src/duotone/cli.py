@@ -62,6 +62,12 @@ def quantize(  # noqa: PLR0913 - every option of the command
     seed: Annotated[int, typer.Option(help="Draws the calibration windows and the rotation.")] = 0,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
+    ] = False,
+    save_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Work that a killed run may lose, at least; 0 saves after every block.")
+    ] = 60.0,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be done, how long and how large (a hub model is downloaded first)."),
@@ -98,14 +104,14 @@ def quantize(  # noqa: PLR0913 - every option of the command
     from duotone.pipeline import quantize as run
 
     with progress_bar("quantizing", quiet or as_json) as tell:
-        report = run(model, out, config, tell)
+        report = run(model, out, config, tell, resume=resume, save_every=save_every)
     print_result(report.to_json(), quantize_summary, as_json)
 
 
 def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:
     from duotone.checkpoint.hub import locate_model
     from duotone.checkpoint.source import open_source
-    from duotone.checkpoint.writer import check_output
+    from duotone.checkpoint.staging import check_output
     from duotone.estimate import estimate
     from duotone.loadability import vllm_warnings
     from duotone.plan import make_plan

@@ -3,3 +3,7 @@
 
 class DuotoneError(Exception):
     """Bad input or an impossible request. The command line prints the sentence and exits with 2."""
+
+
+class UnfinishedError(DuotoneError):
+    """An unfinished run that cannot go on as asked. It is left as it is."""

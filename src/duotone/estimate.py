@@ -56,7 +56,7 @@ def estimate(plan: Plan) -> Estimate:
     state_bytes = 2 * prefixes * 4 * tokens * hidden
     peak = _BASE_BYTES + 3 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + waiting_bytes + state_bytes
     seconds = flops / (_EFFICIENCY * _measured_flops()) + columns * _COLUMN_SECONDS + weights * 2e-8
-    disk = plan.disk_bytes
+    disk = plan.disk_bytes + state_bytes  # what a save holds, while the one before it is still there
     if config.high_effort:
         steps = BEAM_WIDTH * (1 + REVISITS)
         seconds += steps * sum(n * k * (_PATH_SECONDS + k * _PATH_COLUMN_SECONDS) for n, k in plan.shapes.values())

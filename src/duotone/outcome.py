@@ -15,7 +15,10 @@ from duotone.version import VERSION
 
 @dataclass
 class QuantizeReport:
-    """Everything `quantize` has to say. seconds: by phase. kept: linears left in BF16, each with its reason."""
+    """Everything `quantize` has to say. seconds: by phase. kept: linears left in BF16, each with its reason.
+
+    resumed_at: the block from which this run went on with one that was killed, None for a run of its own.
+    """
 
     model: str
     out: str
@@ -30,6 +33,7 @@ class QuantizeReport:
     quantized_macs_share: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    resumed_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -27,6 +27,11 @@ class Phases:
             self._charge()
             self._running.pop()
 
+    def add(self, seconds: dict[str, float]) -> None:
+        """Count what an earlier run has spent."""
+        for phase, more in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + more
+
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._running:

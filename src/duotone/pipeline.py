@@ -20,12 +20,15 @@ from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windo
 from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions, locate_model
+from duotone.checkpoint.journal import Journal, model_digests
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.sidecar import SIDECAR
 from duotone.checkpoint.source import load_finite, open_source
-from duotone.checkpoint.writer import CheckpointWriter, check_output, output_folder, write_json
+from duotone.checkpoint.staging import check_output, output_folder
+from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.contract import static_activation_scale
 from duotone.device import resolve_device
+from duotone.kernels import native
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
@@ -34,9 +37,10 @@ from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.solver.couple import couple
 from duotone.solver.drift import bias_shift
-from duotone.solver.methods import METHODS, Problem, shared_factor
+from duotone.solver.methods import METHODS, LayerReport, Problem, shared_factor
 from duotone.solver.statistics import Statistics
 from duotone.transforms.equalization import equalize
+from duotone.version import VERSION
 
 #: Where `--effort high` keeps curvatures while it runs, inside the folder that is being made.
 _SCRATCH = ".curvature"
@@ -57,8 +61,20 @@ class _Run:
     curvatures: Scratch | None = None
 
 
-def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progress: Progress | None = None) -> QuantizeReport:
-    """Quantize a model folder or hub id into the folder `out`. Raises DuotoneError; then `out` is as it was before."""
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    config: QuantizeConfig,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    save_every: float = 60.0,
+) -> QuantizeReport:
+    """Quantize a model folder or hub id into the folder `out`.
+
+    resume: go on with a run that was killed, from where it last saved; save_every: seconds of work between two saves, at least.
+    The same bytes come out, killed or not. Raises DuotoneError; then `out` is as it was before, or holds what was saved.
+    """
     phases = Phases()
     tell = progress or _silent
     with phases("read"):
@@ -73,18 +89,29 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
     report.original_bytes = plan.source.weight_bytes
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
     run = _Run(plan, device, phases, report)
-    with output_folder(out) as staging:
+    with output_folder(out, resume) as staging:
         with phases("write"):
-            writer = CheckpointWriter(staging, plan.outputs)
-            copy_companions(plan.source.path, staging)
-            _copy_through(run, writer, plan.outside)
+            journal = Journal(staging, run_settings(plan, device, windows), save_every)
+            done = _recall(run, journal)
+            writer = CheckpointWriter(staging, plan.outputs, written=journal.record.written if journal.record else None)
+            if not journal.record:
+                copy_companions(plan.source.path, staging)
+                _copy_through(run, writer, plan.outside)
         skeleton = build_skeleton(plan.source.config, _compute_dtype(device))
         stream = _open_stream(run, skeleton, windows) if windows is not None else None
         steps, before = len(plan.blocks), 0
         if stream is not None and windows is not None and config.high_effort:
             steps, before = 3 * steps, 2 * steps  # forward, backward, and the quantizing
-            _measure_curvature(run, skeleton, stream, windows, staging, lambda done: tell(done, steps, "measuring curvature"))
-        for index, block in enumerate(plan.blocks):
+            run.curvatures = Scratch(staging / _SCRATCH, anew=not journal.record)
+            if not journal.record:
+                _measure_curvature(run, skeleton, stream, windows, lambda done: tell(done, steps, "measuring curvature"))
+        if stream is not None:
+            stream.take_up(journal.held())
+        for index, block in enumerate(plan.blocks[done:], done):
+            if journal.is_due():
+                with phases("write"):
+                    writer.settle()
+                    journal.save(index, writer.written, _facts(run), stream.held() if stream is not None else {})
             tell(before + index, steps, block.path)
             weights, changed = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
@@ -98,6 +125,45 @@ def quantize(model: str | Path, out: str | Path, config: QuantizeConfig, progres
     report.seconds = dict(phases.seconds)
     report.peak_bytes = peak_resident_bytes()
     return report
+
+
+def run_settings(plan: Plan, device: torch.device, windows: TokenWindows | None) -> dict[str, dict[str, Any]]:
+    """All that the bytes of a checkpoint depend on: a run goes on only where these are what they were."""
+    arguments = {
+        name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device")
+    }
+    versions = {"duotone": VERSION, "torch": torch.__version__}
+    return {
+        "the model's": model_digests(plan.source.path, plan.source.tensors),
+        "the argument": arguments,
+        "the calibration text's": {} if windows is None else {"hash": windows.sha256, "windows": list(windows.tokens.shape)},
+        "the machine's": {
+            "device": device.type, "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
+            "compiled solver": native.available(),
+        },
+        "the version of": versions,
+    }  # fmt: skip
+
+
+def _facts(run: _Run) -> dict[str, Any]:
+    """What the end of a run tells of the blocks behind it."""
+    return {
+        "layers": [dataclasses.asdict(layer) for layer in run.report.layers],
+        "sidecar_layers": run.sidecar_layers,
+        "seconds": run.phases.seconds,
+    }
+
+
+def _recall(run: _Run, journal: Journal) -> int:
+    """Take up what a killed run had found out; returns how many blocks it had done."""
+    if journal.record is None:
+        return 0
+    facts = journal.record.facts
+    run.report.layers.extend(LayerReport(**layer) for layer in facts["layers"])
+    run.sidecar_layers.update(facts["sidecar_layers"])
+    run.phases.add(facts["seconds"])
+    run.report.resumed_at = journal.record.done
+    return journal.record.done
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -244,15 +310,15 @@ def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream
 
 
 def _measure_curvature(
-    run: _Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, staging: Path, tell: Callable[[int], None]
+    run: _Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, tell: Callable[[int], None]
 ) -> None:
     """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
     plan, dtype = run.plan, _compute_dtype(run.device)
+    assert run.curvatures is not None
     heads = [name for name in plan.outside if _is_parameter(skeleton, name) and skeleton.get_parameter(name).is_meta]
     with run.phases("read"):
         fill(skeleton, load_finite(plan.source, tuple(heads)), dtype, run.device)
         skeleton.tie_weights()
-        run.curvatures = Scratch(staging / _SCRATCH)
     blocks = [skeleton.get_submodule(block.path) for block in plan.blocks]
 
     def load(index: int) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import open_source
-from duotone.checkpoint.writer import CheckpointWriter, output_folder, plan_shards, reporting_full_disk, write_json
+from duotone.checkpoint.staging import output_folder
+from duotone.checkpoint.writer import CheckpointWriter, plan_shards, reporting_full_disk, write_json
 from duotone.errors import DuotoneError
 
 INDEX = "model.safetensors.index.json"

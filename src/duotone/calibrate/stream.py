@@ -94,6 +94,21 @@ class BlockStream:
         """From here on, also pass hidden states through the original blocks."""
         self.original = list(self.hidden)
 
+    def held(self) -> dict[str, Tensor]:
+        """The hidden states, by name: all that a run has to remember between two blocks."""
+        prefixes = {"hidden": self.hidden, "original": self.original or ()}
+        states = {f"{name}.{i}": state for name, batches in prefixes.items() for i, state in enumerate(batches)}
+        return {name: state.detach().cpu().clone() for name, state in states.items()}  # of their own, as a file wants them
+
+    def take_up(self, states: Mapping[str, Tensor]) -> None:
+        """Go on from hidden states that were held before; from none, where it is."""
+        if not states:
+            return
+        device = self.hidden[0].device
+        self.hidden = [states[f"hidden.{i}"].to(device) for i in range(len(self.hidden))]
+        if self.original is not None:
+            self.original = [states[f"original.{i}"].to(device) for i in range(len(self.original))]
+
     @contextmanager
     def enter(
         self,

@@ -16,10 +16,11 @@ from duotone.checkpoint.writer import reporting_full_disk
 class Scratch:
     """Lists of tensors by name, one file each, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        """Make the folder. Raises DuotoneError when it cannot be made."""
+    def __init__(self, folder: Path, anew: bool = True) -> None:
+        """Make the folder, or take up what is in it. Raises DuotoneError when it cannot be made."""
         with reporting_full_disk(folder.parent):
-            folder.mkdir()
+            if anew:
+                folder.mkdir()
         self._folder = folder
 
     def write(self, name: str, tensors: Sequence[Tensor]) -> None:

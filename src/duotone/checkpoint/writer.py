@@ -5,6 +5,7 @@ All tensors' shapes are known before any work is done, so each shard is laid out
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.headers import TORCH_NAMES, TensorSpec, encode_header
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, UnfinishedError
 
 _MAX_SHARD_BYTES = 5_000_000_000
 
@@ -38,19 +39,37 @@ def plan_shards(tensors: dict[str, TensorSpec], max_bytes: int = _MAX_SHARD_BYTE
 
 
 class CheckpointWriter:
-    """Writes the planned tensors into a folder, each shard renamed to its real name once its last tensor is there."""
+    """Writes the planned tensors into a folder, each shard renamed to its real name once its last tensor is there.
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorSpec], max_bytes: int = _MAX_SHARD_BYTES) -> None:
-        """Reserve the disk for all shards. Raises DuotoneError when it does not hold them."""
+    written: of each tensor that is in its place, the hash of its bytes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, TensorSpec],
+        max_bytes: int = _MAX_SHARD_BYTES,
+        written: dict[str, str] | None = None,
+    ) -> None:
+        """Reserve the disk for all shards. written: what an earlier run that was killed here is known to have put there.
+
+        Raises DuotoneError when the disk does not hold them, UnfinishedError where one of the tensors is not what it was.
+        """
+        self.written = dict(written or {})
         self._folder = folder
         self._shards = plan_shards(tensors, max_bytes)
         self._file_of = {name: file for file, members in self._shards.items() for name in members}
-        self._pending = {file: dict(members) for file, members in self._shards.items()}
+        self._pending: dict[str, dict[str, TensorSpec]] = {}
         self._offset_of: dict[str, int] = {}
+        self._unsettled: set[str] = set()
         for file, members in self._shards.items():
             header, offsets = encode_header(members)
             self._offset_of.update(offsets)
+            self._pending[file] = {name: spec for name, spec in members.items() if name not in self.written}
             total = len(header) + sum(spec.nbytes for spec in members.values())
+            if len(self._pending[file]) < len(members):
+                self._take_up(file)
+                continue
             with reporting_full_disk(folder, total), self._partial(file).open("wb") as shard:
                 os.posix_fallocate(shard.fileno(), 0, total)
                 shard.write(header)
@@ -63,6 +82,7 @@ class CheckpointWriter:
                 raise ValueError(f"{name}: was not planned, or is written already")
             by_file.setdefault(self._file_of[name], []).append(name)
         for file, names in by_file.items():
+            self._unsettled.add(file)
             with reporting_full_disk(self._folder), self._partial(file).open("r+b") as shard:
                 for name in names:
                     spec, tensor = self._pending[file][name], tensors[name].detach().cpu().contiguous()
@@ -72,12 +92,17 @@ class CheckpointWriter:
                         )
                     del self._pending[file][name]
                     shard.seek(self._offset_of[name])
-                    shard.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                if not self._pending[file]:
-                    shard.flush()
-                    os.fsync(shard.fileno())
+                    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+                    shard.write(data)
+                    self.written[name] = content_hash(data)
             if not self._pending[file]:
+                self._settle(file)
                 self._partial(file).rename(self._folder / file)
+
+    def settle(self) -> None:
+        """Have all that was written on the disk, whatever happens next."""
+        for file in sorted(self._unsettled):
+            self._settle(file)
 
     def finish(self) -> int:
         """Write the index of a sharded checkpoint; returns the bytes of all tensors. Raises ValueError if any is missing."""
@@ -90,44 +115,36 @@ class CheckpointWriter:
             write_json(self._folder / "model.safetensors.index.json", index)
         return total
 
+    def _take_up(self, file: str) -> None:
+        """Go on with a shard that an earlier run began: what it is known to have written must still be there."""
+        whole, partial = self._folder / file, self._partial(file)
+        if whole.exists() and self._pending[file]:
+            whole.rename(partial)  # it was finished after the record that this run goes on from
+        place = partial if self._pending[file] else whole
+        if partial.exists() and not self._pending[file]:
+            partial.rename(whole)
+        try:
+            with place.open("rb") as shard:
+                for name in self._shards[file].keys() - self._pending[file].keys():
+                    shard.seek(self._offset_of[name])
+                    if content_hash(shard.read(self._shards[file][name].nbytes)) != self.written[name]:
+                        raise UnfinishedError(f"{place}: {name} is not what the unfinished run wrote; remove {self._folder}")
+        except OSError as error:
+            raise UnfinishedError(f"{place}: cannot be read ({error.strerror}); remove {self._folder}") from None
+
+    def _settle(self, file: str) -> None:
+        if file in self._unsettled:
+            with reporting_full_disk(self._folder), self._partial(file).open("r+b") as shard:
+                os.fsync(shard.fileno())
+            self._unsettled.remove(file)
+
     def _partial(self, file: str) -> Path:
         return self._folder / f"{file}.partial"
 
 
-@contextmanager
-def output_folder(out: Path) -> Generator[Path]:
-    """A staging folder whose content becomes that of `out` when the work ends well, and vanishes when it does not.
-
-    It lies inside `out` when that exists (it may be a mount point or a link), otherwise beside it, so that the last step is
-    a rename on one file system. Raises DuotoneError when `out` is not an empty folder, or cannot be made.
-    """
-    check_output(out)
-    inside = out.is_dir()
-    final = out.resolve()
-    staging = (final if inside else final.parent) / f".{final.name}.partial-{os.getpid()}"
-    with reporting_full_disk(out):
-        staging.mkdir(parents=True)
-    try:
-        yield staging
-        with reporting_full_disk(out):
-            if inside:
-                for file in sorted(staging.iterdir()):
-                    file.rename(final / file.name)
-            else:
-                staging.rename(final)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_output(out: Path) -> None:
-    """Raise DuotoneError unless `out` is absent or an empty folder."""
-    with reporting_full_disk(out):  # a name the file system refuses is found here too
-        exists = out.exists()
-        empty = not exists or (out.is_dir() and not any(out.iterdir()))
-    if exists and not out.is_dir():
-        raise DuotoneError(f"{out}: is a file, expected a folder to write to, or none yet")
-    if not empty:
-        raise DuotoneError(f"{out}: the output folder is not empty, expected a new or empty one")
+def content_hash(data: Any) -> str:
+    """Of the bytes of a tensor."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -29,9 +29,9 @@ _NATIVE = (torch.bfloat16, torch.float32)
 class Packed:
     """A weight as the op reads it: the only copy there is.
 
-    codes, index, table, bias: as in `layout.Layout`, where the index is its place. outer_scale: float32 [N]. input_scale: static
-    activation scale or None. path: the number of an instruction set, which also says the layout. parts: the rows of each of
-    several weights in one.
+    codes, index, table, bias: as in `layout.Layout`, where the index is its place. outer_scale: float32 [N]. input_scale:
+    static activation scale or None. path: the number of an instruction set, which also says the layout. parts: the rows of
+    each of several weights in one.
     """
 
     codes: Tensor
