@@ -23,6 +23,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("loadability",),
     ("plan", "inspection"),
     ("outcome", "estimate", "explanation"),
+    ("unfinished",),
     ("pipeline",),
     ("evaluation", "questions"),
     ("tasks",),

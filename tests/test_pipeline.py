@@ -124,7 +124,7 @@ def test_shards_do_not_change_the_model(
     duotone.quantize(tiny_model(), tmp_path / "one", calibration=(str(text_file),), **QUICK)
     from duotone.checkpoint import writer
 
-    monkeypatch.setattr(writer.CheckpointWriter.__init__, "__defaults__", (100_000,))
+    monkeypatch.setattr(writer.CheckpointWriter.__init__, "__defaults__", (100_000, None))
     duotone.quantize(tiny_model(), tmp_path / "many", calibration=(str(text_file),), **QUICK)
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 3

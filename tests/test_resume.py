@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import duotone
 from duotone.checkpoint.journal import RECORD, digest
 from duotone.checkpoint.staging import output_folder, staging_of
+from duotone.checkpoint.writer import CheckpointWriter
 from duotone.errors import DuotoneError, UnfinishedError
 from tests.test_cli import invoke
 
@@ -93,6 +94,20 @@ def test_what_was_saved_is_not_done_again(model: Path, text_file: Path, tmp_path
     alone = duotone.quantize(model, whole, calibration=(str(text_file),), **QUICK)
     assert alone.resumed_at is None and report.layers == alone.layers
     assert contents(out) == contents(whole)
+
+
+def test_shards_are_taken_up(model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole ones, begun ones, ones that were whole after the last save, and ones that nothing was written to."""
+    monkeypatch.setattr(CheckpointWriter.__init__, "__defaults__", (50_000, None))
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    unfinished(model, out, text_file)
+    names = sorted(file.name for file in staging_of(out).iterdir())
+    assert any(name.endswith(".partial") for name in names) and any(name.endswith(".safetensors") for name in names)
+    begun = next(staging_of(out).glob("*.partial"))
+    begun.rename(begun.with_suffix(""))  # as if its last tensors had been there, behind the save
+    assert duotone.quantize(model, out, calibration=(str(text_file),), resume=True, **QUICK).resumed_at == 2
+    duotone.quantize(model, whole, calibration=(str(text_file),), **QUICK)
+    assert contents(out) == contents(whole) and len(list(out.glob("model-*"))) > 3
 
 
 def test_with_nothing_to_go_on_with_it_begins(model: Path, text_file: Path, tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from duotone.solver.couple import BEAM_WIDTH, REVISITS, row_parts
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, peak memory, and disk with what is kept there while the run lasts."""
+    """Seconds, peak memory, and disk with what is kept there while the run lasts.
+
+    saved_bytes: what a save holds besides, of a run that is long enough for one; twice that while the next is written.
+    """
 
     seconds: float
     peak_bytes: int
     disk_bytes: int
+    saved_bytes: int
 
 
 #: Interpreter, torch and transformers before any weight.
@@ -56,13 +60,13 @@ def estimate(plan: Plan) -> Estimate:
     state_bytes = 2 * prefixes * 4 * tokens * hidden
     peak = _BASE_BYTES + 3 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + waiting_bytes + state_bytes
     seconds = flops / (_EFFICIENCY * _measured_flops()) + columns * _COLUMN_SECONDS + weights * 2e-8
-    disk = plan.disk_bytes + state_bytes  # what a save holds, while the one before it is still there
+    disk = plan.disk_bytes
     if config.high_effort:
         steps = BEAM_WIDTH * (1 + REVISITS)
         seconds += steps * sum(n * k * (_PATH_SECONDS + k * _PATH_COLUMN_SECONDS) for n, k in plan.shapes.values())
         peak += 4 * tokens * hidden * len(plan.blocks)  # hidden states at every block's entrance, for the way back
         disk += 4 * sum(rows**2 for rows in _parts(plan))
-    return Estimate(seconds, peak, disk)
+    return Estimate(seconds, peak, disk, prefixes * 4 * tokens * hidden)
 
 
 def _parts(plan: Plan) -> list[int]:

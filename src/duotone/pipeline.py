@@ -20,7 +20,7 @@ from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windo
 from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions, locate_model
-from duotone.checkpoint.journal import Journal, model_digests
+from duotone.checkpoint.journal import Journal
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.sidecar import SIDECAR
 from duotone.checkpoint.source import load_finite, open_source
@@ -28,7 +28,6 @@ from duotone.checkpoint.staging import check_output, output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.contract import static_activation_scale
 from duotone.device import resolve_device
-from duotone.kernels import native
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
@@ -37,10 +36,10 @@ from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.solver.couple import couple
 from duotone.solver.drift import bias_shift
-from duotone.solver.methods import METHODS, LayerReport, Problem, shared_factor
+from duotone.solver.methods import METHODS, Problem, shared_factor
 from duotone.solver.statistics import Statistics
 from duotone.transforms.equalization import equalize
-from duotone.version import VERSION
+from duotone.unfinished import facts_of, recall, run_settings
 
 #: Where `--effort high` keeps curvatures while it runs, inside the folder that is being made.
 _SCRATCH = ".curvature"
@@ -76,7 +75,7 @@ def quantize(
     The same bytes come out, killed or not. Raises DuotoneError; then `out` is as it was before, or holds what was saved.
     """
     phases = Phases()
-    tell = progress or _silent
+    tell: Progress = progress or (lambda *_: None)
     with phases("read"):
         folder, out = locate_model(model), Path(out)
         check_output(out)
@@ -92,7 +91,7 @@ def quantize(
     with output_folder(out, resume) as staging:
         with phases("write"):
             journal = Journal(staging, run_settings(plan, device, windows), save_every)
-            done = _recall(run, journal)
+            done = recall(journal.record, report, run.sidecar_layers, phases)
             writer = CheckpointWriter(staging, plan.outputs, written=journal.record.written if journal.record else None)
             if not journal.record:
                 copy_companions(plan.source.path, staging)
@@ -111,7 +110,8 @@ def quantize(
             if journal.is_due():
                 with phases("write"):
                     writer.settle()
-                    journal.save(index, writer.written, _facts(run), stream.held() if stream is not None else {})
+                    held = stream.held() if stream is not None else {}
+                    journal.save(index, writer.written, facts_of(report, run.sidecar_layers, phases), held)
             tell(before + index, steps, block.path)
             weights, changed = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
@@ -125,49 +125,6 @@ def quantize(
     report.seconds = dict(phases.seconds)
     report.peak_bytes = peak_resident_bytes()
     return report
-
-
-def run_settings(plan: Plan, device: torch.device, windows: TokenWindows | None) -> dict[str, dict[str, Any]]:
-    """All that the bytes of a checkpoint depend on: a run goes on only where these are what they were."""
-    arguments = {
-        name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device")
-    }
-    versions = {"duotone": VERSION, "torch": torch.__version__}
-    return {
-        "the model's": model_digests(plan.source.path, plan.source.tensors),
-        "the argument": arguments,
-        "the calibration text's": {} if windows is None else {"hash": windows.sha256, "windows": list(windows.tokens.shape)},
-        "the machine's": {
-            "device": device.type, "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
-            "compiled solver": native.available(),
-        },
-        "the version of": versions,
-    }  # fmt: skip
-
-
-def _facts(run: _Run) -> dict[str, Any]:
-    """What the end of a run tells of the blocks behind it."""
-    return {
-        "layers": [dataclasses.asdict(layer) for layer in run.report.layers],
-        "sidecar_layers": run.sidecar_layers,
-        "seconds": run.phases.seconds,
-    }
-
-
-def _recall(run: _Run, journal: Journal) -> int:
-    """Take up what a killed run had found out; returns how many blocks it had done."""
-    if journal.record is None:
-        return 0
-    facts = journal.record.facts
-    run.report.layers.extend(LayerReport(**layer) for layer in facts["layers"])
-    run.sidecar_layers.update(facts["sidecar_layers"])
-    run.phases.add(facts["seconds"])
-    run.report.resumed_at = journal.record.done
-    return journal.record.done
-
-
-def _silent(done: int, total: int, what: str) -> None:
-    """Tell nobody."""
 
 
 def _quantize_block(

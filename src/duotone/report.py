@@ -51,6 +51,8 @@ def plan_summary(plan: dict[str, Any]) -> RenderableType:
     table.add_row("time", f"about {duration(plan['seconds'])}")
     table.add_row("peak memory", f"about {megabytes(plan['peak_bytes'])}")
     table.add_row("disk", megabytes(plan["disk_bytes"]))
+    if plan["saved_bytes"]:
+        table.add_row("and a save", f"{megabytes(plan['saved_bytes'])}, twice that for moments (--resume)")
     return Group(table, *_kept(plan["kept"]), *_notes(plan["notes"]))
 
 

@@ -1,0 +1,53 @@
+"""Going on with a run that was killed: what the two must have in common, and what the second takes over from the first."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from duotone.calibrate.data import TokenWindows
+from duotone.checkpoint.journal import Record, model_digests
+from duotone.kernels import native
+from duotone.outcome import QuantizeReport
+from duotone.phases import Phases
+from duotone.plan import Plan
+from duotone.solver.methods import LayerReport
+from duotone.version import VERSION
+
+
+def run_settings(plan: Plan, device: torch.device, windows: TokenWindows | None) -> dict[str, dict[str, Any]]:
+    """All that the bytes of a checkpoint depend on, by topic and name: a run goes on only where these are what they were."""
+    arguments = {
+        name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device")
+    }
+    text = {} if windows is None else {"hash": windows.sha256, "windows": list(windows.tokens.shape)}
+    machine = {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "compiled solver": native.available(),
+    }
+    return {
+        "the model's": model_digests(plan.source.path, plan.source.tensors),
+        "the argument": arguments,
+        "the calibration text's": text,
+        "the machine's": machine,
+        "the version of": {"duotone": VERSION, "torch": torch.__version__},
+    }
+
+
+def facts_of(report: QuantizeReport, sidecar_layers: dict[str, dict[str, Any]], phases: Phases) -> dict[str, Any]:
+    """What the end of a run will tell of the blocks that are done."""
+    layers = [dataclasses.asdict(layer) for layer in report.layers]
+    return {"layers": layers, "sidecar_layers": sidecar_layers, "seconds": phases.seconds}
+
+
+def recall(record: Record | None, report: QuantizeReport, sidecar_layers: dict[str, dict[str, Any]], phases: Phases) -> int:
+    """Put in what a killed run had found out; returns how many blocks it had done."""
+    if record is None:
+        return 0
+    report.layers.extend(LayerReport(**layer) for layer in record.facts["layers"])
+    sidecar_layers.update(record.facts["sidecar_layers"])
+    phases.add(record.facts["seconds"])
+    report.resumed_at = record.done
+    return record.done
