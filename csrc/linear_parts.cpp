@@ -119,6 +119,8 @@ Weight weight_of(const Tensor* four, const Tensor* input_scale, const WeightFact
   STD_TORCH_CHECK(supported(facts.path), "path: this machine cannot run it");
   STD_TORCH_CHECK(facts.group_size > 0 && facts.group_size % CHUNK == 0, "group_size: expected a multiple of 32");
   STD_TORCH_CHECK(facts.columns > 0, "columns: expected some");
+  STD_TORCH_CHECK(facts.value_bias >= -1 && facts.value_bias <= 255, "value_bias: expected a byte, or -1");
+  STD_TORCH_CHECK(facts.fp8_max > 0 && facts.fp8_max <= 448, "fp8_max: expected at most 448");
   STD_TORCH_CHECK(outer_scale.dim() == 1, "outer_scale: expected shape [N]");
   Weight weight{};
   weight.path = &path_of(facts.path);

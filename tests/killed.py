@@ -20,6 +20,7 @@ import torch
 import duotone.checkpoint.journal
 import duotone.checkpoint.writer
 import duotone.pipeline
+from duotone.errors import DuotoneError
 from duotone.plan import QuantizeConfig
 
 
@@ -37,20 +38,30 @@ def die_at(moment: int) -> None:
         return wrapper
 
     duotone.checkpoint.writer.content_hash = counted(duotone.checkpoint.writer.content_hash)  # behind each tensor's bytes
-    duotone.checkpoint.journal.save_file = counted(duotone.checkpoint.journal.save_file)
-    Path.rename = counted(Path.rename)
-    Path.unlink = counted(Path.unlink)
-    os.rename = counted(os.rename)
-    os.fsync = counted(os.fsync)
+    for owner, name in (
+        (Path, "rename"),
+        (Path, "unlink"),
+        (Path, "rmdir"),
+        (Path, "write_text"),
+        (os, "fsync"),
+        (os, "unlink"),
+    ):
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
-def attempt(model: str, out: Path, config: QuantizeConfig, moment: int | None, seconds: float | None) -> bool:
+def attempt(
+    model: str, out: Path, config: QuantizeConfig, moment: int | None, seconds: float | None, save_every: float = 0.0
+) -> bool:
     """One try, in a child; whether it came to its end."""
     child = os.fork()
     if child == 0:
         if moment is not None:
             die_at(moment)
-        report = duotone.pipeline.quantize(model, out, config, resume=True, save_every=0.0)
+        try:
+            report = duotone.pipeline.quantize(model, out, config, resume=True, save_every=save_every)
+        except DuotoneError as error:
+            os.write(2, f"{error}\n".encode())
+            os._exit(0 if "is not empty" in str(error) and (out / "config.json").exists() else 1)  # killed when all was done
         os.write(1, b"" if report.resumed_at is None else b"resumed\n")
         os._exit(0)
     if seconds is not None:
@@ -73,10 +84,8 @@ def main() -> None:
     whole = time.monotonic() - began
     shutil.rmtree(folder)
     while killed < int(kills):
-        by_clock = draw.random() < 0.5
-        if attempt(
-            model, folder, config, None if by_clock else draw.randint(1, 60), draw.uniform(0, whole) if by_clock else None
-        ):
+        moment, seconds = (None, draw.uniform(0, whole)) if draw.random() < 0.5 else (draw.randint(1, 150), None)
+        if attempt(model, folder, config, moment, seconds, draw.choice((0.0, 0.0, 60.0))):
             shutil.rmtree(folder)
         else:
             killed += 1

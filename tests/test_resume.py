@@ -114,6 +114,7 @@ def test_with_nothing_to_go_on_with_it_begins(model: Path, text_file: Path, tmp_
     """--resume in a script that may be the first: no record, no complaint; what a run left that saved nothing is cleared."""
     out = tmp_path / "out"
     staging_of(out).mkdir()
+    (staging_of(out) / ".lock").touch()
     (staging_of(out) / "model.safetensors.partial").write_bytes(b"x")
     outcome = invoke("quantize", model, out, "--method", "rtn", "--resume", "--calibration", text_file)
     assert outcome.code == 0 and contents(out).keys() >= {"config.json", "model.safetensors"}
@@ -125,10 +126,11 @@ def test_with_nothing_to_go_on_with_it_begins(model: Path, text_file: Path, tmp_
     [
         ({"seed": 1}, r"the argument seed 0, found 1, expected the same"),
         ({"group_size": 32}, r"the argument group_size 128, found 32"),
-        ({"calibration": "other"}, r"the calibration text's hash '\w+', found '\w+'"),
-        ({"model": "other"}, r"the model's model.safetensors '\w+', found '\w+'"),
+        ({"calibration": "other"}, r"the calibration text's tokens '\w+', found '\w+'"),
+        ({"model": "model.safetensors"}, r"the model's model.safetensors '\w+', found '\w+'"),
+        ({"model": "tokenizer_config.json"}, r"the model's tokenizer_config.json '\w+', found '\w+'"),
     ],
-    ids=["seed", "group", "text", "model"],
+    ids=["seed", "group", "text", "model", "companion"],
 )
 def test_another_run_does_not_go_on(
     model: Path, text_file: Path, tmp_path: Path, change: dict[str, Any], expected: str
@@ -146,9 +148,13 @@ def test_another_run_does_not_go_on(
         source.mkdir()
         for file in model.iterdir():
             (source / file.name).write_bytes(file.read_bytes())
-        tensors = load_file(source / "model.safetensors")
-        tensors["model.norm.weight"][0] += 1
-        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        if change["model"] == "model.safetensors":
+            tensors = load_file(source / "model.safetensors")
+            tensors["model.norm.weight"][0] += 1
+            save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        else:
+            with (source / change["model"]).open("a") as file:
+                file.write("\n")
     with pytest.raises(UnfinishedError, match=expected):
         duotone.quantize(source, out, calibration=(text,), resume=True, **options)
     assert contents(staging_of(out)) == before
@@ -169,14 +175,16 @@ def test_damage_is_found(model: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     unfinished(model, out, text_file)
     staging = staging_of(out)
-    shard, state = staging / "model.safetensors.partial", next(staging.glob(".journal-*"))
-    for place, expected in (
-        (shard, "is not what the unfinished run wrote"),
-        (state, "cannot be read"),
-        (staging / RECORD, "no record"),
+    shard, state, record = staging / "model.safetensors.partial", next(staging.glob(".journal-*")), staging / RECORD
+    changed = "is not what the unfinished run wrote"
+    for place, at, expected in (
+        (shard, 60_000, changed),
+        (shard, 20, changed),
+        (state, -1, changed),
+        (record, 90, "no record"),
     ):
         good = place.read_bytes()
-        at = len(good) // 8 if place == shard else 0
+        at %= len(good)
         place.write_bytes(good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :])
         with pytest.raises(UnfinishedError, match=expected):
             duotone.quantize(model, out, calibration=(str(text_file),), resume=True, **QUICK)
@@ -194,6 +202,30 @@ def test_two_runs_do_not_share_an_output(model: Path, tmp_path: Path) -> None:
         assert invoke("quantize", model, out, "--method", "rtn").code == 2
         (staging / "file").write_text("x")
     assert (out / "file").read_text() == "x"
+
+
+def test_what_is_not_ours_is_left_alone(model: Path, text_file: Path, tmp_path: Path) -> None:
+    """A link or a full folder in the staging's place; files that came into the output meanwhile; two places for one output."""
+    precious, out = tmp_path / "precious", tmp_path / "out"
+    precious.mkdir()
+    (precious / "thesis").write_text("mine")
+    for make in (lambda: staging_of(out).symlink_to(precious), lambda: precious.rename(staging_of(out))):
+        make()
+        with pytest.raises(DuotoneError, match="is in the way"):
+            duotone.quantize(model, out, method="rtn", resume=True, device="cpu")
+        if staging_of(out).is_symlink():
+            staging_of(out).unlink()
+    assert (staging_of(out) / "thesis").read_text() == "mine"
+    staging_of(out).rename(precious)
+    out.mkdir()
+    with pytest.raises(DuotoneError, match=r"found config.json, which was not there"), output_folder(out) as staging:
+        (staging / "config.json").write_text("ours")
+        (out / "config.json").write_text("mine")
+    assert contents(out) == {"config.json": b"mine"}
+    unfinished(model, tmp_path / "new", text_file)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UnfinishedError, match="made for a folder that was not there"):
+        duotone.quantize(model, tmp_path / "new", calibration=(str(text_file),), resume=True, **QUICK)
 
 
 def test_digests_of_large_files_look_into_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Where time and memory go: seconds by phase, nested phases not counted twice; the peak of resident memory."""
 
+import ctypes
 import resource
 import sys
 import time
@@ -49,3 +50,10 @@ def peak_resident_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, in pieces that the next block's tensors do not fit into."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -31,7 +31,7 @@ from duotone.device import resolve_device
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
-from duotone.phases import Phases, peak_resident_bytes
+from duotone.phases import Phases, peak_resident_bytes, return_memory
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.solver.couple import couple
@@ -104,7 +104,7 @@ def quantize(
             run.curvatures = Scratch(staging / _SCRATCH, anew=not journal.record)
             if not journal.record:
                 _measure_curvature(run, skeleton, stream, windows, lambda done: tell(done, steps, "measuring curvature"))
-        if stream is not None:
+        if stream is not None and journal.record and done < len(plan.blocks):
             stream.take_up(journal.held())
         for index, block in enumerate(plan.blocks[done:], done):
             if journal.is_due():
@@ -116,12 +116,14 @@ def quantize(
             weights, changed = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
                 _write_block(run, writer, block, weights, changed)
+            return_memory()
         tell(steps, steps, "writing")
         with phases("write"):
             report.weight_bytes = writer.finish()
+            _write_settings(run, staging)
+            journal.save(len(plan.blocks), writer.written, facts_of(report, run.sidecar_layers, phases))
             if run.curvatures is not None:
                 run.curvatures.remove()
-            _write_settings(run, staging)
     report.seconds = dict(phases.seconds)
     report.peak_bytes = peak_resident_bytes()
     return report

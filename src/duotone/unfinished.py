@@ -4,9 +4,12 @@ import dataclasses
 from typing import Any
 
 import torch
+import transformers
 
 from duotone.calibrate.data import TokenWindows
+from duotone.checkpoint.hub import companions
 from duotone.checkpoint.journal import Record, model_digests
+from duotone.checkpoint.writer import content_hash
 from duotone.kernels import native
 from duotone.outcome import QuantizeReport
 from duotone.phases import Phases
@@ -20,19 +23,21 @@ def run_settings(plan: Plan, device: torch.device, windows: TokenWindows | None)
     arguments = {
         name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device")
     }
-    text = {} if windows is None else {"hash": windows.sha256, "windows": list(windows.tokens.shape)}
+    text = {}
+    if windows is not None:
+        text = {"tokens": content_hash(windows.tokens.contiguous().numpy().data), "windows": list(windows.tokens.shape)}
     machine = {
-        "device": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "compiled solver": native.available(),
     }
     return {
-        "the model's": model_digests(plan.source.path, plan.source.tensors),
+        "the model's": model_digests(plan.source.path, plan.source.tensors, companions(plan.source.path)),
         "the argument": arguments,
         "the calibration text's": text,
         "the machine's": machine,
-        "the version of": {"duotone": VERSION, "torch": torch.__version__},
+        "the version of": {"duotone": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 

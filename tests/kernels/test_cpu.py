@@ -343,6 +343,17 @@ def test_eight_mantissas_make_all_products(byte: int, code: int) -> None:
     assert float(value) * 2.0 ** (int(exponent) - 4) == float((scale * (code - 8)).to(torch.float8_e4m3fn).float())
 
 
+def test_the_mantissas_are_nobodys_to_change() -> None:
+    """Asked for first in inference mode and on another device, the table is an ordinary one, and everybody's own."""
+    scheme = Scheme(HOPPER, 96)
+    with torch.inference_mode(), torch.device("meta"):
+        first = mantissa_table(scheme)
+    second = mantissa_table(scheme)
+    assert first is not None and second is not None and not second.is_inference() and second.device == CPU
+    second.zero_()
+    assert torch.equal(first, mantissa_table(scheme)) and int(first.max()) > 128
+
+
 def test_without_the_extension() -> None:
     """DUOTONE_NATIVE=0: the torch path, and the reason with it."""
     program = (
@@ -399,6 +410,8 @@ BAD = {
     "negative parts": ({"parts": torch.tensor([16, -8])}, "parts: expected multiples of 8"),
     "group": ({"group_size": 48}, "group_size: expected a multiple of 32"),
     "path": ({"path": 77}, "path: this machine cannot run it"),
+    "bias of values": ({"value_bias": 2**32}, "value_bias: expected a byte"),
+    "fp8": ({"fp8_max": 1e30}, "fp8_max: expected at most 448"),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
+from duotone.errors import UnfinishedError
 from duotone.phases import Phases
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
@@ -101,13 +102,13 @@ class BlockStream:
         return {name: state.detach().cpu().clone() for name, state in states.items()}  # of their own, as a file wants them
 
     def take_up(self, states: Mapping[str, Tensor]) -> None:
-        """Go on from hidden states that were held before; from none, where it is."""
-        if not states:
-            return
-        device = self.hidden[0].device
-        self.hidden = [states[f"hidden.{i}"].to(device) for i in range(len(self.hidden))]
+        """Go on from hidden states that were held before. Raises UnfinishedError when some are missing."""
+        device, missing = self.hidden[0].device, [name for name in self.held() if name not in states]
+        if missing:
+            raise UnfinishedError(f"found no {missing[0]!r} among what the unfinished run held, expected it: begin anew")
+        self.hidden = [states[f"hidden.{i}"].to(device).clone() for i in range(len(self.hidden))]
         if self.original is not None:
-            self.original = [states[f"original.{i}"].to(device) for i in range(len(self.original))]
+            self.original = [states[f"original.{i}"].to(device).clone() for i in range(len(self.original))]
 
     @contextmanager
     def enter(

@@ -41,13 +41,16 @@ def copy_companions(source: Path, out: Path) -> None:
     Of a sentence-transformers model also the folders that its modules.json names, such as 1_Pooling, with their weights. Raises
     DuotoneError when one of them is no folder directly in `source`.
     """
-    for file in _matching(source):
-        if file.suffix != ".safetensors" and file.name not in _NOT_COPIED:
-            _copy(file, out / file.name)
     for folder in _module_folders(source):
         (out / folder.name).mkdir()
-        for file in _matching(folder):
-            _copy(file, out / folder.name / file.name)
+    for file in companions(source):
+        _copy(file, out / file.relative_to(source))
+
+
+def companions(source: Path) -> list[Path]:
+    """The files that `copy_companions` copies."""
+    own = [file for file in _matching(source) if file.suffix != ".safetensors" and file.name not in _NOT_COPIED]
+    return own + [file for folder in _module_folders(source) for file in _matching(folder)]
 
 
 def _matching(folder: Path) -> list[Path]:

@@ -4,40 +4,43 @@
 
 A save puts the tensors that the run is holding into a file of their own, then a record that names it in the place of the one
 before: at any moment there is one whole record or none. What was put into shards before the record is as it says, by hash; what
-was put there after it is written once more, with the same bytes.
+was put there after it is written once more, with the same bytes. The last record says that all is done and names no tensors.
 """
 
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from duotone.checkpoint.headers import TensorSpec
+from duotone.checkpoint.headers import TORCH_NAMES, TensorSpec, encode_header
 from duotone.checkpoint.source import read_json
-from duotone.checkpoint.writer import reporting_full_disk
+from duotone.checkpoint.writer import content_hash, reporting_full_disk
 from duotone.errors import DuotoneError, UnfinishedError
 
-RECORD = ".journal.json"
+#: All files of this module begin with the record's name.
+RECORD = ".journal"
 _VERSION = 1
 #: A save may take a tenth of the time.
 _SHARE = 10.0
-#: Of a shard, for its digest: all of it, or so many bytes in so many places.
+#: Of a file, for its digest: all of it, or so many bytes in so many places.
 _WHOLE_BYTES, _SAMPLE_BYTES, _SAMPLES = 256 * 2**20, 2**20, 64
+_PIECE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Record:
     """One save. settings: what the run was asked to do, by topic and name. done: its steps behind it.
 
-    written: of each tensor in the shards the hash of its bytes. facts: what else it knows. state: the file of the tensors that
-    it held, if it held any.
+    written: of each tensor in the shards the hash of its bytes. facts: what else it knows. state, state_hash: the file of the
+    tensors that it held, if it held any.
     """
 
     version: int
@@ -46,6 +49,7 @@ class Record:
     written: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     state: str | None = None
+    state_hash: str | None = None
 
 
 class Journal:
@@ -61,44 +65,45 @@ class Journal:
         self.record = _read(folder)
         if self.record is not None:
             _check_same(folder, self.record.settings, self.settings)
+        self._forget_all_but_the_record()
         self._since, self._took = time.monotonic(), 0.0
 
     def is_due(self) -> bool:
         """Whether so much work has been done since the last save that the next pays."""
         return not self._every or time.monotonic() - self._since >= max(self._every, _SHARE * self._took)
 
-    def save(self, done: int, written: dict[str, str], facts: dict[str, Any], held: dict[str, Tensor]) -> None:
+    def save(self, done: int, written: dict[str, str], facts: dict[str, Any], held: dict[str, Tensor] | None = None) -> None:
         """Make all that was done so far last. The shards' bytes must be on the disk already."""
         begin = time.monotonic()
-        before, state = self.record, f".journal-{done}.safetensors" if held else None
-        with reporting_full_disk(self._folder, sum(tensor.nbytes for tensor in held.values())):
-            if state is not None:
-                save_file(held, self._folder / f"{state}.new")
-                _settle(self._folder / f"{state}.new", self._folder / state)
-            self.record = Record(_VERSION, self.settings, done, dict(written), facts, state)
-            new = self._folder / f"{RECORD}.new"
-            new.write_text(json.dumps(asdict(self.record)), encoding="utf-8")
-            _settle(new, self._folder / RECORD)
-        if before is not None and before.state not in (None, state):
-            (self._folder / str(before.state)).unlink()
+        state, state_hash = (f"{RECORD}-{done}.safetensors", "") if held else (None, None)
+        with reporting_full_disk(self._folder, sum(tensor.nbytes for tensor in held.values()) if held else None):
+            if held and state is not None:
+                state_hash = _write_tensors(self._folder / state, held)
+            self.record = Record(_VERSION, self.settings, done, dict(written), facts, state, state_hash)
+            text = json.dumps(asdict(self.record))
+            write_whole(self._folder / RECORD, json.dumps({"hash": content_hash(text.encode()), "record": text}))
+            self._forget_all_but_the_record()
         self._since = time.monotonic()
         self._took = self._since - begin
 
     def held(self) -> dict[str, Tensor]:
-        """The tensors of the record."""
+        """The tensors of the record. Raises UnfinishedError when they are not what they were."""
         if self.record is None or self.record.state is None:
             return {}
         path = self._folder / self.record.state
         try:
+            if _hash_of_file(path) != self.record.state_hash:
+                raise UnfinishedError(f"{path}: is not what the unfinished run wrote; remove {self._folder} to begin anew")
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:
-            raise UnfinishedError(f"{path}: cannot be read ({error}); remove {self._folder} to begin anew") from None
+        except OSError as error:
+            raise UnfinishedError(f"{path}: cannot be read ({error.strerror}); remove {self._folder} to begin anew") from None
 
-    def remove(self) -> None:
-        """Forget all: the folder is whole, or is to be made anew."""
-        for file in self._folder.glob(".journal*"):
-            file.unlink()
+    def _forget_all_but_the_record(self) -> None:
+        keep = {RECORD, self.record.state if self.record else None}
+        for file in journal_files(self._folder):
+            if file.name not in keep:
+                file.unlink()
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -106,8 +111,22 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / RECORD).exists()
 
 
+def journal_files(folder: Path) -> list[Path]:
+    """All that this module has written in a folder, the record last."""
+    return sorted(folder.glob(f"{RECORD}*"), key=lambda file: (file.name == RECORD, file.name))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there with all of its content, or as it was."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    new.rename(path)
+
+
 def digest(path: Path) -> str:
-    """Of a file: its size, and all of its content or, where it is large, a mebibyte in each of 64 places and its header."""
+    """Of a file: its size, and all of its content or, where it is large, a mebibyte in each of 64 places, both ends too."""
     size = path.stat().st_size
     hashed = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
@@ -120,11 +139,10 @@ def digest(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def model_digests(folder: Path, tensors: dict[str, TensorSpec]) -> dict[str, str]:
-    """The digests of a model's config and shards, by file name."""
-    return {
-        file: digest(folder / file) for file in sorted({"config.json", *(spec.file for spec in tensors.values() if spec.file)})
-    }
+def model_digests(folder: Path, tensors: dict[str, TensorSpec], companions: Iterable[Path]) -> dict[str, str]:
+    """The digests of a model's config, shards and what travels along, by file name."""
+    files = {folder / "config.json", *(folder / spec.file for spec in tensors.values() if spec.file), *companions}
+    return {str(file.relative_to(folder)): digest(file) for file in sorted(files)}
 
 
 def _read(folder: Path) -> Record | None:
@@ -132,8 +150,12 @@ def _read(folder: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        record = Record(**read_json(path))
-    except (DuotoneError, TypeError):
+        outer = read_json(path)
+        text = str(outer["record"])
+        if content_hash(text.encode()) != outer["hash"]:
+            raise KeyError
+        record = Record(**json.loads(text))
+    except (DuotoneError, TypeError, ValueError, KeyError):
         raise UnfinishedError(f"{path}: is no record of a run; remove {folder} to begin anew") from None
     if record.version != _VERSION:
         raise UnfinishedError(f"{path}: found version {record.version}, expected {_VERSION}; remove {folder} to begin anew")
@@ -152,8 +174,26 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
                 )
 
 
-def _settle(new: Path, path: Path) -> None:
-    """Give a file its name once its bytes are on the disk."""
-    with new.open("rb") as file:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """A safetensors file, one tensor after the other; returns the hash of its bytes."""
+    specs = {name: TensorSpec(TORCH_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, offsets = encode_header(specs)
+    hashed, new = hashlib.blake2b(header, digest_size=16), path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.write(header)
+        for name in sorted(offsets, key=lambda name: offsets[name]):
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            hashed.update(data)
+        file.flush()
         os.fsync(file.fileno())
     new.rename(path)
+    return hashed.hexdigest()
+
+
+def _hash_of_file(path: Path) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            hashed.update(piece)
+    return hashed.hexdigest()

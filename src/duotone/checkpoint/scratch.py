@@ -35,7 +35,7 @@ class Scratch:
 
     def remove(self) -> None:
         """Delete the folder and everything in it."""
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"

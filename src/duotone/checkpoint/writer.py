@@ -125,6 +125,9 @@ class CheckpointWriter:
             partial.rename(whole)
         try:
             with place.open("rb") as shard:
+                header, _ = encode_header(self._shards[file])
+                if shard.read(len(header)) != header:
+                    raise UnfinishedError(f"{place}: its header is not what the unfinished run wrote; remove {self._folder}")
                 for name in self._shards[file].keys() - self._pending[file].keys():
                     shard.seek(self._offset_of[name])
                     if content_hash(shard.read(self._shards[file][name].nbytes)) != self.written[name]:

@@ -97,22 +97,29 @@ def merge_tables(tables: Sequence[Tensor], indices: Sequence[Tensor]) -> tuple[T
     return padded, index.to(torch.uint8 if len(padded) <= 256 else torch.uint16)
 
 
-@lru_cache(maxsize=64)
 def mantissa_table(scheme: Scheme) -> Tensor | None:
     """uint8 [8, 16]: the values of each mantissa of an FP8 scale in the unit of its exponent, plus 128.
 
     None where values are not of this kind: other scales, zero points, or levels whose products are cut off or rounded where FP8
     ends.
     """
+    values = _mantissa_values(scheme)
+    return None if values is None else torch.tensor(values, dtype=torch.uint8, device="cpu").view(8, 16)
+
+
+@lru_cache(maxsize=64)
+def _mantissa_values(scheme: Scheme) -> tuple[int, ...] | None:
+    """The table as numbers, which nobody can change, whatever mode or device they were first asked for in."""
     if not (scheme.symmetric and scheme.target.channel_outer_scale and scheme.target.fp8 is E4M3FN):
         return None
-    row = _mantissa_rows()
-    whole = _scale_values(scheme) / _unit(row)[:, None]
-    table = whole[8:16]  # scales of exponent 1: each mantissa once
-    used = slice(1, int(torch.tensor(scheme.peak_group_scale).to(torch.float8_e4m3fn).view(torch.uint8)) + 1)
-    alike = torch.equal(whole[used], table[row.long() // 16][used]) and torch.equal(table, table.round())
-    fits = float(table.min()) >= -_BIAS and float(table.max()) < 256 - _BIAS
-    return (table + _BIAS).to(torch.uint8) if alike and fits else None
+    with torch.inference_mode(False), torch.device("cpu"):
+        row = _mantissa_rows()
+        whole = _scale_values(scheme) / _unit(row)[:, None]
+        table = whole[8:16]  # scales of exponent 1: each mantissa once
+        used = slice(1, int(torch.tensor(scheme.peak_group_scale).to(torch.float8_e4m3fn).view(torch.uint8)) + 1)
+        alike = torch.equal(whole[used], table[row.long() // 16][used]) and torch.equal(table, table.round())
+        fits = float(table.min()) >= -_BIAS and float(table.max()) < 256 - _BIAS
+        return tuple((table + _BIAS).int().flatten().tolist()) if alike and fits else None
 
 
 def _mantissa_rows() -> Tensor:

@@ -128,6 +128,8 @@ def _layer(block: nn.Module, norms: set[nn.Module]) -> Layer | None:
     weights = [weight for weight in merged if weight is not None]
     if len(weights) < len(_LINEARS) or not hasattr(found["self_attn"], "scaling"):
         return None
+    if len({(weight.path, weight.fp8_max, weight.smallest_scale) for weight in weights}) > 1:  # the op takes one for all
+        return None
     none = torch.empty(0)
     return Layer(
         block,

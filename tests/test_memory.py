@@ -1,0 +1,59 @@
+"""Memory of a run depends on one block and on the calibration activations, never on the number of blocks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+#: A block of 3.2 million weights: 36 more of them are 230 MB in BF16 and twice that as the numbers they are solved in.
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 260}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: object) -> dict[int, Path]:
+    """The same model with 4 blocks and with 40, each block in a shard of its own."""
+    tokenizer = tiny_model()  # pyright: ignore[reportCallIssue]
+    folders: dict[int, Path] = {}
+    for layers in (4, 40):
+        folder = tmp_path_factory.mktemp("deep") / str(layers)
+        folder.mkdir()
+        config = AutoConfig.for_model("llama", num_hidden_layers=layers, tie_word_embeddings=False, **SIZES)
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        for file in tokenizer.glob("token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        generator, where = torch.Generator().manual_seed(0), {}
+        for block in ("", *(f"model.layers.{i}." for i in range(layers))):
+            names = [name for name in shapes if (name.startswith(block) if block else ".layers." not in name)]
+            tensors = {name: (torch.randn(shapes[name], generator=generator) * 0.02).bfloat16() for name in names}
+            file = f"model-{block or 'rest.'}safetensors"
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(names, file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        folders[layers] = folder
+    return folders
+
+
+def peak(model: Path, out: Path, text: Path, *options: str) -> int:
+    """Peak resident bytes of the whole command, by its own report."""
+    command = [sys.executable, "-m", "duotone", "quantize", str(model), str(out), "--calibration", str(text), "--json"]
+    size = ["--samples", "16", "--seq-len", "64", "--device", "cpu"]
+    done = subprocess.run([*command, *size, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout)["peak_bytes"])
+
+
+def test_peak_does_not_grow_with_the_number_of_blocks(models: dict[int, Path], text_file: Path, tmp_path: Path) -> None:
+    """4 blocks and 40: within 10 %, the base of interpreter and libraries not counted in its favor."""
+    few, many = (peak(models[layers], tmp_path / str(layers), text_file) for layers in (4, 40))
+    base = peak(models[4], tmp_path / "base", text_file, "--method", "rtn")
+    print(f"peak of 4 blocks {few / 1e6:.0f} MB, of 40 {many / 1e6:.0f} MB, of rtn {base / 1e6:.0f} MB")
+    assert abs(many - few) <= 0.1 * few
+    assert abs(many - few) < 36 * 3.2e6, "less than half of the other blocks' weights"
