@@ -50,6 +50,7 @@ def peak(model: Path, out: Path, text: Path, *options: str) -> int:
     return int(json.loads(done.stdout)["peak_bytes"])
 
 
+@pytest.mark.slow
 def test_peak_does_not_grow_with_the_number_of_blocks(models: dict[int, Path], text_file: Path, tmp_path: Path) -> None:
     """4 blocks and 40: within 10 %, the base of interpreter and libraries not counted in its favor."""
     few, many = (peak(models[layers], tmp_path / str(layers), text_file) for layers in (4, 40))

@@ -116,7 +116,6 @@ def quantize(
             weights, changed = _quantize_block(run, index, block, skeleton, stream)
             with phases("write"):
                 _write_block(run, writer, block, weights, changed)
-            return_memory()
         tell(steps, steps, "writing")
         with phases("write"):
             report.weight_bytes = writer.finish()
@@ -143,6 +142,7 @@ def _quantize_block(
     if stream is None:
         for group in block.shared_inputs:
             weights |= _solve_group(run, group, originals, None)
+        return_memory()
         return weights, changed
     fill(skeleton, originals, _compute_dtype(run.device), run.device)
     module, method = skeleton.get_submodule(block.path), run.plan.config.method_facts
@@ -167,6 +167,7 @@ def _quantize_block(
                 # The walk has passed the norm already, and keeps its old weight.
                 _set(linear, "weight", values if s_K is None else values / s_K)
             weights |= solved
+            return_memory()
         stream.leave(observer)
     release(module)
     if not run.plan.config.scheme.target.dynamic_activations:
