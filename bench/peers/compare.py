@@ -190,7 +190,13 @@ def run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path) -
         return {"version": None, "seconds": None, "peak_bytes": None, "refused": reason}
     out.mkdir(parents=True)
     save_file({"input_ids": tokens.tokens}, out.parent / "tokens.safetensors")
-    command = [python, HERE / f"{environment}_peer.py", locate_model(bench.model).resolve(), out.parent / "tokens.safetensors", out]
+    command = [
+        python,
+        HERE / f"{environment}_peer.py",
+        locate_model(bench.model).resolve(),
+        out.parent / "tokens.safetensors",
+        out,
+    ]
     command += ["--recipe", recipe, "--group-size", str(bench.group_size), "--seed", str(bench.seed)]
     path = os.pathsep.join((str(python.parent), os.environ.get("PATH", "")))
     done = subprocess.run(
