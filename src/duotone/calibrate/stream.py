@@ -97,18 +97,22 @@ class BlockStream:
 
     def held(self) -> dict[str, Tensor]:
         """The hidden states, by name: all that a run has to remember between two blocks."""
-        prefixes = {"hidden": self.hidden, "original": self.original or ()}
-        states = {f"{name}.{i}": state for name, batches in prefixes.items() for i, state in enumerate(batches)}
-        return {name: state.detach().cpu().clone() for name, state in states.items()}  # of their own, as a file wants them
+        return {name: state.detach().cpu() for name, state in self._states()}
 
     def take_up(self, states: Mapping[str, Tensor]) -> None:
         """Go on from hidden states that were held before. Raises UnfinishedError when some are missing."""
-        device, missing = self.hidden[0].device, [name for name in self.held() if name not in states]
+        missing = [name for name, _ in self._states() if name not in states]
         if missing:
             raise UnfinishedError(f"found no {missing[0]!r} among what the unfinished run held, expected it: begin anew")
-        self.hidden = [states[f"hidden.{i}"].to(device).clone() for i in range(len(self.hidden))]
+        taken = {name: states[name].to(state.device).clone() for name, state in self._states()}
+        self.hidden = [taken[f"hidden.{i}"] for i in range(len(self.hidden))]
         if self.original is not None:
-            self.original = [states[f"original.{i}"].to(device).clone() for i in range(len(self.original))]
+            self.original = [taken[f"original.{i}"] for i in range(len(self.original))]
+
+    def _states(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, batches in (("hidden", self.hidden), ("original", self.original or ())):
+            for i, state in enumerate(batches):
+                yield f"{prefix}.{i}", state
 
     @contextmanager
     def enter(
