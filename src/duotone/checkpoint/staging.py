@@ -33,18 +33,17 @@ def output_folder(out: Path, resume: bool = False) -> Generator[Path]:
     """
     check_output(out)
     staging, final = staging_of(out), _resolved(out)
-    was_renamed = is_unfinished(final)
-    if not was_renamed:
-        _make(out, staging)
-    with _held(out, final if was_renamed else staging):
-        if is_unfinished(final if was_renamed else staging) and not resume:
-            where = final if was_renamed else staging
+    place = final if is_unfinished(final) else staging  # the former where the last step was cut short
+    with reporting_full_disk(out):
+        place.mkdir(parents=True, exist_ok=True)
+    with _held(out, place):
+        if is_unfinished(place) and not resume:
             raise UnfinishedError(
-                f"{out}: found an unfinished run in {where}, expected none: go on with it by --resume, or remove that folder"
+                f"{out}: found an unfinished run in {place}, expected none: go on with it by --resume, or remove that folder"
             )
         with reporting_full_disk(out):
-            if was_renamed:
-                final.rename(staging)
+            if place != staging:
+                place.rename(staging)
             _put_back(staging, final)
             if not is_unfinished(staging):
                 _clear(staging)
@@ -103,11 +102,6 @@ def _resolved(out: Path) -> Path:
 def _is_ours(staging: Path) -> bool:
     """Whether a folder in the staging's place is one: it has the lock, or nothing yet."""
     return staging.is_dir() and ((staging / _LOCK).exists() or not any(staging.iterdir()))
-
-
-def _make(out: Path, staging: Path) -> None:
-    with reporting_full_disk(out):
-        staging.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
