@@ -9,7 +9,6 @@
 #endif
 
 #include <cmath>
-#include <limits>
 
 #include "floats.h"
 #include "solver_kernels.h"
