@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "local_search.h"
 #include "solver_kernels.h"
 #include "tensors.h"
 
@@ -163,6 +164,35 @@ std::tuple<Tensor, Tensor, Tensor> descend_rows(Tensor pull, Tensor curvature, T
   return {new_codes, new_values, change};
 }
 
+Tensor local_search(Tensor gradient, Tensor hessian, Tensor damping, Tensor group_scale, std::optional<Tensor> zero_point,
+                    Tensor outer_scale, Tensor group, Tensor codes, double lowest_level, double fp8_max, int64_t steps,
+                    int64_t tenure) {
+  STD_TORCH_CHECK(gradient.dim() == 2, "gradient: expected two dimensions");
+  STD_TORCH_CHECK(steps >= 0 && tenure >= 1, "steps, tenure: expected at least 0 and 1");
+  const int64_t rows = gradient.size(0), columns = gradient.size(1);
+  check_shape(hessian, {columns, columns}, "hessian");
+  check_shape(damping, {columns}, "damping");
+  check_shape(codes, {rows, columns}, "codes");
+  duotone::LocalSearch s{};
+  set_rows(s, rows, columns, group_scale, zero_point, outer_scale, group, lowest_level, fp8_max);
+  Tensor improved = torch::stable::clone(codes);
+  data_of<uint8_t>(improved, ScalarType::Byte, "codes");
+  s.codes = static_cast<uint8_t*>(improved.mutable_data_ptr());
+  s.gradient = floats(gradient, "gradient"), s.damping = floats(damping, "damping");
+  s.steps = steps, s.tenure = tenure;
+  s.hessian = floats(hessian, "hessian");
+  s.padded = (columns + duotone::SCAN - 1) / duotone::SCAN * duotone::SCAN;
+  std::vector<float> padded;
+  if (s.padded != columns) {
+    padded.resize(static_cast<size_t>(columns * s.padded));
+    for (int64_t k = 0; k < columns; k++)
+      std::memcpy(padded.data() + k * s.padded, s.hessian + k * columns, sizeof(float) * columns);
+    s.hessian = padded.data();
+  }
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) { duotone::search_rows(s, first, last); });
+  return improved;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(duotone, m) {
@@ -180,6 +210,9 @@ STABLE_TORCH_LIBRARY(duotone, m) {
       "descend_rows(Tensor pull, Tensor curvature, Tensor hessian, Tensor group_scale, Tensor? zero_point, "
       "Tensor outer_scale, Tensor group, Tensor codes, Tensor values, float lowest_level, float fp8_max) "
       "-> (Tensor codes, Tensor values, Tensor change)");
+  m.def(
+      "local_search(Tensor gradient, Tensor hessian, Tensor damping, Tensor group_scale, Tensor? zero_point, "
+      "Tensor outer_scale, Tensor group, Tensor codes, float lowest_level, float fp8_max, int steps, int tenure) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
@@ -187,4 +220,5 @@ STABLE_TORCH_LIBRARY_IMPL(duotone, CPU, m) {
   m.impl("scale_error", TORCH_BOX(&scale_error));
   m.impl("beam_rows", TORCH_BOX(&beam_rows));
   m.impl("descend_rows", TORCH_BOX(&descend_rows));
+  m.impl("local_search", TORCH_BOX(&local_search));
 }

@@ -12,7 +12,7 @@ from duotone.errors import DuotoneError
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import Scheme
 from duotone.solver.drift import corrected_target
-from duotone.solver.refine import descend
+from duotone.solver.local_search import local_search
 from duotone.solver.reorder import GROUPED_ORDERS, ORDERS
 from duotone.solver.scales import (
     Scales,
@@ -23,8 +23,8 @@ from duotone.solver.scales import (
     single_level,
     split_single_level,
 )
-from duotone.solver.search import refresh_scale, search_scales, slide_scales
-from duotone.solver.solve import Factor, factorize, output_loss, solve
+from duotone.solver.search import refresh_scale, search_scales
+from duotone.solver.solve import Factor, Rounded, factorize, output_loss, solve
 from duotone.solver.statistics import Statistics
 from duotone.solver.sweep import Grid, Rule
 
@@ -83,10 +83,8 @@ class Problem:
             raise DuotoneError(f"{self.layer}: the weight holds NaN or infinite values, expected finite ones")
 
 
-#: Sweeps of coordinate descent after the column loop; most of what they bring comes in the first two.
-DESCENT_PASSES = 4
-#: Factors to try on a row's searched scales, judged by the loss after the column loop, which pushes much of it on.
-SCALE_SLIDES = (0.97, 1.03, 0.94, 1.06)
+#: How often scales are searched anew for what the columns really wish to be, pushed errors included.
+REFITS = 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def gptq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 
     refresh = refresh_group if problem.options.order in GROUPED_ORDERS else None
     grid = Grid(step_GN, zero_GN, torch.ones(1, device=step_GN.device), Rule.INT4_ONLY, scheme)
-    codes_NK = solve(problem.weight, factor, grid, refresh, problem.options.block_size)
+    codes_NK = solve(problem.weight, factor, grid, refresh, problem.options.block_size).codes_NK
     step_NG, zero_NG = step_GN.T.contiguous(), None if zero_GN is None else zero_GN.T.contiguous()
     return finish("gptq", problem, codes_NK, split_single_level(step_NG, zero_NG, scheme))
 
@@ -145,59 +143,46 @@ def dpq_paper(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
 def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     """DPQ carried further: the target makes up for earlier error, and all is chosen for the values that will be multiplied.
 
-    Scales are searched for the error after both roundings; each column goes straight to the nearest of its 16 FP8 values;
-    of several sizes of a row's scales the one of least loss stays; coordinate descent then lets early columns answer for
-    late ones. With `refresh_scales` a group's scale is searched a second time, on what is left to it when it is reached.
-    docs/objective.md has the argument, docs/LOG.md what each step is worth.
+    Scales are searched for the error after both roundings, and again for what the columns wished to be when it was their
+    turn; each row keeps what serves it better. Each column goes straight to the nearest of its 16 FP8 values; a local search
+    then lets early columns answer for late ones. With `refresh_scales` a group's scale is searched once more when it is
+    reached. docs/objective.md has the argument, docs/LOG.md what each step is worth.
     """
+    scheme, factor = problem.scheme, _factor(problem)
     target = replace(problem, weight=corrected_target(problem.weight, _statistics(problem)))
-    searched = search_scales(target.weight, problem.scheme)
-    codes_NK, scales = _round(target, searched)
-    loss_N = _row_loss(target, codes_NK, scales)
-    for share in SCALE_SLIDES:
-        trial_codes_NK, trial = _round(target, slide_scales(target.weight, searched, share, problem.scheme))
-        trial_loss_N = _row_loss(target, trial_codes_NK, trial)
-        better_N = trial_loss_N < loss_N
-        scales, loss_N = scales.where(better_N, trial), torch.minimum(loss_N, trial_loss_N)
-        codes_NK = torch.where(better_N[:, None], trial_codes_NK, codes_NK)
-    return finish("dpq", problem, _descend(target, codes_NK, scales, DESCENT_PASSES), scales)
+    scales = search_scales(target.weight, scheme)
+    rounded, scales = _round(target, scales)
+    for _ in range(REFITS):
+        wish_NK = rounded.wish(dequantize(weight_of(rounded.codes_NK, scales, scheme)), factor)
+        outer = None if scheme.target.channel_outer_scale else scales.outer_scale
+        refitted = search_scales(wish_NK, scheme, factor.pivots(), outer)
+        again, refitted = _round(target, refitted)
+        better_N = again.row_loss(factor) < rounded.row_loss(factor)
+        rounded, scales = rounded.where(better_N, again), scales.where(better_N, refitted)
+    grid = Grid.of(scales, Rule.NEAREST_VALUE, scheme)
+    hessian_KK = _statistics(problem).hessian
+    codes_NK = local_search(rounded.gradient(factor), hessian_KK, factor.damping_K, grid, rounded.codes_NK)
+    return finish("dpq", problem, codes_NK, scales)
 
 
-def _round(problem: Problem, scales: Scales) -> tuple[Tensor, Scales]:
-    """Codes uint8 [N, K] of the column loop and one sweep of descent, and the scales they belong to: refreshed, if so asked."""
-    if not problem.options.refresh_scales:
-        return compensate(problem, scales, nearest=True, passes=1), scales
+def _round(problem: Problem, scales: Scales) -> tuple[Rounded, Scales]:
+    """The column loop to the nearest FP8 value, and the scales its codes belong to: refreshed, if so asked."""
     factor, scheme = _factor(problem), problem.scheme
     grid = Grid.of(scales, Rule.NEAREST_VALUE, scheme)
-    codes_NK = solve(problem.weight, factor, grid, partial(refresh_scale, grid), problem.options.block_size)
+    if not problem.options.refresh_scales:
+        return solve(problem.weight, factor, grid, None, problem.options.block_size), scales
+    rounded = solve(problem.weight, factor, grid, partial(refresh_scale, grid), problem.options.block_size)
     zero_NG = None if grid.zero_point_GN is None else grid.zero_point_GN.T.contiguous()
-    scales = Scales(grid.group_scale_GN.T.contiguous(), zero_NG, scales.outer_scale)
-    return _descend(problem, codes_NK, scales, 1), scales
+    return rounded, Scales(grid.group_scale_GN.T.contiguous(), zero_NG, scales.outer_scale)
 
 
-def _descend(problem: Problem, codes_NK: Tensor, scales: Scales, passes: int) -> Tensor:
-    """Coordinate descent in the order and with the damping of the column loop."""
-    statistics, factor = _statistics(problem), _factor(problem)
-    return descend(problem.weight, codes_NK, scales, statistics, problem.scheme, passes, factor.damping_frac, factor.order_K)
-
-
-def _row_loss(problem: Problem, codes_NK: Tensor, scales: Scales) -> Tensor:
-    """Loss of each row [N] under the damped Hessian that the solver works with."""
-    weight = QuantizedWeight(codes_NK, scales.group_scale, scales.outer_scale, problem.scheme, scales.zero_point)
-    error_NK, hessian_KK = problem.weight - dequantize(weight), _statistics(problem).hessian
-    damping = _factor(problem).damping_frac * hessian_KK.diagonal().mean()
-    return ((error_NK @ hessian_KK).addcmul_(error_NK, damping.expand(1)) * error_NK).sum(-1)
-
-
-def compensate(problem: Problem, scales: Scales, nearest: bool, passes: int = 0) -> Tensor:
-    """Codes uint8 [N, K] of the column loop against the value after both roundings, then `passes` of coordinate descent.
+def compensate(problem: Problem, scales: Scales, nearest: bool) -> Tensor:
+    """Codes uint8 [N, K] of the column loop against the value after both roundings.
 
     nearest: each column goes to the nearest of its 16 FP8 values; otherwise to the FP8 value of the nearest INT4 level.
     """
-    scheme, factor = problem.scheme, _factor(problem)
-    grid = Grid.of(scales, Rule.NEAREST_VALUE if nearest else Rule.NEAREST_LEVEL, scheme)
-    codes_NK = solve(problem.weight, factor, grid, None, problem.options.block_size)
-    return _descend(problem, codes_NK, scales, passes) if passes else codes_NK
+    grid = Grid.of(scales, Rule.NEAREST_VALUE if nearest else Rule.NEAREST_LEVEL, problem.scheme)
+    return solve(problem.weight, _factor(problem), grid, None, problem.options.block_size).codes_NK
 
 
 #: Default orders: act is llm-compressor's for gptq, gar the paper's. The published code observes a block as a whole.
@@ -227,9 +212,14 @@ def _factor(problem: Problem) -> Factor:
     return problem.factor
 
 
+def weight_of(codes_NK: Tensor, scales: Scales, scheme: Scheme) -> QuantizedWeight:
+    """Codes and scales put together."""
+    return QuantizedWeight(codes_NK, scales.group_scale, scales.outer_scale, scheme, scales.zero_point)
+
+
 def finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> tuple[QuantizedWeight, LayerReport]:
     """The quantized weight of codes and scales, with its errors measured on what will really run."""
-    weight = QuantizedWeight(codes_NK, scales.group_scale, scales.outer_scale, problem.scheme, scales.zero_point)
+    weight = weight_of(codes_NK, scales, problem.scheme)
     v_NK, w_NK, statistics, factor = dequantize(weight), problem.weight, problem.statistics, problem.factor
     report = LayerReport(
         layer=problem.layer,

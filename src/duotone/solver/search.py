@@ -24,27 +24,18 @@ _GRID_VALUES, _GRID_FROM = 7, 1.06
 _SAMPLE_COLUMNS = 1024
 
 
-def search_scales(w_NK: Tensor, scheme: Scheme, column_weight_K: Tensor | None = None) -> Scales:
+def search_scales(
+    w_NK: Tensor, scheme: Scheme, column_weight_K: Tensor | None = None, outer_scale: Tensor | None = None
+) -> Scales:
     """Group and outer scales of least squared error, row by row; never worse than min-max by the same measure.
 
-    With `column_weight_K` each column's squared error counts that often.
+    With `column_weight_K` each column's squared error counts that often. outer_scale: a tensor's, where it is settled already.
     """
     start = fit_scales(w_NK, scheme)
+    if outer_scale is not None:
+        start = Scales(start.group_scale * (start.outer_scale / outer_scale), start.zero_point, outer_scale)
     search = _search_rows if scheme.target.channel_outer_scale else _search_groups
     return search(_Weight(w_NK, scheme.group_size, column_weight_K), start, scheme)
-
-
-def slide_scales(w_NK: Tensor, scales: Scales, share: float, scheme: Scheme) -> Scales:
-    """All scales of a row made larger or smaller by one factor: its outer scale, under which groups are searched anew.
-
-    A tensor-scaled target's outer scale is a power of two; its group scales move instead.
-    """
-    if not scheme.target.channel_outer_scale:
-        return Scales(bf16(scales.group_scale * share), scales.zero_point, scales.outer_scale)
-    outer_N = _outer_from_row_max(scales.outer_scale * scheme.peak_group_scale * share, scheme)
-    start = fit_scales(w_NK, scheme)
-    group_NG, _ = _best_groups(_Weight(w_NK, scheme.group_size, None), start, outer_N, scheme)
-    return Scales(group_NG, start.zero_point, outer_N)
 
 
 def refresh_scale(grid: Grid, group: int, updated_BN: Tensor) -> None:

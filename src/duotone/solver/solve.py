@@ -28,13 +28,55 @@ _DAMPING_STEP, _DAMPING_TRIES = 10.0, 4
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Column-normalized R of the damped, reordered Hessian (unit diagonal), its diagonal, and the damping it took."""
+    """Column-normalized R of the damped, reordered Hessian (unit diagonal), its diagonal, and the damping it took.
+
+    damping_K: what was added to the Hessian's diagonal, in original order.
+    """
 
     unit_KK: Tensor
     diagonal_K: Tensor
     order_K: Tensor
     damping_frac: float
+    damping_K: Tensor
     dead_columns: int
+
+    def pivots(self) -> Tensor:
+        """What a squared error of a column costs once later columns have made up for it, [K] in original order."""
+        pivot_K = torch.empty_like(self.diagonal_K)
+        pivot_K[self.order_K] = self.diagonal_K.square()
+        return pivot_K
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """Codes uint8 [N, K] in original column order, and in visiting order what each column wished to be less what it became."""
+
+    codes_NK: Tensor
+    left_KN: Tensor
+
+    def row_loss(self, factor: Factor) -> Tensor:
+        """Loss of each row [N] under the damped Hessian: |x R|^2, column by column."""
+        return (self.left_KN * factor.diagonal_K[:, None]).square_().sum(0)
+
+    def wish(self, value_NK: Tensor, factor: Factor) -> Tensor:
+        """What the columns wished to be [N, K] in original order: the weights with all that earlier columns pushed on."""
+        wish_NK = value_NK.clone()
+        wish_NK[:, factor.order_K] += self.left_KN.T
+        return wish_NK
+
+    def where(self, rows_N: Tensor, other: "Rounded") -> "Rounded":
+        """This, with the other's rows where True."""
+        left_KN = torch.where(rows_N, other.left_KN, self.left_KN)
+        return Rounded(torch.where(rows_N[:, None], other.codes_NK, self.codes_NK), left_KN)
+
+    def gradient(self, factor: Factor, panel: int = 512) -> Tensor:
+        """(W - V) H of the damped Hessian, [N, K] in original order: R (R^T x), of which the loop has left R^T x."""
+        pivoted_KN = self.left_KN * factor.diagonal_K.square()[:, None]
+        gradient_NK = torch.empty_like(pivoted_KN.T, memory_format=torch.contiguous_format)
+        for start in range(0, len(pivoted_KN), panel):  # R is upper triangular
+            rows = slice(start, start + panel)
+            gradient_NK[:, factor.order_K[rows]] = (factor.unit_KK[rows, start:] @ pivoted_KN[start:]).T
+        return gradient_NK
 
 
 def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, layer: str) -> Factor:
@@ -55,13 +97,16 @@ def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, laye
         if not int(failed):
             r_KK = flipped_KK.flip(0, 1)
             r_K = r_KK.diagonal().clone()
-            return Factor(r_KK / r_K, r_K, order_K, damping, int(dead.sum()))
+            damping_K = torch.empty_like(r_K)
+            damping_K[order_K] = diagonal
+            damping_K -= statistics.hessian.diagonal()
+            return Factor(r_KK / r_K, r_K, order_K, damping, damping_K, int(dead.sum()))
         added, damping = damping, max(damping, 1e-4) * _DAMPING_STEP
     raise DuotoneError(f"{layer}: the Hessian does not factorize with damping {added:g}, expected a positive definite matrix")
 
 
-def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup | None = None, block_size: int = 128) -> Tensor:
-    """Codes uint8 [N, K] in original column order.
+def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup | None = None, block_size: int = 128) -> Rounded:
+    """Round column after column, each making up for the errors of those before it.
 
     `refresh_group` may overwrite its group's scales in `grid`; columns of a group must then be contiguous in the order (GAR
     or none), and blocks follow groups. The result does not depend on `block_size` (to float32 rounding).
@@ -69,7 +114,7 @@ def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup 
     w_KN = w_NK.T[factor.order_K].contiguous()
     group_K = (factor.order_K // grid.scheme.group_size).to(torch.int32)
     groups = group_K.tolist()
-    x_KN, codes_KN = torch.empty_like(w_KN), torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device)
+    x_KN, left_KN, codes_KN = torch.empty_like(w_KN), torch.empty_like(w_KN), torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device)
     for start, stop in _spans(groups, block_size if refresh_group is None else None):
         unit_BB = factor.unit_KK[start:stop, start:stop]
         pushed_BN = factor.unit_KK[:start, start:stop].T @ x_KN[:start]
@@ -80,9 +125,10 @@ def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup 
         w_BN = w_KN[start:stop]
         codes_KN[start:stop], value_BN = sweep(w_BN + pushed_BN, w_BN, unit_BB, grid, group_K[start:stop])
         torch.sub(w_BN, value_BN, out=x_KN[start:stop])
+        torch.addmm(pushed_BN, unit_BB.T, x_KN[start:stop], out=left_KN[start:stop])
     codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
     codes_NK[:, factor.order_K] = codes_KN.T
-    return codes_NK
+    return Rounded(codes_NK, left_KN)
 
 
 def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int]]:
