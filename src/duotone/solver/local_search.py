@@ -15,8 +15,9 @@ from torch import Tensor
 from duotone.kernels import native
 from duotone.solver.sweep import Grid
 
-#: Steps of a row: a share of its columns, and no fewer than this. docs/LOG.md has what more of them bring.
-LEAST_STEPS, STEPS_SHARE = 256, 1 / 8
+#: Columns that a row may look at, and no fewer than a share of K times K: every step looks at all. docs/LOG.md has what
+#: more of them bring.
+LEAST_VISITS, VISITS_SHARE = 2**18, 1 / 8
 #: Steps for which a code that has moved stays where it is.
 TENURE = 12
 
@@ -27,7 +28,7 @@ def local_search(gradient_NK: Tensor, hessian_KK: Tensor, damping_K: Tensor, gri
     gradient_NK: E (H + diag(damping)) of the codes given.
     """
     columns = codes_NK.shape[1]
-    steps = max(LEAST_STEPS, int(columns * STEPS_SHARE))
+    steps = max(LEAST_VISITS // columns, int(columns * VISITS_SHARE))
     if not native.compiled(grid.scheme.target.fp8, gradient_NK):
         return local_search_torch(gradient_NK, hessian_KK, damping_K, grid, codes_NK, steps)
     return torch.ops.duotone.local_search(

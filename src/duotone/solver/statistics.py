@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from duotone.errors import DuotoneError
+from duotone.kernels import native
+
+#: Products of a matrix with itself are symmetric to within panels of so many columns; what is below them is copied.
+_PANEL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +60,14 @@ class StatisticsAccumulator:
 
     def add(self, x: Tensor, original: Tensor | None = None, stream_drift: Tensor | None = None) -> None:
         """Add inputs [..., K], with what they are in the original model, and the stream's drift [..., D], where known."""
-        x_MK = x.reshape(-1, x.shape[-1]).float()
-        for start, end in _panels(x_MK.shape[1]):  # X^T X is symmetric: its upper part will do
-            self._hessian_KK[start:end, start:].addmm_(x_MK[:, start:end].T, x_MK[:, start:])
-        self._sum_K += x_MK.sum(0)
+        x_MK = x.reshape(-1, x.shape[-1])
+        _add_moments(x_MK, None, self._hessian_KK)
+        self._sum_K += x_MK.sum(0, dtype=torch.float32)
         self._tokens += x_MK.shape[0]
         if original is not None:
-            self._input = _add(self._input, original.reshape(x_MK.shape).float() - x_MK, x_MK)
+            self._input = _add(self._input, original.reshape(x_MK.shape) - x_MK, x_MK)
         if stream_drift is not None:
-            self._stream = _add(self._stream, stream_drift.reshape(-1, stream_drift.shape[-1]).float(), x_MK)
+            self._stream = _add(self._stream, stream_drift.reshape(-1, stream_drift.shape[-1]), x_MK)
 
     def finish(self, layer: str, of: str = "calibration inputs") -> Statistics:
         """The averaged statistics, in the accumulator's own memory: the end of it.
@@ -81,19 +84,37 @@ class StatisticsAccumulator:
         )
         (input_drift, input_mean), (stream_drift, stream_mean) = drifts
         hessian, mean = self._hessian_KK.div_(self._tokens), self._sum_K.div_(self._tokens)
-        for start, end in _panels(len(hessian)):
+        for start in range(0, len(hessian), _PANEL):
+            end = start + _PANEL
             hessian[end:, start:end] = hessian[start:end, end:].T
         return Statistics(hessian, self._tokens, input_drift, stream_drift, mean, input_mean, stream_mean)
-
-
-def _panels(columns: int) -> list[tuple[int, int]]:
-    """Four panels of columns, none so narrow that a product of it would be slow."""
-    width = max(256, -(-columns // 4))
-    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def _add(sums: tuple[Tensor, Tensor] | None, left_MD: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """left^T x and the sum of left over tokens, added to what there is."""
     if sums is None:
-        return left_MD.T @ x_MK, left_MD.sum(0)
-    return sums[0].addmm_(left_MD.T, x_MK), sums[1].add_(left_MD.sum(0))
+        rows, columns = left_MD.shape[1], x_MK.shape[1]
+        sums = x_MK.new_zeros(rows, columns, dtype=torch.float32), x_MK.new_zeros(rows, dtype=torch.float32)
+    _add_moments(x_MK, left_MD, sums[0])
+    return sums[0], sums[1].add_(left_MD.sum(0, dtype=torch.float32))
+
+
+def _add_moments(x_MK: Tensor, left_MD: Tensor | None, sum_DK: Tensor) -> None:
+    """Add left^T x in float32; without `left`, x^T x, which is symmetric: on and above the diagonal's panels.
+
+    On a CPU BF16 inputs are multiplied as they are, by an op of our own (torch would round the sum to BF16); that is exact
+    but for the additions. Elsewhere they are widened first.
+    """
+    if x_MK.dtype == torch.bfloat16 and x_MK.device.type == "cpu" and native.available():
+        left, right = (x_MK, None) if left_MD is None else (left_MD, x_MK.contiguous())
+        torch.ops.duotone.moments(left.contiguous(), right, sum_DK, False)
+        return
+    x_MK = x_MK.float()
+    if left_MD is not None:
+        sum_DK.addmm_(left_MD.float().T, x_MK)
+        return
+    columns = x_MK.shape[1]
+    width = max(4, -(-columns // (4 * _PANEL))) * _PANEL  # four products, none so narrow that it would be slow
+    for start in range(0, columns, width):
+        end = min(start + width, columns)
+        sum_DK[start:end, start:].addmm_(x_MK[:, start:end].T, x_MK[:, start:])
