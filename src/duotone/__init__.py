@@ -37,8 +37,8 @@ def quantize(
 
     resume: go on with a run on this output that was killed, or begin. save_every: seconds of work between two saves. options:
     the fields of `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration, samples, seq_len,
-    damping_frac, order, refresh_scales, effort, rotate, equalize, seed, device, strict). Raises DuotoneError; then `out` is as
-    it was before, or what was saved lies beside it.
+    damping_frac, order, refresh_scales, effort, rotate, equalize, seed, device, dtype, strict). Raises DuotoneError; then `out`
+    is as it was before, or what was saved lies beside it.
     """
     from duotone.pipeline import quantize as run
     from duotone.plan import QuantizeConfig

@@ -61,6 +61,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points (vLLM does not load them).")] = False,
     seed: Annotated[int, typer.Option(help="Draws the calibration windows and the rotation.")] = 0,
     device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What calibration multiplies in: float32, bfloat16, or auto, the second where it is fast.")
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
@@ -96,6 +99,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
         equalize=equalize,
         seed=seed,
         device=device,
+        dtype=dtype,
         strict=strict,
     )
     if dry_run:

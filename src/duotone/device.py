@@ -1,4 +1,6 @@
-"""Where to compute, and with which random numbers."""
+"""Where to compute, in which arithmetic, and with which random numbers."""
+
+import platform
 
 import torch
 
@@ -32,3 +34,31 @@ def check_seed(seed: int) -> None:
     """Raise DuotoneError for a seed that torch's generators do not take."""
     if not 0 <= seed < 2**63:
         raise DuotoneError(f"--seed: found {seed}, expected an integer from 0 to 2^63 - 1")
+
+
+#: Multiplications of a forward, all tokens together, that a CPU does in float32 in seconds: BF16 would save few of them.
+_SMALL = 2**39
+
+
+def calibration_dtype(dtype: str, device: torch.device, multiplications: int, gradients: bool) -> torch.dtype:
+    """What a model is calibrated in: BF16 on an accelerator, and on a CPU with units for it when there is much to multiply.
+
+    dtype: auto, float32 or bfloat16. multiplications: of one forward. Gradients on a CPU are taken in float32 unless asked
+    otherwise. In BF16 the outputs of linears are rounded as a runtime rounds them; docs/LOG.md has what that costs.
+    """
+    if dtype != "auto":
+        return resolve_dtype(dtype)
+    if device.type != "cpu":
+        return torch.bfloat16
+    fast = is_x86() and has_bf16_units() and multiplications > _SMALL and not gradients
+    return torch.bfloat16 if fast else torch.float32
+
+
+def is_x86() -> bool:
+    """Whether this is an x86-64 machine."""
+    return platform.machine().lower() in {"x86_64", "amd64"}
+
+
+def has_bf16_units() -> bool:
+    """Whether an x86 processor multiplies BF16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from duotone.calibrate.data import TokenWindows
 from duotone.checkpoint.sidecar import FORMAT_VERSION
 from duotone.loadability import vllm_warnings
@@ -40,13 +42,14 @@ class QuantizeReport:
         return dataclasses.asdict(self)
 
 
-def calibration_facts(windows: TokenWindows | None) -> dict[str, Any] | None:
-    """The text that was calibrated on: file names without folders, counts, and a hash of the tokens."""
+def calibration_facts(windows: TokenWindows | None, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The text that was calibrated on: file names without folders, counts, a hash of the tokens, the forward's dtype."""
     if windows is None:
         return None
     files = [Path(source.partition("#")[0]) for source in windows.sources]
     names = [file.name if file.is_file() else source for file, source in zip(files, windows.sources, strict=True)]
-    return {"text": names, "tokens": windows.tokens.numel(), "windows": len(windows.tokens), "sha256": windows.sha256}
+    counts = {"tokens": windows.tokens.numel(), "windows": len(windows.tokens)}
+    return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def notes_of(plan: Plan, windows: TokenWindows | None) -> list[str]:
@@ -64,7 +67,7 @@ def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, A
     layers = {layer: dict(entry) for layer, entry in scales.items()}
     for layer in report.layers:
         layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
-    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device"}}
+    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device", "dtype"}}
     return {
         "format_version": FORMAT_VERSION,
         "producer": f"duotone {VERSION}",

@@ -27,7 +27,7 @@ from duotone.checkpoint.source import load_finite, open_source
 from duotone.checkpoint.staging import check_output, output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.contract import static_activation_scale
-from duotone.device import resolve_device
+from duotone.device import calibration_dtype, resolve_device
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
@@ -54,6 +54,7 @@ class _Run:
 
     plan: Plan
     device: torch.device
+    dtype: torch.dtype
     phases: Phases
     report: QuantizeReport
     sidecar_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -82,21 +83,23 @@ def quantize(
         device = resolve_device(config.device)
         plan = make_plan(open_source(folder), config)
         windows = _calibration_windows(plan) if config.needs_calibration else None
+        tokens = windows.tokens.numel() if windows is not None else 0
+        dtype = calibration_dtype(config.dtype, device, tokens * plan.weights, config.high_effort)
     report = QuantizeReport(
-        str(model), str(out), config, calibration_facts(windows), kept=plan.kept, notes=notes_of(plan, windows)
+        str(model), str(out), config, calibration_facts(windows, dtype), kept=plan.kept, notes=notes_of(plan, windows)
     )
     report.original_bytes = plan.source.weight_bytes
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
-    run = _Run(plan, device, phases, report)
+    run = _Run(plan, device, dtype, phases, report)
     with output_folder(out, resume) as staging:
         with phases("write"):
-            journal = Journal(staging, run_settings(plan, device, windows), save_every)
+            journal = Journal(staging, run_settings(plan, device, dtype, windows), save_every)
             done = recall(journal.record, report, run.sidecar_layers, phases)
             writer = CheckpointWriter(staging, plan.outputs, written=journal.record.written if journal.record else None)
             if not journal.record:
                 copy_companions(plan.source.path, staging)
                 _copy_through(run, writer, plan.outside)
-        skeleton = build_skeleton(plan.source.config, _compute_dtype(device))
+        skeleton = build_skeleton(plan.source.config, dtype)
         stream = _open_stream(run, skeleton, windows) if windows is not None else None
         steps, before = len(plan.blocks), 0
         if stream is not None and windows is not None and config.high_effort:
@@ -144,7 +147,7 @@ def _quantize_block(
             weights |= _solve_group(run, group, originals, None)
         return_memory()
         return weights, changed
-    fill(skeleton, originals, _compute_dtype(run.device), run.device)
+    fill(skeleton, originals, run.dtype, run.device)
     module, method = skeleton.get_submodule(block.path), run.plan.config.method_facts
     original = copy.deepcopy(module) if method.drift else None
     ahead = _observe_ahead(run, index, block, module, stream)
@@ -259,7 +262,7 @@ def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream
     heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
     names = [name for name in run.plan.outside if name not in heads and _is_parameter(skeleton, name)]
     with run.phases("read"):
-        fill(skeleton, load_finite(run.plan.source, tuple(names)), _compute_dtype(run.device), run.device)
+        fill(skeleton, load_finite(run.plan.source, tuple(names)), run.dtype, run.device)
         skeleton.tie_weights()
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
@@ -273,7 +276,7 @@ def _measure_curvature(
     run: _Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, tell: Callable[[int], None]
 ) -> None:
     """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
-    plan, dtype = run.plan, _compute_dtype(run.device)
+    plan, dtype = run.plan, run.dtype
     assert run.curvatures is not None
     heads = [name for name in plan.outside if _is_parameter(skeleton, name) and skeleton.get_parameter(name).is_meta]
     with run.phases("read"):
@@ -304,11 +307,6 @@ def _calibration_windows(plan: Plan) -> TokenWindows:
     config, folder = plan.config, plan.source.path
     sources = calibration_sources(config.calibration, folder)
     return draw_windows(load_tokenizer(folder), sources, plan.seq_len, config.samples, config.seed)
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Calibration runs in float32 on a CPU (few have fast BF16) and in BF16 on an accelerator."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _write_settings(run: _Run, staging: Path) -> None:

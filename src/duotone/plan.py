@@ -18,6 +18,7 @@ from duotone.solver.methods import METHODS, Method, SolverOptions
 from duotone.transforms.rotated import rotate
 
 EFFORTS = ("default", "high")
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class QuantizeConfig:
     the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
     channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them.
     calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
-    left in BF16. strict: a linear that must stay BF16 is an error.
+    left in BF16. dtype: of the calibration's forward; auto is bfloat16 where that is fast and the model is not small, else
+    float32. strict: a linear that must stay BF16 is an error.
     """
 
     method: str = "dpq"
@@ -47,6 +49,7 @@ class QuantizeConfig:
     equalize: float | None = None
     seed: int = 0
     device: str = "auto"
+    dtype: str = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class QuantizeConfig:
             ("method", self.method, METHODS),
             ("target", self.target, TARGETS),
             ("effort", self.effort, EFFORTS),
+            ("dtype", self.dtype, DTYPES),
         ):
             if value not in known:
                 raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
@@ -151,6 +155,11 @@ class Plan:
         return [layer for block in self.blocks for group in block.shared_inputs for layer in group]
 
     @property
+    def weights(self) -> int:
+        """How many values the linears to quantize have."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+    @property
     def split_groups(self) -> list[str]:
         """Linears left in BF16 although others that read the same input (and that runtimes fuse with them) are quantized."""
         found: list[str] = []
@@ -172,7 +181,7 @@ class Plan:
         stored = [
             spec for layer, shape in self.shapes.items() for spec in tensor_specs(layer, shape, self.config.scheme).values()
         ]
-        return 8 * sum(spec.nbytes for spec in stored) / sum(n * k for n, k in self.shapes.values())
+        return 8 * sum(spec.nbytes for spec in stored) / self.weights
 
     @property
     def seq_len(self) -> int:

@@ -18,16 +18,19 @@ from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 
 
-def run_settings(plan: Plan, device: torch.device, windows: TokenWindows | None) -> dict[str, dict[str, Any]]:
+def run_settings(
+    plan: Plan, device: torch.device, dtype: torch.dtype, windows: TokenWindows | None
+) -> dict[str, dict[str, Any]]:
     """All that the bytes of a checkpoint depend on, by topic and name: a run goes on only where these are what they were."""
     arguments = {
-        name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device")
+        name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device", "dtype")
     }
     text = {}
     if windows is not None:
         text = {"tokens": content_hash(windows.tokens.contiguous().numpy().data), "windows": list(windows.tokens.shape)}
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "calibration dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "compiled solver": native.available(),

@@ -70,7 +70,8 @@ class Observer:
         if at.stream is None or meant.stream is None:
             return meant.x, None
         weight = self.original.stops[name].get_parameter("weight")
-        return None, meant.stream - at.stream + nn.functional.linear(meant.x - at.x, weight)
+        missing = nn.functional.linear(meant.x - at.x, weight)
+        return None, (meant.stream - at.stream).add_(missing)
 
 
 def _nothing() -> Iterator[None]:

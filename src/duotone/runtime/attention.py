@@ -3,7 +3,6 @@
 Queries, keys and values stay BF16 where they are kept; only the product is wider, so it is nearer to the exact one too.
 """
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,22 +13,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from duotone.device import has_bf16_units, is_x86
+
 NAME = "duotone_float32"
 
 
 def is_better(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a model of this dtype gains by it on this device: an x86 without BF16 units; of others nothing is known."""
     return dtype == torch.bfloat16 and device.type == "cpu" and is_x86() and not has_bf16_units()
-
-
-def is_x86() -> bool:
-    """Whether this is an x86-64 machine."""
-    return platform.machine().lower() in {"x86_64", "amd64"}
-
-
-def has_bf16_units() -> bool:
-    """Whether an x86 processor multiplies BF16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 def install(model: PreTrainedModel) -> None:

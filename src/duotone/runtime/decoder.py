@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from duotone.device import has_bf16_units, is_x86
 from duotone.kernels import native
-from duotone.runtime import attention
 from duotone.runtime.stack import close, differentiates, find_stack, layer_agrees, step
 
 #: Tokens beyond which torch's own product of the output head is as fast, on x86 without and with BF16 units.
@@ -36,8 +36,8 @@ def install(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
     if stack is not None and all(layer_agrees(layer) for layer in stack.layers):
         _replace(model.base_model, step, stack)
     head = model.get_output_embeddings()
-    if model.dtype == torch.bfloat16 and attention.is_x86() and _is_plain(head):
-        _replace(head, _head, _HEAD_TOKENS_BF16 if attention.has_bf16_units() else _HEAD_TOKENS)
+    if model.dtype == torch.bfloat16 and is_x86() and _is_plain(head):
+        _replace(head, _head, _HEAD_TOKENS_BF16 if has_bf16_units() else _HEAD_TOKENS)
 
 
 def _replace(module: Any, forward: Any, *more: Any) -> None:

@@ -17,26 +17,15 @@ from torch import Tensor
 
 from duotone.solver.statistics import Statistics
 
-#: Damping of H in the correction, as a share of its mean diagonal. docs/LOG.md has the sweep.
-DRIFT_DAMPING = 0.05
-
 
 def corrected_target(w_NK: Tensor, statistics: Statistics) -> Tensor:
     """W* [N, K] for the drift that the statistics hold; the weight itself when they hold none."""
-    pull_NK = torch.zeros_like(w_NK)
-    if statistics.input_drift is not None:
-        pull_NK += w_NK @ statistics.input_drift
-    if statistics.stream_drift is not None:
-        pull_NK += statistics.stream_drift
-    if not bool(pull_NK.any()):  # the first linears of a model: nothing has drifted yet
-        return w_NK
-    damped_KK = statistics.hessian.clone()
-    diagonal = damped_KK.diagonal()
-    mean = diagonal.mean()
-    # A channel that was never excited has no drift to undo; its unit diagonal only keeps the factor finite.
-    diagonal += torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean.clamp(min=1e-30))
-    factor_KK = torch.linalg.cholesky(damped_KK)
-    return w_NK + torch.cholesky_solve(pull_NK.T, factor_KK).T
+    target_NK = w_NK
+    if statistics.input_drift is not None and bool(statistics.input_drift.any()):
+        target_NK = torch.addmm(target_NK, w_NK, statistics.input_correction)
+    if statistics.stream_drift is not None and bool(statistics.stream_drift.any()):
+        target_NK = target_NK + statistics.explained(statistics.stream_drift)
+    return target_NK
 
 
 def bias_shift(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> Tensor:

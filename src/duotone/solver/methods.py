@@ -153,9 +153,8 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     scales = search_scales(target.weight, scheme)
     rounded, scales = _round(target, scales)
     for _ in range(REFITS):
-        wish_NK = rounded.wish(dequantize(weight_of(rounded.codes_NK, scales, scheme)), factor)
         outer = None if scheme.target.channel_outer_scale else scales.outer_scale
-        refitted = search_scales(wish_NK, scheme, factor.pivots(), outer)
+        refitted = search_scales(rounded.wish(factor), scheme, factor.pivots(), outer)
         again, refitted = _round(target, refitted)
         better_N = again.row_loss(factor) < rounded.row_loss(factor)
         rounded, scales = rounded.where(better_N, again), scales.where(better_N, refitted)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duotone.device import has_bf16_units
 from duotone.errors import DuotoneError
 from duotone.solver.statistics import Statistics
 from duotone.solver.sweep import Grid, sweep
@@ -24,6 +25,8 @@ RefreshGroup = Callable[[int, Tensor], None]
 
 #: Damping is raised by this factor, at most this often, when the Hessian does not factorize.
 _DAMPING_STEP, _DAMPING_TRIES = 10.0, 4
+#: Multiplications from which a loss is measured in BF16 by CPUs that are fast at it.
+_LARGE = 2**29
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,25 +52,29 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Codes uint8 [N, K] in original column order, and in visiting order what each column wished to be less what it became."""
+    """Codes uint8 [N, K] in original column order; in visiting order values, and what each column wished to be less that."""
 
     codes_NK: Tensor
+    value_KN: Tensor
     left_KN: Tensor
 
     def row_loss(self, factor: Factor) -> Tensor:
         """Loss of each row [N] under the damped Hessian: |x R|^2, column by column."""
         return (self.left_KN * factor.diagonal_K[:, None]).square_().sum(0)
 
-    def wish(self, value_NK: Tensor, factor: Factor) -> Tensor:
+    def wish(self, factor: Factor) -> Tensor:
         """What the columns wished to be [N, K] in original order: the weights with all that earlier columns pushed on."""
-        wish_NK = value_NK.clone()
-        wish_NK[:, factor.order_K] += self.left_KN.T
+        wish_NK = torch.empty(self.codes_NK.shape, dtype=self.left_KN.dtype, device=self.left_KN.device)
+        wish_NK[:, factor.order_K] = (self.value_KN + self.left_KN).T
         return wish_NK
 
     def where(self, rows_N: Tensor, other: "Rounded") -> "Rounded":
         """This, with the other's rows where True."""
-        left_KN = torch.where(rows_N, other.left_KN, self.left_KN)
-        return Rounded(torch.where(rows_N[:, None], other.codes_NK, self.codes_NK), left_KN)
+        codes_NK = torch.where(rows_N[:, None], other.codes_NK, self.codes_NK)
+        value_KN, left_KN = (
+            torch.where(rows_N, *both) for both in ((other.value_KN, self.value_KN), (other.left_KN, self.left_KN))
+        )
+        return Rounded(codes_NK, value_KN, left_KN)
 
     def gradient(self, factor: Factor, panel: int = 512) -> Tensor:
         """(W - V) H of the damped Hessian, [N, K] in original order: R (R^T x), of which the loop has left R^T x."""
@@ -105,7 +112,9 @@ def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, laye
     raise DuotoneError(f"{layer}: the Hessian does not factorize with damping {added:g}, expected a positive definite matrix")
 
 
-def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup | None = None, block_size: int = 128) -> Rounded:
+def solve(
+    w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup | None = None, block_size: int = 128
+) -> Rounded:
     """Round column after column, each making up for the errors of those before it.
 
     `refresh_group` may overwrite its group's scales in `grid`; columns of a group must then be contiguous in the order (GAR
@@ -114,7 +123,11 @@ def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup 
     w_KN = w_NK.T[factor.order_K].contiguous()
     group_K = (factor.order_K // grid.scheme.group_size).to(torch.int32)
     groups = group_K.tolist()
-    x_KN, left_KN, codes_KN = torch.empty_like(w_KN), torch.empty_like(w_KN), torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device)
+    x_KN, left_KN, codes_KN = (
+        torch.empty_like(w_KN),
+        torch.empty_like(w_KN),
+        torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device),
+    )
     for start, stop in _spans(groups, block_size if refresh_group is None else None):
         unit_BB = factor.unit_KK[start:stop, start:stop]
         pushed_BN = factor.unit_KK[:start, start:stop].T @ x_KN[:start]
@@ -128,7 +141,7 @@ def solve(w_NK: Tensor, factor: Factor, grid: Grid, refresh_group: RefreshGroup 
         torch.addmm(pushed_BN, unit_BB.T, x_KN[start:stop], out=left_KN[start:stop])
     codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
     codes_NK[:, factor.order_K] = codes_KN.T
-    return Rounded(codes_NK, left_KN)
+    return Rounded(codes_NK, w_KN - x_KN, left_KN)
 
 
 def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int]]:
@@ -142,8 +155,13 @@ def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int
 
 def output_loss(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> float:
     """Relative output error |X (W - V)^T|^2 / |X W^T|^2 under the layer's undamped Hessian."""
+    hessian_KK = statistics.hessian
+    # One number from so many products: what BF16 rounds off averages out, to 1e-4 of it.
+    narrow = w_NK.device.type == "cpu" and w_NK.numel() * len(hessian_KK) > _LARGE and has_bf16_units()
+    if narrow:
+        hessian_KK = hessian_KK.bfloat16()
 
     def energy(e_NK: Tensor) -> float:
-        return float(((e_NK @ statistics.hessian) * e_NK).sum(dtype=torch.float64))
+        return float(((e_NK.to(hessian_KK.dtype) @ hessian_KK) * e_NK).sum(dtype=torch.float64))
 
     return energy(w_NK - v_NK) / max(energy(w_NK), 1e-30)

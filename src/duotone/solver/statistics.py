@@ -2,6 +2,7 @@
 """What a layer's inputs say about the cost of an error in its weights."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from duotone.kernels import native
 
 #: Products of a matrix with itself are symmetric to within panels of so many columns; what is below them is copied.
 _PANEL = 64
+#: Damping of H where drift is corrected, as a share of its mean diagonal. docs/LOG.md has the sweep.
+DRIFT_DAMPING = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,24 @@ class Statistics:
     mean: Tensor | None = None
     input_drift_mean: Tensor | None = None
     stream_drift_mean: Tensor | None = None
+
+    @cached_property
+    def input_correction(self) -> Tensor:
+        """What the input drift asks of every weight that reads these inputs, W* = W + W times this [K, K]: once for all."""
+        assert self.input_drift is not None
+        return self.explained(self.input_drift)
+
+    def explained(self, moment_DK: Tensor) -> Tensor:
+        """R^T X H^-1 of a moment R^T X [D, K]: the weights with which the inputs best explain R. H is damped.
+
+        The drift is small, and its estimate has the noise of a short calibration.
+        """
+        damped_KK = self.hessian.clone()
+        diagonal = damped_KK.diagonal()
+        mean = diagonal.mean()
+        # A channel that was never excited has no drift to undo; its unit diagonal only keeps the factor finite.
+        diagonal += torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean.clamp(min=1e-30))
+        return torch.cholesky_solve(moment_DK.T, torch.linalg.cholesky(damped_KK)).T
 
     def centered(self) -> "Statistics":
         """Covariances in the place of second moments: what is left to a linear whose bias takes up all means."""
@@ -95,7 +116,7 @@ def _add(sums: tuple[Tensor, Tensor] | None, left_MD: Tensor, x_MK: Tensor) -> t
     if sums is None:
         rows, columns = left_MD.shape[1], x_MK.shape[1]
         sums = x_MK.new_zeros(rows, columns, dtype=torch.float32), x_MK.new_zeros(rows, dtype=torch.float32)
-    _add_moments(x_MK, left_MD, sums[0])
+    _add_moments(x_MK, left_MD.to(x_MK.dtype), sums[0])
     return sums[0], sums[1].add_(left_MD.sum(0, dtype=torch.float32))
 
 
