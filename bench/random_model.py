@@ -1,6 +1,6 @@
 """A Llama of random weights with a real tokenizer, in the folder OUT: for what depends on shapes and not on what a model knows.
 
-python bench/random_model.py OUT --tokenizer assets/duotone-10m [--hidden 1024 --intermediate 2816 --layers 4 --heads 16 --kv-heads 16]
+python bench/random_model.py OUT --tokenizer assets/duotone-10m [--hidden 1024 --intermediate 2816 --layers 4 --kv-heads 4]
 """
 
 import argparse

@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "runtime"),
     ("loadability",),
     ("plan", "inspection"),
-    ("outcome", "estimate", "explanation"),
+    ("outcome", "estimate", "explanation", "floors"),
     ("unfinished",),
     ("pipeline",),
     ("evaluation", "questions"),

@@ -12,7 +12,10 @@ def quantize(job: Job) -> None:
     if (os.cpu_count() or 1) < 3:  # its loader takes 2 workers of a pool that has (cores + 1) // 2, and raises when that is 1
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
 
+    job.watch(GPTQ, "add_batch", "hessian")
+    job.watch(GPTQ, "quantize", "solve")
     source, out = str(job.model.resolve()), str(job.out.resolve())
     windows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.load_tokens().tolist()]
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it leaves a folder `logs` where it runs

@@ -35,6 +35,7 @@ class Job:
     seed: int
     weights: Path | None = None
     seconds: float = field(default=0.0, init=False)
+    phases: dict[str, float] = field(default_factory=dict, init=False)
 
     def load_tokens(self) -> Any:
         """The calibration windows, int64 [windows, T]: tokens only, no padding."""
@@ -63,6 +64,19 @@ class Job:
         with self.refusable():
             yield
         self.seconds += time.perf_counter() - start
+
+    def watch(self, owner: Any, method: str, phase: str) -> None:
+        """Count the time inside one of the tool's own methods under a phase; what is left of `seconds` is its forward."""
+        inner = getattr(owner, method)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*arguments, **named)
+            finally:
+                self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+
+        setattr(owner, method, watched)
 
     @contextmanager
     def refusable(self) -> Iterator[None]:
@@ -98,6 +112,7 @@ def run(tool: str, package: str, recipes: Sequence[str], quantize: Callable[[Job
         "version": importlib.metadata.version(package),
         "recipe": job.recipe,
         "seconds": round(job.seconds, 3),
+        "phases": {phase: round(seconds, 3) for phase, seconds in job.phases.items()} or None,
         "peak_bytes": _peak_bytes(),
         "refused": refused,
     }

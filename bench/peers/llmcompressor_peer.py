@@ -19,6 +19,8 @@ def quantize(job: Job) -> None:
     scheme.weights.group_size = job.group_size
     scheme.format = "pack-quantized"  # the default is one byte a weight, which vLLM's W4AFP8 does not read
     if job.recipe == "gptq":
+        job.watch(GPTQModifier, "calibrate_module", "hessian")
+        job.watch(GPTQModifier, "compress_module_list", "solve")
         modifier = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
         tokens = job.load_tokens()
         rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}

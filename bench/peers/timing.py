@@ -15,8 +15,8 @@ from typing import Any
 
 from compare import HERE, PEERS, run_peer
 
-from duotone.bench import AccuracyBench, append_records, provenance, quantize_in_a_process
-from duotone.calibrate.data import draw_windows
+from duotone.bench import AccuracyBench, append_records, provenance, quantize_time_row
+from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.checkpoint.hub import locate_model
 from duotone.errors import DuotoneError
 from duotone.models.tokenizer import load_tokenizer
@@ -36,26 +36,23 @@ def main() -> None:
     )
     for number in range(arguments.rounds):
         for name in ("duotone:dpq", *arguments.peers):
-            row = provenance(bench.seed) | {
-                "model": Path(bench.model).name, "tool": PEERS[name][0] if name in PEERS else "duotone",
-                "method": name.partition(":")[2], "group_size": bench.group_size, "round": number,
-                "tokens": tokens.tokens.numel(), "load_before": os.getloadavg()[0],
-            }  # fmt: skip
-            with tempfile.TemporaryDirectory() as scratch:
-                out = Path(scratch) / "out"
-                row |= _ours(bench, out) if name == "duotone:dpq" else _theirs(run_peer(bench, name, tokens, out))
+            row = quantize_time_row(bench, number) if name == "duotone:dpq" else _theirs(bench, name, number, tokens)
             append_records(arguments.records, [row])
             print(f"{row['model']} round {number} {row['tool']}: {row['refused'] or row['seconds']}", flush=True)
 
 
-def _ours(bench: AccuracyBench, out: Path) -> dict[str, Any]:
-    report = quantize_in_a_process(bench, "dpq", "hopper", out)
-    seconds = report["seconds"]
-    return {"seconds": sum(seconds.values()), "phases": seconds, "peak_bytes": report["peak_bytes"], "refused": None}
-
-
-def _theirs(facts: dict[str, Any]) -> dict[str, Any]:
-    return {"seconds": facts["seconds"], "phases": None, "peak_bytes": facts["peak_bytes"], "refused": facts["refused"]}
+def _theirs(bench: AccuracyBench, name: str, number: int, tokens: TokenWindows) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = run_peer(bench, name, tokens, Path(scratch) / "out")
+    seconds, phases = facts["seconds"], facts["phases"]
+    if phases:  # what is left is its forward, and all that goes with it
+        phases = {"forward": round(seconds - sum(phases.values()), 3)} | phases
+    return provenance(bench.seed) | {
+        "model": Path(bench.model).name, "tool": PEERS[name][0], "method": name.partition(":")[2],
+        "group_size": bench.group_size, "round": number, "tokens": tokens.tokens.numel(), "load_before": load,
+        "seconds": seconds, "phases": phases, "floors": None, "peak_bytes": facts["peak_bytes"], "refused": facts["refused"],
+    }  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Measurements that append rows to bench/records/*.jsonl (columns: ARCHITECTURE.md section 4)."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -94,6 +95,28 @@ def quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: P
     if done.returncode:
         raise DuotoneError(f"{method} on {target}: {done.stderr.strip() or 'ended without a word'}")
     return json.loads(done.stdout)
+
+
+def quantize_time_row(bench: AccuracyBench, number: int) -> dict[str, Any]:
+    """One run of `dpq`, timed: seconds by phase beside the least that this machine would take for each."""
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        report = quantize_in_a_process(bench, "dpq", "hopper", Path(scratch) / "out")
+    return provenance(bench.seed) | {
+        "model": Path(bench.model).name,
+        "tool": "duotone",
+        "method": "dpq",
+        "group_size": bench.group_size,
+        "round": number,
+        "tokens": report["calibration"]["tokens"],
+        "load_before": load,
+        "seconds": sum(report["seconds"].values()),
+        "phases": report["seconds"],
+        "floors": report["floor_seconds"],
+        "dtype": report["calibration"]["dtype"],
+        "peak_bytes": report["peak_bytes"],
+        "refused": None,
+    }
 
 
 def activation_floor(folder: Path, model: PreTrainedModel, windows: TokenWindows, reference: PreTrainedModel) -> float:

@@ -109,7 +109,12 @@ def quantize(  # noqa: PLR0913 - every option of the command
 
     with progress_bar("quantizing", quiet or as_json) as tell:
         report = run(model, out, config, tell, resume=resume, save_every=save_every)
-    print_result(report.to_json(), quantize_summary, as_json)
+    result = report.to_json()
+    if as_json:
+        from duotone.floors import floor_seconds
+
+        result["floor_seconds"] = floor_seconds(report)
+    print_result(result, quantize_summary, as_json)
 
 
 def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:

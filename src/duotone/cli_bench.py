@@ -54,6 +54,36 @@ def bench_accuracy(  # noqa: PLR0913 - every option of the command
     print_result(rows, lambda values: accuracy_table(values), as_json)
 
 
+@bench_app.command("quantize", epilog="Example: duotone bench quantize MODEL --calibration text.txt --samples 32 --seq-len 512")
+def bench_quantize(  # noqa: PLR0913 - every option of the command
+    model: Model,
+    calibration: Annotated[list[str], typer.Option(help="Text to calibrate on; repeatable.")],
+    group_size: Annotated[int, typer.Option()] = 128,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    rounds: Annotated[int, typer.Option(help="How often.")] = 3,
+    seed: Annotated[int, typer.Option()] = 0,
+    records: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/quantize_time.jsonl"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time quantizing, phase by phase, beside what the arithmetic of each would take alone."""
+    from duotone.bench import AccuracyBench, append_records, quantize_time_row
+    from duotone.report import phases_table
+
+    bench = AccuracyBench(
+        model, (), tuple(calibration), group_size=group_size, samples=samples, seq_len=seq_len, seed=seed
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with progress_bar("quantizing", quiet or as_json) as tell:
+        tell(0, rounds, "")
+        for number in range(rounds):
+            rows.append(quantize_time_row(bench, number))
+            append_records(records, rows[-1:])
+            tell(len(rows), rounds, f"{rows[-1]['seconds']:.1f} s")
+    print_result(rows, lambda values: phases_table(values), as_json)
+
+
 @bench_app.command("linear", epilog="Example: duotone bench linear --shape 4096x14336 --tokens 1 --tokens 16 --threads 2")
 def bench_linear(
     shape: Annotated[list[str] | None, typer.Option(help="NxK; those of Llama-3-8B by default. Repeatable.")] = None,

@@ -17,8 +17,9 @@ from duotone.version import VERSION
 
 @dataclass
 class QuantizeReport:
-    """Everything `quantize` has to say. seconds: by phase. kept: linears left in BF16, each with its reason.
+    """Everything `quantize` has to say. kept: linears left in BF16, each with its reason.
 
+    seconds: by phase. work: what each phase had to compute (floors.py).
     resumed_at: the block from which this run went on with one that was killed, None for a run of its own.
     """
 
@@ -34,6 +35,7 @@ class QuantizeReport:
     bits_per_weight: float = 0.0
     quantized_macs_share: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    work: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_bytes: int = 0
     resumed_at: int | None = None
 

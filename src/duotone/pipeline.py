@@ -28,6 +28,7 @@ from duotone.checkpoint.staging import check_output, output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.contract import static_activation_scale
 from duotone.device import calibration_dtype, resolve_device
+from duotone.floors import phase_work
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
@@ -90,6 +91,7 @@ def quantize(
     )
     report.original_bytes = plan.source.weight_bytes
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
+    report.work = {phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len).items()}
     run = _Run(plan, device, dtype, phases, report)
     with output_folder(out, resume) as staging:
         with phases("write"):

@@ -1,6 +1,7 @@
 """Results as a person reads them: rich tables from the plain values that `--json` prints."""
 
 import re
+from statistics import median
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -152,6 +153,20 @@ def speed_table(rows: list[dict[str, Any]]) -> RenderableType:
             f"{100 * row['gflops'] / row['peak_gflops']:.0f} %",
             "" if row is ours else f"{ours['times_as_fast_as'][row['kernel']]:.1f} times as fast",
         )
+    return table
+
+
+def phases_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Median seconds of each phase beside the least that its arithmetic takes here."""
+    table = Table("phase", "seconds", "at least", "times that", box=None)
+
+    def add(name: str, spent: list[float], least: list[float]) -> None:
+        middle, floor = median(spent), median(least)
+        table.add_row(name, f"{middle:.2f}", f"{floor:.2f}" if floor else "", f"{middle / floor:.1f}" if floor else "")
+
+    for phase in rows[0]["phases"]:
+        add(phase, [row["phases"][phase] for row in rows], [row["floors"].get(phase, 0.0) for row in rows])
+    add("in all", [row["seconds"] for row in rows], [sum(row["floors"].values()) for row in rows])
     return table
 
 

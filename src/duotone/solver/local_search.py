@@ -22,13 +22,17 @@ LEAST_VISITS, VISITS_SHARE = 2**18, 1 / 8
 TENURE = 12
 
 
+def steps_of(columns: int) -> int:
+    """How many moves a row of so many columns tries."""
+    return max(LEAST_VISITS // columns, int(columns * VISITS_SHARE))
+
+
 def local_search(gradient_NK: Tensor, hessian_KK: Tensor, damping_K: Tensor, grid: Grid, codes_NK: Tensor) -> Tensor:
     """Codes uint8 [N, K] of no greater loss tr(E (H + diag(damping)) E^T), E = W - V, than those given (to float32 rounding).
 
     gradient_NK: E (H + diag(damping)) of the codes given.
     """
-    columns = codes_NK.shape[1]
-    steps = max(LEAST_VISITS // columns, int(columns * VISITS_SHARE))
+    steps = steps_of(codes_NK.shape[1])
     if not native.compiled(grid.scheme.target.fp8, gradient_NK):
         return local_search_torch(gradient_NK, hessian_KK, damping_K, grid, codes_NK, steps)
     return torch.ops.duotone.local_search(

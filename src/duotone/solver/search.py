@@ -22,6 +22,8 @@ _GROUP_SHARES = tuple(1.0 - 0.025 * i for i in range(17))
 _GRID_VALUES, _GRID_FROM = 7, 1.06
 #: The outer scale of a row moves all its groups at once; so many columns, spread over the row, tell enough to choose it.
 _SAMPLE_COLUMNS = 1024
+#: How often a wide weight's columns are all tried, about: by groups, and for the outer scale on a sample of them.
+SCALE_TRIALS = _GRID_VALUES + 2
 
 
 def search_scales(

@@ -92,7 +92,9 @@ def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, laye
     A channel that calibration never excited gets a unit diagonal: its weights are rounded to nearest, not set to zero.
     Raises DuotoneError naming the layer when the Hessian does not factorize even with damping raised 1000-fold.
     """
-    h_KK = statistics.hessian[order_K][:, order_K]
+    # Last column first: the lower triangle that is found is R turned by half a circle.
+    turned_K = order_K.flip(0)
+    h_KK = statistics.hessian[turned_K[:, None], turned_K]
     diagonal = h_KK.diagonal()
     dead = diagonal <= 0
     diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
@@ -100,14 +102,14 @@ def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, laye
     added, damping = 0.0, damping_frac
     for _ in range(_DAMPING_TRIES):
         diagonal += (damping - added) * mean
-        flipped_KK, failed = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
+        lower_KK, failed = torch.linalg.cholesky_ex(h_KK)
         if not int(failed):
-            r_KK = flipped_KK.flip(0, 1)
+            r_KK = lower_KK.flip(0, 1)
             r_K = r_KK.diagonal().clone()
             damping_K = torch.empty_like(r_K)
-            damping_K[order_K] = diagonal
+            damping_K[turned_K] = diagonal
             damping_K -= statistics.hessian.diagonal()
-            return Factor(r_KK / r_K, r_K, order_K, damping, damping_K, int(dead.sum()))
+            return Factor(r_KK.div_(r_K), r_K, order_K, damping, damping_K, int(dead.sum()))
         added, damping = damping, max(damping, 1e-4) * _DAMPING_STEP
     raise DuotoneError(f"{layer}: the Hessian does not factorize with damping {added:g}, expected a positive definite matrix")
 
