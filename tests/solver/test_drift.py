@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duotone.solver import drift
+from duotone.solver import statistics as statistics_module
 from duotone.solver.drift import bias_shift, corrected_target
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
@@ -73,7 +73,7 @@ def case(n: int, k: int, seed: int, writer: bool, mean: float = 0.3) -> Case:
 def undamped(damping: float = 0.0) -> pytest.MonkeyPatch:
     """Replaces the damping until it is undone; a fixture would not do for Hypothesis."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(drift, "DRIFT_DAMPING", damping)
+    patch.setattr(statistics_module, "DRIFT_DAMPING", damping)
     return patch
 
 
@@ -105,13 +105,13 @@ def test_undamped_it_is_least_squares(n: int, k: int, seed: int, writer: bool) -
 def test_it_lowers_the_error_and_damping_shrinks_it(n: int, k: int, seed: int, writer: bool) -> None:
     """However damped, it is nearer to the original's outputs than the weight is; more damping brings it to the weight."""
     given_ = case(n, k, seed, writer)
-    w, statistics, before = given_.w.float(), given_.statistics(), given_.loss(given_.w)
-    assert given_.loss(corrected_target(w, statistics)) < before
+    w, before = given_.w.float(), given_.loss(given_.w)
+    assert given_.loss(corrected_target(w, given_.statistics())) < before
     moved, losses = [], []
     for damping in (0.01, 0.1, 1.0, 1e3, 1e8):
         patch = undamped(damping)
         try:
-            target = corrected_target(w, statistics)
+            target = corrected_target(w, given_.statistics())
         finally:
             patch.undo()
         moved.append(float((target - w).norm()))
@@ -120,13 +120,28 @@ def test_it_lowers_the_error_and_damping_shrinks_it(n: int, k: int, seed: int, w
     assert all(early <= late * (1 + 1e-6) for early, late in zip(losses, [*losses[1:], before], strict=True))
 
 
-def test_the_damping_is_a_share_of_the_mean_diagonal() -> None:
+@pytest.mark.parametrize("writer", [True, False])
+def test_the_damping_is_a_share_of_the_mean_diagonal(writer: bool) -> None:
     """W + R^T X (H + 0.05 mean(diag H) I)^-1, by an explicit inverse."""
-    given_ = case(7, 12, 1, writer=True)
+    given_ = case(7, 12, 1, writer)
     h = given_.x.T @ given_.x / len(given_.x)
     damped = h + 0.05 * h.diagonal().mean() * torch.eye(12)
     expected = given_.w + given_.off.T @ given_.x / len(given_.x) @ torch.linalg.inv(damped)
     torch.testing.assert_close(corrected_target(given_.w.float(), given_.statistics()).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_correction_is_that_of_every_weight_that_reads_the_inputs() -> None:
+    """(X0 - X)^T X (H + damping)^-1 in float64, once for all: two weights of other shapes share it, centered statistics do not."""
+    given_ = case(7, 12, 5, writer=False, mean=1.0)
+    statistics, moved = given_.statistics(), given_.x0 - given_.x
+    centered = given_.x - given_.x.mean(0), moved - moved.mean(0)
+    for its, (x, off) in ((statistics, (given_.x, moved)), (statistics.centered(), centered)):
+        h = x.T @ x / len(x)
+        correction = off.T @ x / len(x) @ torch.linalg.inv(h + 0.05 * h.diagonal().mean() * torch.eye(12))
+        torch.testing.assert_close(its.input_correction.double(), correction, rtol=1e-4, atol=1e-5)
+        assert its.input_correction is its.input_correction
+        for w in (given_.w.float(), given_.w.float()[:3] * 2):
+            close(corrected_target(w, its), w.double() @ (torch.eye(12) + correction))
 
 
 @pytest.mark.parametrize("zero", [None, 0.0])

@@ -62,7 +62,7 @@ def test_codes_equal_obq(order: str, columns: int, group_size: int, block_size: 
     """Every code, every order, blocks shorter and longer than a group. Float64 on both sides, so no tie is at stake."""
     w_NK, hessian = correlated_layer(24, columns, seed=columns)
     step_NG, factor = steps(w_NK, group_size), factor_of(hessian, order, group_size)
-    found = solve(w_NK, factor, grid(step_NG, group_size), None, block_size)
+    found = solve(w_NK, factor, grid(step_NG, group_size), None, block_size).codes_NK
     oracle = rounding_oracle(step_NG.numpy(), group_size)
     expected, _ = obq(w_NK.numpy(), damped(hessian.numpy(), DAMPING), factor.order_K.tolist(), oracle)
     assert found.dtype == torch.uint8
@@ -90,7 +90,7 @@ def test_refreshed_groups_see_the_weights_that_obq_updated(order: str, columns: 
         if not any(group == other for other, _ in expected):
             expected.append((group, updated_NK[:, [i for i in order_K if i // group_size == group]].T))
 
-    codes = solve(w_NK, factor, grid(step_NG, group_size), refresh, 128)
+    codes = solve(w_NK, factor, grid(step_NG, group_size), refresh, 128).codes_NK
     oracle = rounding_oracle(step_NG.numpy(), group_size)
     expected_codes, _ = obq(w_NK.numpy(), damped(hessian.numpy(), DAMPING), order_K, oracle, before_column)
     assert np.array_equal(codes.numpy(), expected_codes)
@@ -108,7 +108,10 @@ def test_block_size_does_not_matter(order: str) -> None:
     step_NG, factor = steps(w_NK, 16), factor_of(hessian, order, 16)
     reference = solve(w_NK, factor, grid(step_NG, 16), None, 1)
     for block_size in (7, 32, 33, 48, 64, 100, 1000):
-        assert torch.equal(solve(w_NK, factor, grid(step_NG, 16), None, block_size), reference)
+        found = solve(w_NK, factor, grid(step_NG, 16), None, block_size)
+        assert torch.equal(found.codes_NK, reference.codes_NK)
+        torch.testing.assert_close(found.value_KN, reference.value_KN, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.left_KN, reference.left_KN, rtol=0, atol=1e-12)
 
 
 @ORDER
@@ -120,10 +123,10 @@ def test_float32_is_as_good_as_float64(order: str) -> None:
     """
     w_NK, hessian = correlated_layer(128, 64, seed=9)
     step_NG = steps(w_NK, 16).float()
-    exact = solve(w_NK, factor_of(hessian, order, 16), grid(step_NG.double(), 16))
+    exact = solve(w_NK, factor_of(hessian, order, 16), grid(step_NG.double(), 16)).codes_NK
     exact_loss = output_loss(w_NK, (exact.double() - 8) * step_NG.repeat_interleave(16, 1), Statistics(hessian, 1))
     for block_size in (16, 40, 128):
-        found = solve(w_NK.float(), factor_of(hessian.float(), order, 16), grid(step_NG, 16), None, block_size)
+        found = solve(w_NK.float(), factor_of(hessian.float(), order, 16), grid(step_NG, 16), None, block_size).codes_NK
         found_loss = output_loss(w_NK, (found.double() - 8) * step_NG.repeat_interleave(16, 1), Statistics(hessian, 1))
         assert (found != exact).double().mean() <= 0.01
         assert found_loss == pytest.approx(exact_loss, rel=1e-3)
@@ -134,7 +137,7 @@ def test_diagonal_hessian_is_round_to_nearest(order: str) -> None:
     """Uncorrelated inputs: nothing to compensate, so no order changes a code, float32 included."""
     w_NK, hessian = correlated_layer(16, 60, seed=5, dtype=torch.float32)
     step_NG, factor = steps(w_NK, 16), factor_of(hessian.diagonal().diag(), order, 16)
-    assert torch.equal(solve(w_NK, factor, grid(step_NG, 16)), nearest(w_NK, step_NG, 16)[0])
+    assert torch.equal(solve(w_NK, factor, grid(step_NG, 16)).codes_NK, nearest(w_NK, step_NG, 16)[0])
 
 
 @ORDER
@@ -143,7 +146,7 @@ def test_compensation_lowers_the_loss(order: str) -> None:
     w_NK, hessian = correlated_layer(32, 64, seed=6)
     step_NG, factor = steps(w_NK, 16), factor_of(hessian, order, 16)
     step_NK = step_NG.repeat_interleave(16, 1)
-    solved = (solve(w_NK, factor, grid(step_NG, 16)).double() - 8) * step_NK
+    solved = (solve(w_NK, factor, grid(step_NG, 16)).codes_NK.double() - 8) * step_NK
     _, plain = nearest(w_NK, step_NG, 16)
     assert output_loss(w_NK, solved, Statistics(hessian, 1)) < 0.7 * output_loss(w_NK, plain, Statistics(hessian, 1))
 
@@ -155,6 +158,108 @@ def test_weights_are_not_touched() -> None:
     solve(w_NK, factor_of(hessian, "gar", 8), grid(steps(w_NK, 8), 8))
     assert torch.equal(w_NK, w_before)
     assert torch.equal(hessian, h_before)
+
+
+# ---- what the loop leaves
+
+
+@ORDER
+@SHAPES
+def test_values_are_those_of_the_codes(order: str, columns: int, group_size: int) -> None:
+    """In visiting order, for a block within a group and for one beyond it."""
+    w_NK, hessian = correlated_layer(9, columns, seed=20)
+    step_NG, factor = steps(w_NK, group_size), factor_of(hessian, order, group_size)
+    for block_size in (5, 128):
+        rounded = solve(w_NK, factor, grid(step_NG, group_size), None, block_size)
+        expected_NK = (rounded.codes_NK.double() - 8) * step_NG.repeat_interleave(group_size, 1)[:, :columns]
+        torch.testing.assert_close(rounded.value_KN, expected_NK.T[factor.order_K], rtol=0, atol=1e-15)
+
+
+def naive_wishes(w_NK: Tensor, value_NK: Tensor, factor: Factor) -> Tensor:
+    """[N, K] in original order: w_j + sum_{k<j} x_k R_kj / R_jj, term by term."""
+    wish_NK, order_K = w_NK.clone(), factor.order_K.tolist()
+    for j, column in enumerate(order_K):
+        for k, earlier in enumerate(order_K[:j]):
+            wish_NK[:, column] += (w_NK - value_NK)[:, earlier] * float(factor.unit_KK[k, j])
+    return wish_NK
+
+
+@ORDER
+@SHAPES
+def test_what_each_column_wished_to_be(order: str, columns: int, group_size: int) -> None:
+    """By a loop over all earlier columns; each code is the nearest level of its wish."""
+    w_NK, hessian = correlated_layer(9, columns, seed=21)
+    step_NG, factor = steps(w_NK, group_size), factor_of(hessian, order, group_size)
+    rounded = solve(w_NK, factor, grid(step_NG, group_size), None, 7)
+    wish_NK = rounded.wish(factor)
+    value_NK = (rounded.codes_NK.double() - 8) * step_NG.repeat_interleave(group_size, 1)[:, :columns]
+    torch.testing.assert_close(wish_NK, naive_wishes(w_NK, value_NK, factor), rtol=0, atol=1e-12)
+    assert torch.equal(nearest(wish_NK, step_NG, group_size)[0], rounded.codes_NK)
+    assert (wish_NK - w_NK).abs().max() > 0.1 * step_NG.min(), "nothing was pushed on"
+
+
+@ORDER
+@pytest.mark.parametrize("dead", [[], [0, 13, 39]], ids=["alive", "dead"])
+@pytest.mark.parametrize("damping_frac", [0.01, 0.3])
+def test_row_losses_and_gradient_are_those_of_the_damped_hessian(order: str, dead: list[int], damping_frac: float) -> None:
+    """From codes alone, dense: row by row e H' e, e H', with H' the Hessian and all that was added to its diagonal."""
+    w_NK, hessian = correlated_layer(9, 40, seed=22)
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    step_NG, factor = steps(w_NK, 8), factor_of(hessian, order, 8, damping_frac)
+    damped_KK = hessian + factor.damping_K.diag()
+    live = [k for k in range(40) if k not in dead]
+    mean = hessian.diagonal()[live].mean()
+    torch.testing.assert_close(factor.damping_K[live], (damping_frac * mean).expand(len(live)))
+    torch.testing.assert_close(factor.damping_K[dead], ((1 + damping_frac) * mean).expand(len(dead)))
+    rounded = solve(w_NK, factor, grid(step_NG, 8), None, 16)
+    error_NK = w_NK - (rounded.codes_NK.double() - 8) * step_NG.repeat_interleave(8, 1)
+    expected_NK = error_NK @ damped_KK
+    torch.testing.assert_close(rounded.row_loss(factor), (expected_NK * error_NK).sum(1), rtol=1e-10, atol=0)
+    for panel in (1, 7, 40, 512):
+        found_NK = rounded.gradient(factor, panel)
+        assert found_NK.is_contiguous()
+        torch.testing.assert_close(found_NK, expected_NK, rtol=0, atol=1e-12)
+
+
+def test_the_losses_of_float32() -> None:
+    """What dpq compares rows by, and what its local search starts from: to float32 rounding, K beyond a panel of the product."""
+    w_NK, hessian = correlated_layer(6, 600, seed=23, dtype=torch.float32)
+    step_NG, factor = steps(w_NK, 16), factor_of(hessian, "act", 16)
+    rounded = solve(w_NK, factor, grid(step_NG, 16))
+    error_NK = w_NK.double() - (rounded.codes_NK.double() - 8) * step_NG.double().repeat_interleave(16, 1)[:, :600]
+    expected_NK = error_NK @ (hessian.double() + factor.damping_K.double().diag())
+    torch.testing.assert_close(rounded.row_loss(factor).double(), (expected_NK * error_NK).sum(1), rtol=1e-4, atol=0)
+    assert (rounded.gradient(factor) - expected_NK).norm() < 1e-4 * expected_NK.norm()
+
+
+@ORDER
+def test_pivots_are_what_a_column_costs_at_last(order: str) -> None:
+    """1 / (H^-1)_jj of the columns from j on, by inversion, in original order."""
+    _, hessian = correlated_layer(1, 24, seed=24)
+    factor = factor_of(hessian, order, 8)
+    damped_KK, order_K = damped(hessian.numpy(), DAMPING), factor.order_K.tolist()
+    expected = np.empty(24)
+    for j, column in enumerate(order_K):
+        expected[column] = 1 / np.linalg.inv(damped_KK[np.ix_(order_K[j:], order_K[j:])])[0, 0]
+    assert np.allclose(factor.pivots().numpy(), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("picked", [[False] * 6, [True] * 6, [True, False, False, True, True, False]])
+def test_rows_of_one_or_the_other(picked: list[bool]) -> None:
+    """Each row in all three tensors, and so its loss."""
+    w_NK, hessian = correlated_layer(6, 20, seed=25)
+    step_NG, factor = steps(w_NK, 8), factor_of(hessian, "act", 8)
+    both = [solve(w_NK, factor, grid(step_NG * share, 8)) for share in (1, 0.8)]
+    mixed = both[0].where(torch.tensor(picked), both[1])
+    losses = [one.row_loss(factor) for one in (*both, mixed)]
+    assert bool((losses[0] != losses[1]).all())
+    for n, take in enumerate(picked):
+        source = both[take]
+        assert torch.equal(mixed.codes_NK[n], source.codes_NK[n])
+        assert torch.equal(mixed.value_KN[:, n], source.value_KN[:, n])
+        assert torch.equal(mixed.left_KN[:, n], source.left_KN[:, n])
+        assert losses[2][n] == losses[take][n]
 
 
 # ---- the factor
@@ -212,7 +317,7 @@ def test_dead_columns_are_counted_and_rounded_to_nearest(order: str) -> None:
     hessian[dead] = 0
     hessian[:, dead] = 0
     step_NG, factor = steps(w_NK, 8), factor_of(hessian, order, 8)
-    found = solve(w_NK, factor, grid(step_NG, 8))
+    found = solve(w_NK, factor, grid(step_NG, 8)).codes_NK
     assert factor.dead_columns == 4
     assert torch.equal(found[:, dead], nearest(w_NK, step_NG, 8)[0][:, dead])
     assert torch.equal(hessian.diagonal()[dead], torch.zeros(4, dtype=torch.float64))
@@ -228,7 +333,7 @@ def test_all_columns_dead() -> None:
     w_NK, _ = correlated_layer(4, 16, seed=11)
     step_NG, factor = steps(w_NK, 8), factor_of(torch.zeros(16, 16, dtype=torch.float64), "gar", 8)
     assert factor.dead_columns == 16
-    assert torch.equal(solve(w_NK, factor, grid(step_NG, 8)), nearest(w_NK, step_NG, 8)[0])
+    assert torch.equal(solve(w_NK, factor, grid(step_NG, 8)).codes_NK, nearest(w_NK, step_NG, 8)[0])
 
 
 def test_output_loss_is_the_relative_error_of_outputs() -> None:

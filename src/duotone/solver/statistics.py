@@ -1,4 +1,6 @@
 # Shapes: M tokens, N out_features, K in_features, D width of the residual stream (a writer's N).
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """What a layer's inputs say about the cost of an error in its weights."""
 
 from dataclasses import dataclass, replace
