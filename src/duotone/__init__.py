@@ -31,19 +31,21 @@ def quantize(
     progress: Progress | None = None,
     resume: bool = False,
     save_every: float = 60.0,
+    offload: str | Path | None = None,
     **options: Any,
 ) -> QuantizeReport:
     """Quantize a model folder or hub id into the folder `out`.
 
-    resume: go on with a run on this output that was killed, or begin. save_every: seconds of work between two saves. options:
-    the fields of `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration, samples, seq_len,
-    damping_frac, order, refresh_scales, effort, rotate, equalize, seed, device, dtype, strict). Raises DuotoneError; then `out`
-    is as it was before, or what was saved lies beside it.
+    resume: go on with a run on this output that was killed, or begin. save_every: seconds of work between two saves. offload: a
+    folder for the hidden states of calibration, which are in memory otherwise. options: the fields of
+    `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration, samples, seq_len, damping_frac,
+    order, refresh_scales, effort, rotate, equalize, seed, device, dtype, strict). Raises DuotoneError; then `out` is as it was
+    before, or what was saved lies beside it.
     """
     from duotone.pipeline import quantize as run
     from duotone.plan import QuantizeConfig
 
-    return run(model, out, QuantizeConfig(**options), progress, resume=resume, save_every=save_every)
+    return run(model, out, QuantizeConfig(**options), progress, resume=resume, save_every=save_every, offload=offload)
 
 
 def __getattr__(name: str) -> Any:

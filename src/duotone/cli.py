@@ -71,6 +71,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     save_every: Annotated[
         float, typer.Option(metavar="SECONDS", help="Work that a killed run may lose, at least; 0 saves after every block.")
     ] = 60.0,
+    offload: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep calibration's hidden states in files there, not in memory.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be done, how long and how large (a hub model is downloaded first)."),
@@ -108,7 +111,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
     from duotone.pipeline import quantize as run
 
     with progress_bar("quantizing", quiet or as_json) as tell:
-        report = run(model, out, config, tell, resume=resume, save_every=save_every)
+        report = run(model, out, config, tell, resume=resume, save_every=save_every, offload=offload)
     result = report.to_json()
     if as_json:
         from duotone.floors import floor_seconds

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
+from duotone.calibrate.offload import Offload
 from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions, locate_model
@@ -29,7 +30,7 @@ from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.contract import static_activation_scale
 from duotone.device import calibration_dtype, resolve_device
 from duotone.floors import phase_work
-from duotone.models.skeleton import build_skeleton, fill, release
+from duotone.models.skeleton import build_skeleton, fill, is_parameter, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
 from duotone.phases import Phases, peak_resident_bytes, return_memory
@@ -70,10 +71,12 @@ def quantize(
     *,
     resume: bool = False,
     save_every: float = 60.0,
+    offload: str | Path | None = None,
 ) -> QuantizeReport:
     """Quantize a model folder or hub id into the folder `out`.
 
     resume: go on with a run that was killed, from where it last saved; save_every: seconds of work between two saves, at least.
+    offload: a folder for the hidden states of calibration, which are in memory otherwise.
     The same bytes come out, killed or not. Raises DuotoneError; then `out` is as it was before, or holds what was saved.
     """
     phases = Phases()
@@ -102,7 +105,7 @@ def quantize(
                 copy_companions(plan.source.path, staging)
                 _copy_through(run, writer, plan.outside)
         skeleton = build_skeleton(plan.source.config, dtype)
-        stream = _open_stream(run, skeleton, windows) if windows is not None else None
+        stream = _open_stream(run, skeleton, windows, offload) if windows is not None else None
         steps, before = len(plan.blocks), 0
         if stream is not None and windows is not None and config.high_effort:
             steps, before = 3 * steps, 2 * steps  # forward, backward, and the quantizing
@@ -258,17 +261,17 @@ def _copy_through(run: _Run, writer: CheckpointWriter, names: tuple[str, ...]) -
         writer.write({name: tensor.to(torch.bfloat16) if run.plan.outputs[name].dtype == "BF16" else tensor})
 
 
-def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
+def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows, offload: str | Path | None) -> BlockStream:
     """Load what lies before the first block and compute the hidden states at its entrance."""
     check_tokens(windows.tokens, skeleton, run.plan.source.path)
     heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
-    names = [name for name in run.plan.outside if name not in heads and _is_parameter(skeleton, name)]
+    names = [name for name in run.plan.outside if name not in heads and is_parameter(skeleton, name)]
     with run.phases("read"):
         fill(skeleton, load_finite(run.plan.source, tuple(names)), run.dtype, run.device)
         skeleton.tie_weights()
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
-        stream = start_stream(skeleton, blocks, windows.tokens, run.phases)
+        stream = start_stream(skeleton, blocks, windows.tokens, run.phases, None if offload is None else Offload(offload))
     if run.plan.config.method_facts.drift:
         stream.carry_original()
     return stream
@@ -280,7 +283,7 @@ def _measure_curvature(
     """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
     plan, dtype = run.plan, run.dtype
     assert run.curvatures is not None
-    heads = [name for name in plan.outside if _is_parameter(skeleton, name) and skeleton.get_parameter(name).is_meta]
+    heads = [name for name in plan.outside if is_parameter(skeleton, name) and skeleton.get_parameter(name).is_meta]
     with run.phases("read"):
         fill(skeleton, load_finite(plan.source, tuple(heads)), dtype, run.device)
         skeleton.tie_weights()
@@ -295,14 +298,6 @@ def _measure_curvature(
     )
     measure_curvature(backward, stream, windows.tokens, plan.config.seed, run.curvatures.write, tell)
     release(skeleton, heads)
-
-
-def _is_parameter(skeleton: nn.Module, name: str) -> bool:
-    try:
-        skeleton.get_parameter(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _calibration_windows(plan: Plan) -> TokenWindows:

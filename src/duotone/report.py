@@ -33,6 +33,13 @@ def quantize_summary(report: dict[str, Any]) -> RenderableType:
     table.add_row("quantized", f"{100 * report['quantized_macs_share']:.1f} % of the linears' multiply-accumulates")
     if errors:
         table.add_row("output error", f"{sum(errors) / len(errors):.5f} mean, {max(errors):.5f} worst (relative, squared)")
+    conditions = [layer["condition_number"] for layer in report["layers"] if layer["condition_number"] is not None]
+    if conditions:
+        raised = sum(layer["damping_frac"] > config["damping_frac"] for layer in report["layers"])
+        dead = sum(layer["dead_columns"] > 0 for layer in report["layers"])
+        damping = f"{config['damping_frac']:g}" + (f", raised for {raised} linears" if raised else "")
+        idle = f", {dead} linears with channels that were always zero" if dead else ""
+        table.add_row("Hessians", f"condition up to {max(conditions):.1e} with damping {damping}{idle}")
     if report["calibration"]:
         calibration = report["calibration"]
         table.add_row("calibration", f"{calibration['tokens']} tokens of {', '.join(calibration['text'])}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from duotone.calibrate.offload import Offload
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import UnfinishedError
 from duotone.phases import Phases
@@ -83,14 +84,21 @@ def _nothing() -> Iterator[None]:
 class BlockStream:
     """Hidden states at the entrance of the current block, batch by batch, and the other arguments each block is called with.
 
-    original: the hidden states that the original prefix gives, when it is carried along.
+    original: the hidden states that the original prefix gives, when it is carried along. offload: where hidden states are
+    kept when memory is not to hold them.
     """
 
     hidden: list[Tensor]
     #: by block, then by batch size: what follows the hidden states, by position and by name
     arguments: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]
     phases: Phases
+    device: torch.device
     original: list[Tensor] | None = None
+    offload: Offload | None = None
+
+    def kept(self, states: Iterable[Tensor]) -> list[Tensor]:
+        """States as they stay until the next block: in memory, or offloaded."""
+        return [state if self.offload is None else self.offload.keep(state) for state in states]
 
     def carry_original(self) -> None:
         """From here on, also pass hidden states through the original blocks."""
@@ -106,9 +114,9 @@ class BlockStream:
         if missing:
             raise UnfinishedError(f"found no {missing[0]!r} among what the unfinished run held, expected it: begin anew")
         taken = {name: states[name].to(state.device).clone() for name, state in self._states()}
-        self.hidden = [taken[f"hidden.{i}"] for i in range(len(self.hidden))]
+        self.hidden = self.kept(taken[f"hidden.{i}"] for i in range(len(self.hidden)))
         if self.original is not None:
-            self.original = [taken[f"original.{i}"] for i in range(len(self.original))]
+            self.original = self.kept(taken[f"original.{i}"] for i in range(len(self.original)))
 
     def _states(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, batches in (("hidden", self.hidden), ("original", self.original or ())):
@@ -140,14 +148,14 @@ class BlockStream:
     def leave(self, observer: Observer) -> None:
         """Walk to the end of the block: its outputs are the hidden states before the next."""
         with self.phases("forward"):
-            self.hidden = observer.quantized.finish()
+            self.hidden = self.kept(observer.quantized.finish())
             if observer.original is not None:
-                self.original = observer.original.finish()
+                self.original = self.kept(observer.original.finish())
 
     def calls(self, index: int, hidden: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
         """What a block is called with for each batch of hidden states: these, and what follows by position and by name."""
         for states in hidden:
-            yield states, *self.arguments[index][len(states)]
+            yield states.to(self.device), *self.arguments[index][len(states)]
 
     def _walk(
         self, index: int, block: nn.Module, hidden: Sequence[Tensor], stops: Mapping[str, str], marks: Mapping[str, str]
@@ -166,18 +174,20 @@ def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
 
 
 @torch.no_grad()
-def start_stream(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, phases: Phases) -> BlockStream:
+def start_stream(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, phases: Phases, offload: Offload | None = None
+) -> BlockStream:
     """Run the model up to its first block for every batch of windows, recording what each block would be called with.
 
     tokens: int64 [windows, T]. Blocks may lie on meta: none of them runs.
     """
-    stream = BlockStream([], [{} for _ in blocks], phases)
+    stream = BlockStream([], [{} for _ in blocks], phases, model.device, offload=offload)
     entered: list[Tensor] = []
 
     def pretend(index: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
             if index == 0:
-                entered.append(hidden_states)
+                entered.extend(stream.kept([hidden_states]))
             stream.arguments[index][len(hidden_states)] = (positional, named)
             if index == len(blocks) - 1:
                 raise _AllCaptured

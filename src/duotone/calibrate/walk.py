@@ -99,12 +99,13 @@ class BlockWalk:
                 self._unwind(batch)
 
     @torch.no_grad()
-    def finish(self) -> list[Tensor]:
-        """Let every batch walk to the end; the hidden states behind the block."""
+    def finish(self) -> Iterator[Tensor]:
+        """Let every batch walk to the end; the hidden states behind the block, which are the caller's to keep."""
         for batch, call in zip(self._batches, self._calls, strict=True):
             while batch.task is None or not batch.task.dead:
                 self._go(batch, call)
-        return [batch.output[0] if isinstance(batch.output, tuple) else batch.output for batch in self._batches]
+            output, batch.output = batch.output, None
+            yield output[0] if isinstance(output, tuple) else output
 
     def _unwind(self, batch: _Batch) -> None:
         """Give up a batch's forward where it stands; its activations are free, and it can start anew."""

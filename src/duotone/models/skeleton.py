@@ -70,6 +70,15 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return expected
 
 
+def is_parameter(model: nn.Module, name: str) -> bool:
+    """Is there a parameter of this full name?"""
+    try:
+        model.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear of the model by full name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

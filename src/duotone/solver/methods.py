@@ -65,6 +65,7 @@ class LayerReport:
     tokens: int = 0
     damping_frac: float | None = None
     dead_columns: int = 0
+    condition_number: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,5 +229,6 @@ def finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> t
         tokens=0 if statistics is None else statistics.tokens,
         damping_frac=None if factor is None else factor.damping_frac,
         dead_columns=0 if factor is None else factor.dead_columns,
+        condition_number=None if factor is None else factor.condition_number,
     )
     return weight, report
