@@ -38,7 +38,7 @@ from duotone.qweight import QuantizedWeight, expand_groups
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER
-from duotone.solver import couple, drift, methods, scales, sweep
+from duotone.solver import couple, local_search, methods, scales, statistics, sweep
 from duotone.tasks import embedding_fidelity
 
 RECORDS = Path(__file__).resolve().parent / "records" / "ablation.jsonl"
@@ -94,11 +94,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "dpq without stream drift": ({}, lambda: mock.patch.object(methods, "corrected_target", _no_stream)),
     "dpq without drift": ({}, dpq_without(drift=False)),
     "dpq without drift and sequence": ({}, dpq_without(drift=False, sequential=False)),
-    "dpq without slid scales": ({}, lambda: mock.patch.object(methods, "SCALE_SLIDES", ())),
-    "dpq with 1 descent": ({}, lambda: mock.patch.object(methods, "DESCENT_PASSES", 0)),
-    "dpq with 12 descents": ({}, lambda: mock.patch.object(methods, "DESCENT_PASSES", 12)),
-    "dpq, drift damping 0.01": ({}, lambda: mock.patch.object(drift, "DRIFT_DAMPING", 0.01)),
-    "dpq, drift damping 0.2": ({}, lambda: mock.patch.object(drift, "DRIFT_DAMPING", 0.2)),
+    "dpq without refitted scales": ({}, lambda: mock.patch.object(methods, "REFITS", 0)),
+    "dpq without local search": ({}, lambda: mock.patch.object(methods, "local_search", lambda *given: given[-1])),
+    "dpq, 4 times the local search": ({}, lambda: mock.patch.object(local_search, "LEAST_VISITS", 2**20)),
+    "dpq, calibrated in BF16": ({"dtype": "bfloat16"}, contextlib.nullcontext),
+    "dpq, drift damping 0.01": ({}, lambda: mock.patch.object(statistics, "DRIFT_DAMPING", 0.01)),
+    "dpq, drift damping 0.2": ({}, lambda: mock.patch.object(statistics, "DRIFT_DAMPING", 0.2)),
     "dpq, rotated": ({"rotate": True}, contextlib.nullcontext),
     "dpq, equalized 0.5": ({"equalize": 0.5}, contextlib.nullcontext),
     "dpq, effort high": ({"effort": "high"}, contextlib.nullcontext),

@@ -30,7 +30,7 @@ RECORDS = Path(__file__).resolve().parent / "records" / "layer_error.jsonl"
 
 
 def variant(search: bool, nearest: bool) -> Callable[[Problem], float | None]:
-    """A recipe between dpq-paper and dpq, without descent: scales fitted or searched, round-then-round or nearest."""
+    """A recipe between dpq-paper and dpq, without local search: scales fitted or searched, round-then-round or nearest."""
 
     def run(problem: Problem) -> float | None:
         scales = (search_scales if search else fit_scales)(problem.weight, problem.scheme)
@@ -45,7 +45,7 @@ RECIPES: dict[str, Callable[[Problem], float | None]] = {
     "scales fitted on the weights": variant(search=False, nearest=False),
     "and the nearest FP8 value": variant(search=False, nearest=True),
     "and searched scales": variant(search=True, nearest=True),
-    "and slid scales, coordinate descent (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
+    "and refitted scales, local search (dpq)": lambda problem: methods.dpq(problem)[1].output_error,
 }
 
 

@@ -133,16 +133,12 @@ def layer_error_table() -> str:
     newest = {
         (row["recipe"], row["order"], row["target"]): row["geometric_mean_output_error"] for row in records("layer_error")
     }
-    recipes = dict.fromkeys(recipe for recipe, _, _ in newest)
-    names = {"and coordinate descent (dpq)": "and coordinate descent"}  # what dpq was when those rows were made
+    recipes = dict.fromkeys(recipe for recipe, _, _ in newest if "coordinate descent" not in recipe)  # what dpq was before
     columns = [(target, order) for target in ("hopper", "gaudi") for order in ("gar", "act")]
     head = ("recipe", *(f"{target}, {order}" for target, order in columns))
     return markdown(
         head,
-        [
-            (str(names.get(recipe, recipe)), *(f"{newest[recipe, order, target]:.5f}" for target, order in columns))
-            for recipe in recipes
-        ],
+        [(recipe, *(f"{newest[recipe, order, target]:.5f}" for target, order in columns)) for recipe in recipes],
     )
 
 
@@ -151,12 +147,18 @@ def windows_of(row: dict[str, Any]) -> int:
     return row["calibration"]["windows"] if row["calibration"] else 0
 
 
-def comparison(windows: dict[str, int] | None = None) -> dict[str, list[dict[str, Any]]]:
+#: wikitext-2: another tokenization of English than any model here was trained on.
+OUT_OF_DOMAIN = ["test.txt"]
+
+
+def comparison(
+    windows: dict[str, int] | None = None, among: Callable[[Row], bool] = lambda row: row["text"] != OUT_OF_DOMAIN
+) -> dict[str, list[dict[str, Any]]]:
     """By model: the newest row of every tool, method, arithmetic and seed, of those calibrated on so many windows.
 
-    windows: by model; where none is given, as many as the model's newest row of ours.
+    windows: by model; where none is given, as many as the model's newest row of ours. among: which rows count at all.
     """
-    rows = records("comparison")
+    rows = [row for row in records("comparison") if among(row)]
     chosen = {row["model"]: windows_of(row) for row in rows if row["tool"] == "duotone" and row["calibration"]} | (
         windows or {}
     )
@@ -249,6 +251,19 @@ def comparison_table() -> str:
         "model", "tool", "method", "seeds", "distance as it runs", "of the best gradient-free peer's", "its own arithmetic",
         "quantized", "seconds",
     )  # fmt: skip
+    return markdown(head, lines)
+
+
+def out_of_domain_table() -> str:
+    """Every tool judged on wikitext-2."""
+    lines = []
+    for model, rows in comparison(among=lambda row: row["text"] == OUT_OF_DOMAIN).items():
+        bar = best_peer(rows, gradient=False)
+        for (tool, method), found in candidates(rows).items():
+            contract = over_seeds(found, "contract")
+            ratio = f"{mean(contract) / bar[1]:.2f}" if contract and bar else "-"
+            lines.append((model, tool, method, spread(contract), ratio, f"{found[0]['perplexity']:.1f}"))
+    head = ("model", "tool", "method", "distance as it runs", "of the best gradient-free peer's", "perplexity")
     return markdown(head, lines)
 
 
@@ -369,8 +384,7 @@ def bound_table() -> str:
 def task_table() -> str:
     """Task accuracy of what was asked, in per cent, and against the original item by item, over the calibration seeds."""
     lines: list[tuple[str, ...]] = []
-    for model, rows in comparison().items():
-        asked = [row for row in rows if any("lost" in task for task in row["tasks"].values() if isinstance(task, dict))]
+    for model, asked in comparison(among=_has_tasks).items():
         named = {
             ("original", "") if row["tool"] == "original" else (row["tool"], f"{row['method']} {effort(row)}".strip())
             for row in asked
@@ -384,6 +398,10 @@ def task_table() -> str:
                 lines[-1] += ("-", "-") if tool == "original" else paired_outcomes(cells)
     head = ("model", "task", "items", "weights", "seeds", "accuracy, %", "less the original's, points", "McNemar's p")
     return markdown(head, sorted(lines, key=lambda line: (line[0], line[1], not line[3].startswith("original"))))
+
+
+def _has_tasks(row: Row) -> bool:
+    return any("lost" in task for task in row["tasks"].values() if isinstance(task, dict))
 
 
 def effort(row: dict[str, Any]) -> str:
@@ -404,6 +422,29 @@ def paired_outcomes(cells: list[dict[str, Any]]) -> tuple[str, str]:
         tail = sum(math.comb(gained + lost, count) for count in range(min(gained, lost) + 1))
         values.append(min(1.0, 2 * tail / 2 ** (gained + lost)))
     return f"{100 * mean(differences):+.2f} ± {100 * mean(errors):.2f}", f"{min(values):.2f}"
+
+
+def phases_of_time_table() -> str:
+    """Seconds by phase, median over rounds, ours beside the least that their arithmetic takes on that machine."""
+    lines: list[tuple[str, ...]] = []
+    newest = {
+        (row["model"], row["tool"], row["round"]): row for row in records("quantize_time") if row.get("floors") is not None
+    }
+    rest = {(row["model"], row["tool"], row["round"]): row for row in records("quantize_time") if row["phases"]}
+    for model in dict.fromkeys(model for model, _, _ in newest):
+        for tool in dict.fromkeys(tool for other, tool, _ in rest if other == model):
+            rows = [row for (*name, _), row in (newest if tool == "duotone" else rest).items() if name == [model, tool]]
+            phases = {phase: statistics.median(row["phases"].get(phase, 0.0) for row in rows) for phase in rows[0]["phases"]}
+            least = rows[0]["floors"] or {}
+            cells = []
+            for phase in ("forward", "hessian", "factorize", "solve", "write"):
+                spent = phases.get(phase)
+                floor = f" ({statistics.median(row['floors'][phase] for row in rows):.1f})" if phase in least else ""
+                cells.append("-" if spent is None else f"{spent:.1f}{floor}")
+            outside = sum(phases.values()) - phases["forward"]
+            lines.append((model, tool, *cells, f"{outside:.1f}", f"{sum(phases.values()):.1f}"))
+    head = ("model", "tool", "forward", "moments", "factorize", "solve", "write", "all but forward", "in all")
+    return markdown(head, lines)
 
 
 def quantize_time_table() -> str:
@@ -481,6 +522,10 @@ def generate_table() -> str:
     return markdown(head, lines)
 
 
+#: Variants of what `dpq` was until 2026-11-27: five sizes of scales and coordinate descent, in place of the local search.
+NO_MORE = {"dpq without slid scales", "dpq with 1 descent", "dpq with 12 descents"}
+
+
 def ablation_table() -> str:
     """KL of every variant, one column a model and target."""
     newest = {
@@ -489,7 +534,7 @@ def ablation_table() -> str:
     }
     columns = list(dict.fromkeys((model, target) for _, model, target in newest))
     head = ("variant", *(f"{model}, {target}" for model, target in columns))
-    variants = dict.fromkeys(variant for variant, _, _ in newest)
+    variants = dict.fromkeys(variant for variant, _, _ in newest if variant not in NO_MORE)
     cells = ((v, *(f"{newest[v, m, t]:.5f}" if (v, m, t) in newest else "-" for m, t in columns)) for v in variants)
     return markdown(head, list(cells))
 
@@ -506,6 +551,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "bound": bound_table,
     "tasks": task_table,
     "quantize-time": quantize_time_table,
+    "quantize-phases": phases_of_time_table,
+    "out-of-domain": out_of_domain_table,
     "ablation": ablation_table,
     "linear": linear_table,
     "generate": generate_table,
