@@ -38,7 +38,7 @@ from duotone.qweight import QuantizedWeight, expand_groups
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER
-from duotone.solver import couple, local_search, methods, scales, statistics, sweep
+from duotone.solver import couple, drift, local_search, methods, scales, statistics, sweep
 from duotone.tasks import embedding_fidelity
 
 RECORDS = Path(__file__).resolve().parent / "records" / "ablation.jsonl"

@@ -158,14 +158,14 @@ def comparison(
 
     windows: by model; where none is given, as many as the model's newest row of ours. among: which rows count at all.
     """
-    rows = [row for row in records("comparison") if among(row)]
+    rows = records("comparison")
     chosen = {row["model"]: windows_of(row) for row in rows if row["tool"] == "duotone" and row["calibration"]} | (
         windows or {}
     )
     newest = {
         (r["model"], r["tool"], r["method"], r["effort"], r["arithmetic"], r["seed"]): r
         for r in rows
-        if windows_of(r) in {0, chosen[r["model"]]}
+        if among(r) and windows_of(r) in {0, chosen[r["model"]]}
     }
     models: dict[str, list[dict[str, Any]]] = {}
     for row in newest.values():
