@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scale import scale_lines
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGES = ("README.md", "docs/accuracy.md", "docs/speed.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/scale.md", "docs/speed.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -447,6 +449,29 @@ def phases_of_time_table() -> str:
     return markdown(head, lines)
 
 
+def excess_of_phases() -> dict[str, float]:
+    """How many times its arithmetic each phase of the newest timed run of ours took, largest model first."""
+    timed = [row for row in records("quantize_time") if row.get("floors")]
+    if not timed:
+        return {}
+    row = max(timed, key=lambda row: (sum(row["floors"].values()), row["date"]))
+    return {phase: row["phases"][phase] / floor for phase, floor in row["floors"].items() if phase != "write"}
+
+
+def scale_table() -> str:
+    """On paper: models and accelerators."""
+    head = (
+        "model", "accelerators", "minutes at least", "minutes at our CPU's distance from that", "longest phase",
+        "network of each", "memory of each",
+    )  # fmt: skip
+    return markdown(head, scale_lines(excess_of_phases()))
+
+
+def excess_table() -> str:
+    """By phase: how far above its arithmetic the newest timed run was."""
+    return markdown(("phase", "times its arithmetic"), [(phase, f"{times:.1f}") for phase, times in excess_of_phases().items()])
+
+
 def quantize_time_table() -> str:
     """Seconds to quantize, median over rounds in which the tools took turns, and their ratio to ours round by round."""
     lines: list[tuple[str, ...]] = []
@@ -552,6 +577,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_table,
     "quantize-time": quantize_time_table,
     "quantize-phases": phases_of_time_table,
+    "scale": scale_table,
+    "scale-excess": excess_table,
     "out-of-domain": out_of_domain_table,
     "ablation": ablation_table,
     "linear": linear_table,

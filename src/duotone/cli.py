@@ -231,11 +231,19 @@ def serve(
 
 
 def main() -> None:
-    """Entry point: a DuotoneError becomes one sentence on standard error and exit code 2."""
+    """Entry point: a DuotoneError becomes one sentence on standard error and exit code 2, and so does a lack of memory."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
     except DuotoneError as error:
-        # Names come from strangers' files: nothing in them may move the cursor or forge a second line.
-        typer.echo("duotone: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)), err=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:  # torch raises either, and says what it wanted
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        _refuse("out of memory; fewer --samples, a shorter --seq-len or --offload DIR take less of it")
+
+
+def _refuse(sentence: str) -> None:
+    # Names come from strangers' files: nothing in them may move the cursor or forge a second line.
+    typer.echo("duotone: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence), err=True)
+    sys.exit(2)

@@ -27,8 +27,11 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     plain = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
     try:
         model_config = AutoConfig.for_model(**plain)
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _empty_on_meta():
             model = auto.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+        if any(buffer.is_meta for buffer in model.buffers()):  # made with torch.empty and filled
+            with _parameters_on_meta():
+                model = auto.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
     except _BAD_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
@@ -105,3 +108,18 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def _empty_on_meta() -> Iterator[None]:
+    """What is made with torch.empty takes no memory, not even until it is registered: glibc would not give all of it back."""
+    empty = torch.empty
+
+    def empty_on_meta(*size: Any, **options: Any) -> Tensor:
+        return empty(*size, **{**options, "device": options.get("device") or "meta"})
+
+    torch.empty = empty_on_meta
+    try:
+        yield
+    finally:
+        torch.empty = empty
