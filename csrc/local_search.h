@@ -1,4 +1,4 @@
-// One row's codes improved one at a time, as solver/improve.py says. Plain pointers, no torch.
+// One row's codes improved one at a time, as solver/local_search.py says. Plain pointers, no torch.
 #pragma once
 
 #include <cmath>
@@ -6,6 +6,11 @@
 #include <vector>
 
 #include "solver_kernels.h"
+
+// What returns a vector here is inlined: no call has to agree on how.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
 
 namespace duotone {
 
@@ -20,8 +25,8 @@ struct LocalSearch : Rows {  // codes: [N, K], improved in place
 constexpr int SCAN = 16;  // lanes of the scan for the best move
 
 struct Move {
-  int32_t column;
-  float code;  // the one before
+  int32_t column;  // -1 where there was none
+  float code;      // the one before
 };
 
 struct Search {
@@ -40,8 +45,14 @@ DUOTONE_INLINE void open_column(const LocalSearch& s, Search& t, int64_t row, in
   const float level = t.code[k] + s.lowest, value = values.at(level).value;
   const float up = level < values.high ? values.at(level + 1.0f).value - value : 0.0f;
   const float down = level > values.low ? values.at(level - 1.0f).value - value : 0.0f;
-  t.up[k] = up == 0.0f ? INFINITY : up;
-  t.down[k] = down == 0.0f ? INFINITY : down;
+  const bool counts = t.curvature[k] != 0.0f;
+  t.up[k] = up == 0.0f || !counts ? INFINITY : up;
+  t.down[k] = down == 0.0f || !counts ? INFINITY : down;
+}
+
+// The column that moved in a step may move again.
+DUOTONE_INLINE void end_rest(const LocalSearch& s, Search& t, int64_t row, int64_t step) {
+  if (step >= 0 && t.moves[step].column >= 0) open_column(s, t, row, t.moves[step].column);
 }
 
 // What a move by d costs: d (d h - 2 g). An infinite d costs an infinity, or nothing comparable where h is zero.
@@ -95,7 +106,11 @@ DUOTONE_INLINE void search_row(const LocalSearch& s, Search& t, int64_t row) {
   const float* weights = s.hessian;
   for (; done < s.steps; done++) {
     const int64_t k = scan(s, t, weights, step);
-    if (k < 0) break;
+    if (k < 0) {  // all rest: a step goes by
+      t.moves[done] = {-1, 0.0f}, step = 0.0f;
+      end_rest(s, t, row, done - s.tenure);
+      continue;
+    }
     const float h = t.curvature[k], g = t.gradient[k], rise = cost(t.up[k], h, g), fall = cost(t.down[k], h, g);
     const bool up = rise < fall;
     step = up ? t.up[k] : t.down[k];
@@ -103,14 +118,14 @@ DUOTONE_INLINE void search_row(const LocalSearch& s, Search& t, int64_t row) {
     t.moves[done] = {static_cast<int32_t>(k), t.code[k]};
     t.code[k] += up ? 1.0f : -1.0f;
     t.up[k] = t.down[k] = INFINITY;
-    if (done >= s.tenure) open_column(s, t, row, t.moves[done - s.tenure].column);
+    end_rest(s, t, row, done - s.tenure);
     weights = s.hessian + k * s.padded;
     t.gradient[k] -= step * s.damping[k];
     if (total < least) least = total, kept = done + 1;
   }
   while (done > kept) {
     done--;
-    t.code[t.moves[done].column] = t.moves[done].code;
+    if (t.moves[done].column >= 0) t.code[t.moves[done].column] = t.moves[done].code;
   }
   for (int64_t k = 0; k < s.columns; k++) codes[k] = static_cast<uint8_t>(static_cast<int32_t>(t.code[k]));
 }

@@ -93,6 +93,7 @@ void add_moments(Panels& left, Panels* other, float* sum, AddTile add) {
 
 void moments(Tensor left, std::optional<Tensor> right, Tensor sum, bool portable) {
   STD_TORCH_CHECK(left.dim() == 2, "left: expected two dimensions");
+  STD_TORCH_CHECK(!right || right->dim() == 2, "right: expected two dimensions");
   const int64_t tokens = left.size(0), columns = right ? right->size(1) : left.size(1);
   if (right) check_shape(*right, {tokens, columns}, "right");
   check_shape(sum, {left.size(1), columns}, "sum");

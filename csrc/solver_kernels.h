@@ -20,7 +20,7 @@
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(DUOTONE_NO_CLONES)
 #define DUOTONE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
-#define DUOTONE_CLONES
+#define DUOTONE_CLONES inline
 #endif
 
 namespace duotone {

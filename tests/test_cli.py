@@ -114,12 +114,12 @@ def test_help_lists_the_commands() -> None:
 
 
 def test_quantize_json(quantized: tuple[Path, Outcome], original: Path) -> None:
-    """One object with the fields of QuantizeReport, its figures those of the run, and nothing on standard error."""
+    """The fields of QuantizeReport, its figures those of the run, and what each phase took at least; nothing on stderr."""
     from duotone.outcome import QuantizeReport
 
     out, outcome = quantized
     report = outcome.json()
-    assert set(report) == {field.name for field in dataclasses.fields(QuantizeReport)}
+    assert set(report) == {field.name for field in dataclasses.fields(QuantizeReport)} | {"floor_seconds"}
     assert outcome.err == ""
     assert (report["model"], report["out"]) == (str(original), str(out))
     assert len(report["layers"]) == 2 * 7
@@ -440,6 +440,20 @@ def test_refreshed_scales_are_for_dpq(original: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_dtype_reaches_the_run(original: Path, quantized: tuple[Path, Outcome], text_file: Path, tmp_path: Path) -> None:
+    """`--dtype` is what calibration ran in and what is reported of it; another word is one sentence before any work."""
+    arguments = ("quantize", original, tmp_path / "out", "--calibration", text_file, *CALIBRATED, "--json", "--dtype")
+    report = invoke(*arguments, "bfloat16").json()
+    assert (report["config"]["dtype"], report["calibration"]["dtype"]) == ("bfloat16", "bfloat16")
+    assert json.loads((tmp_path / "out" / "duotone.json").read_text())["calibration"]["dtype"] == "bfloat16"
+    default = quantized[1].json()
+    assert (default["config"]["dtype"], default["calibration"]["dtype"]) == ("auto", "float32")
+    outcome = invoke("quantize", original, tmp_path / "none", "--dtype", "float16")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "duotone: --dtype: found 'float16', expected one of auto, float32, bfloat16\n"
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("silencer", ["--quiet", "--json"])
 @pytest.mark.parametrize("command", ["quantize", "eval"])
 def test_no_bar_when_quiet(
@@ -485,3 +499,24 @@ def test_an_error_is_one_sentence_from_a_real_process(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"duotone: {tmp_path / 'absent'}: found no such folder")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_a_lack_of_memory_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and what to do; another RuntimeError is a bug and stays one."""
+
+    def fail(wrong: Exception) -> None:
+        def app() -> None:
+            raise wrong
+
+        monkeypatch.setattr(cli, "app", app)
+
+    fail(error)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("duotone: out of memory; fewer --samples")
+    fail(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main()

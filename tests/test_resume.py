@@ -126,11 +126,12 @@ def test_with_nothing_to_go_on_with_it_begins(model: Path, text_file: Path, tmp_
     [
         ({"seed": 1}, r"the argument seed 0, found 1, expected the same"),
         ({"group_size": 32}, r"the argument group_size 128, found 32"),
+        ({"dtype": "bfloat16"}, r"the machine's calibration dtype 'float32', found 'bfloat16'"),
         ({"calibration": "other"}, r"the calibration text's tokens '\w+', found '\w+'"),
         ({"model": "model.safetensors"}, r"the model's model.safetensors '\w+', found '\w+'"),
         ({"model": "tokenizer_config.json"}, r"the model's tokenizer_config.json '\w+', found '\w+'"),
     ],
-    ids=["seed", "group", "text", "model", "companion"],
+    ids=["seed", "group", "dtype", "text", "model", "companion"],
 )
 def test_another_run_does_not_go_on(
     model: Path, text_file: Path, tmp_path: Path, change: dict[str, Any], expected: str
@@ -139,7 +140,8 @@ def test_another_run_does_not_go_on(
     out = tmp_path / "out"
     unfinished(model, out, text_file)
     before = contents(staging_of(out))
-    source, text, options = model, str(text_file), QUICK | {k: v for k, v in change.items() if k in ("seed", "group_size")}
+    source, text = model, str(text_file)
+    options = QUICK | {name: value for name, value in change.items() if name in ("seed", "group_size", "dtype")}
     if "calibration" in change:
         (tmp_path / "other.txt").write_text(text_file.read_text() * 2)
         text = str(tmp_path / "other.txt")
@@ -241,3 +243,17 @@ def test_digests_of_large_files_look_into_them(tmp_path: Path, monkeypatch: pyte
         seen.add(digest(path))
     path.write_bytes(data + b"\0")
     assert len(seen | {digest(path)}) == 4
+
+
+def test_offloaded_states_change_no_byte(model: Path, text_file: Path, tmp_path: Path) -> None:
+    """In memory, on a disk, and on a disk with a run that was stopped in between: one result, and the folder is empty again."""
+    options = QUICK | {"calibration": (str(text_file),)}
+    duotone.quantize(model, tmp_path / "plain", **options)
+    spill = tmp_path / "spill"
+    duotone.quantize(model, tmp_path / "spilled", offload=spill, **options)
+    with pytest.raises(Stopped):
+        duotone.quantize(model, tmp_path / "stopped", offload=spill, progress=stopped_after(2), save_every=0, **options)
+    report = duotone.quantize(model, tmp_path / "stopped", offload=spill, resume=True, **options)
+    assert report.resumed_at is not None and not list(spill.iterdir())
+    expected = contents(tmp_path / "plain")
+    assert contents(tmp_path / "spilled") == expected and contents(tmp_path / "stopped") == expected

@@ -131,7 +131,7 @@ def test_the_damping_is_a_share_of_the_mean_diagonal(writer: bool) -> None:
 
 
 def test_the_correction_is_that_of_every_weight_that_reads_the_inputs() -> None:
-    """(X0 - X)^T X (H + damping)^-1 in float64, once for all: two weights of other shapes share it, centered statistics do not."""
+    """(X0 - X)^T X (H + damping)^-1 in float64, once for all weights; centered statistics have another."""
     given_ = case(7, 12, 5, writer=False, mean=1.0)
     statistics, moved = given_.statistics(), given_.x0 - given_.x
     centered = given_.x - given_.x.mean(0), moved - moved.mean(0)

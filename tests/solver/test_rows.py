@@ -502,7 +502,7 @@ def test_without_coupling_it_is_the_one_sided_descent(
     problem = descent_of(case, torch.eye(rows), hessian_KK, codes_NK, slice(0, columns))
     _, value_KN, _ = problem.run(visit)
     expected_NK = descent(case.target_NK.numpy(), codes_NK.numpy(), tables_of(case.grid, case.group_K), hessian_KK.numpy())
-    same_NK = value_KN.T == torch.from_numpy(expected_NK)
+    same_NK = torch.from_numpy(expected_NK) == value_KN.T
     assert same_NK.double().mean() > 0.99
     assert (value_KN != problem.value_KN).double().mean() > 0.2
 

@@ -223,7 +223,7 @@ def test_row_losses_and_gradient_are_those_of_the_damped_hessian(order: str, dea
 
 
 def test_the_losses_of_float32() -> None:
-    """What dpq compares rows by, and what its local search starts from: to float32 rounding, K beyond a panel of the product."""
+    """What rows are compared by and a local search starts from, to float32 rounding; K beyond a panel of the product."""
     w_NK, hessian = correlated_layer(6, 600, seed=23, dtype=torch.float32)
     step_NG, factor = steps(w_NK, 16), factor_of(hessian, "act", 16)
     rounded = solve(w_NK, factor, grid(step_NG, 16))
@@ -243,6 +243,16 @@ def test_pivots_are_what_a_column_costs_at_last(order: str) -> None:
     for j, column in enumerate(order_K):
         expected[column] = 1 / np.linalg.inv(damped_KK[np.ix_(order_K[j:], order_K[j:])])[0, 0]
     assert np.allclose(factor.pivots().numpy(), expected, rtol=1e-9, atol=0)
+
+
+@ORDER
+@pytest.mark.parametrize("columns", [1, 24, 100])
+def test_condition_number(order: str, columns: int) -> None:
+    """Not above the largest by the smallest eigenvalue of the damped Hessian, and more than half of it."""
+    _, hessian = correlated_layer(1, columns, seed=26)
+    eigenvalues = np.linalg.eigvalsh(damped(hessian.numpy(), DAMPING))
+    found = factor_of(hessian, order, 8).condition_number
+    assert 0.5 * eigenvalues[-1] / eigenvalues[0] < found <= eigenvalues[-1] / eigenvalues[0] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("picked", [[False] * 6, [True] * 6, [True, False, False, True, True, False]])

@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duotone.errors import DuotoneError
+from duotone.kernels import native
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
+from tests.solver.test_sweep import COMPILED
 
 CPU = torch.device("cpu")
+#: BF16 inputs on a CPU are multiplied by an op of our own.
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 def accumulated(
@@ -27,14 +31,15 @@ def accumulated(
     return accumulator.finish("layer")
 
 
+@DTYPES
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(m=st.integers(1, 200), k=st.integers(1, 40), data=st.data())
-def test_batches_do_not_matter_exactly(m: int, k: int, data: st.DataObject) -> None:
+def test_batches_do_not_matter_exactly(dtype: torch.dtype, m: int, k: int, data: st.DataObject) -> None:
     """Small integers have exact sums: any cut (empty batches too) gives X^T X / M to the last bit."""
     cuts = data.draw(st.lists(st.integers(0, m), max_size=5))
     rng = np.random.default_rng(m * 100 + k)
     x_MK = rng.integers(-9, 10, (m, k))
-    found = accumulated(torch.from_numpy(x_MK).float(), cuts)
+    found = accumulated(torch.from_numpy(x_MK).to(dtype), cuts)
     expected = (x_MK.T @ x_MK).astype(np.float32) / np.float32(m)
     assert found.tokens == m
     assert found.hessian.dtype == torch.float32
@@ -45,15 +50,16 @@ def test_batches_do_not_matter_exactly(m: int, k: int, data: st.DataObject) -> N
     )
 
 
+@DTYPES
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(m=st.integers(1, 100), k=st.integers(1, 30), d=st.integers(1, 30), data=st.data())
-def test_drift_by_its_definition_in_any_batches(m: int, k: int, d: int, data: st.DataObject) -> None:
+def test_drift_by_its_definition_in_any_batches(dtype: torch.dtype, m: int, k: int, d: int, data: st.DataObject) -> None:
     """(X0 - X)^T X / M, R^T X / M and their means, to the last bit on small integers; each alone or both."""
     cuts = data.draw(st.lists(st.integers(0, m), max_size=5))
     rng = np.random.default_rng(m * 100 + k)
     x, x0, off = (rng.integers(-9, 10, (m, width)) for width in (k, k, d))
     with_input, with_stream = data.draw(st.sampled_from([(True, False), (False, True), (True, True)]))
-    tensors = [torch.from_numpy(values).float() for values in (x, x0, off)]
+    tensors = [torch.from_numpy(values).to(dtype) for values in (x, x0, off)]
     found = accumulated(tensors[0], cuts, tensors[1] if with_input else None, tensors[2] if with_stream else None)
     for present, left, moment, mean in (
         (with_input, x0 - x, found.input_drift, found.input_drift_mean),
@@ -65,12 +71,13 @@ def test_drift_by_its_definition_in_any_batches(m: int, k: int, d: int, data: st
             assert np.array_equal(mean.numpy(), left.sum(0).astype(np.float32) / np.float32(m))
 
 
-@pytest.mark.parametrize("k", [255, 256, 257, 600, 1025, 1300])
-def test_every_entry_of_a_wide_matrix(k: int) -> None:
+@DTYPES
+@pytest.mark.parametrize("k", [63, 64, 65, 255, 256, 257, 600, 1025, 1300])
+def test_every_entry_of_a_wide_matrix(k: int, dtype: torch.dtype) -> None:
     """Only one triangle is computed, panel by panel: the other one is its mirror image, wherever the panels end."""
     rng = np.random.default_rng(k)
     x_MK = rng.integers(-9, 10, (12, k))
-    found = accumulated(torch.from_numpy(x_MK).float(), [5])
+    found = accumulated(torch.from_numpy(x_MK).to(dtype), [5])
     assert np.array_equal(found.hessian.numpy(), (x_MK.T @ x_MK).astype(np.float32) / np.float32(12))
 
 
@@ -109,6 +116,38 @@ def test_leading_shapes_and_bfloat16() -> None:
     assert torch.allclose(found.hessian.double(), flat.T @ flat / 15, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("extension", [pytest.param(True, marks=COMPILED), False], ids=["compiled", "torch"])
+@pytest.mark.parametrize(("m", "k", "d"), [(513, 130, 70), (7, 64, 1)])
+def test_bfloat16_inputs_are_those_of_float32(m: int, k: int, d: int, extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All six moments of numbers that BF16 holds, drifts of a part in a hundred: within float32 rounding of the wide path's.
+
+    The inputs are not contiguous, as a slice of a batch may not be.
+    """
+    generator = torch.Generator().manual_seed(m)
+    x = (torch.randn(m, 2 * k, generator=generator) * torch.exp(torch.randn(2 * k, generator=generator))).bfloat16()[:, ::2]
+    original = x + (0.01 * torch.randn(m, k, generator=generator)).bfloat16()
+    off = (0.01 * torch.randn(m, d, generator=generator)).bfloat16()
+    expected = accumulated(x.float(), [m // 2], x.float() + (original - x).float(), off.float())
+    monkeypatch.setattr(native, "available", lambda: extension)
+    found = accumulated(x, [m // 2], original, off)
+    assert found.tokens == m
+    for name in ("hessian", "input_drift", "stream_drift", "mean", "input_drift_mean", "stream_drift_mean"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == torch.float32
+        assert (one - other).norm() <= 2e-6 * other.norm(), name
+    assert torch.equal(found.hessian[64:, :64], found.hessian[:64, 64:].T)
+
+
+def test_a_stream_in_float32_beside_inputs_in_bfloat16() -> None:
+    """Its drift is rounded to BF16 for the products, and counts as it is for the mean."""
+    generator = torch.Generator().manual_seed(1)
+    x, off = torch.randn(50, 20, generator=generator).bfloat16(), torch.randn(50, 8, generator=generator)
+    found = accumulated(x, [20], None, off)
+    assert found.stream_drift is not None and found.stream_drift_mean is not None
+    torch.testing.assert_close(found.stream_drift, off.bfloat16().float().T @ x.float() / 50)
+    torch.testing.assert_close(found.stream_drift_mean, off.mean(0))
+
+
 def test_no_token_is_an_error() -> None:
     """An expert that was never routed to, say: the message names the layer."""
     accumulator = StatisticsAccumulator(8, CPU)
@@ -117,13 +156,14 @@ def test_no_token_is_an_error() -> None:
         accumulator.finish("layers.3.experts.7")
 
 
+@DTYPES
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e25], ids=["nan", "inf", "minus-inf", "overflow"])
-def test_non_finite_inputs_are_an_error(bad: float) -> None:
+def test_non_finite_inputs_are_an_error(bad: float, dtype: torch.dtype) -> None:
     """One bad value among many, also one whose square leaves float32: the message names the layer and what it was."""
-    x_MK = torch.ones(64, 8)
+    x_MK = torch.ones(64, 8, dtype=dtype)
     x_MK[40, 5] = bad
     accumulator = StatisticsAccumulator(8, CPU)
     accumulator.add(x_MK)
-    accumulator.add(torch.ones(8, 8))
+    accumulator.add(torch.ones(8, 8, dtype=dtype))
     with pytest.raises(DuotoneError, match=r"layers\.0\.q_proj: gradients are not finite"):
         accumulator.finish("layers.0.q_proj", "gradients")
