@@ -39,5 +39,5 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     """Before any work: the path and the reason."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DuotoneError, match="--offload .*file/below: Not a directory, expected a folder"):
+    with pytest.raises(DuotoneError, match=r"--offload .*file/below: Not a directory, expected a folder"):
         Offload(tmp_path / "file" / "below")
