@@ -142,11 +142,11 @@ class Ranks:
 
     def _send(self, tensor: Tensor, to: int) -> None:
         with _others_at_work():
-            _wait([dist.isend(tensor.detach().cpu().contiguous(), to)])
+            dist.send(tensor.detach().cpu().contiguous(), to)
 
     def _receive(self, tensor: Tensor, source: int) -> Tensor:
         with _others_at_work():
-            _wait([dist.irecv(tensor, source)])
+            dist.recv(tensor, source)
         return tensor
 
 

@@ -103,7 +103,7 @@ def _exchanged(
     sums = torch.zeros(len(problems), 4, dtype=torch.float64)
     for problem, answer, share, sum_4 in zip(problems, solved, shares, sums, strict=True):
         parts += _fields(problem) if answer is None else _fields_of(answer[0])
-        outer = share if problem.scheme.target.channel_outer_scale else [slice(bool(s.start), bool(s.stop)) for s in share]
+        outer = share if problem.scheme.target.channel_outer_scale else [slice(min(s.start, 1), min(s.stop, 1)) for s in share]
         cuts += [share] * (len(parts) - len(cuts) - 1) + [outer]
         if answer is not None:
             sum_4 += torch.tensor(_energies(problem, answer[1]), dtype=torch.float64)
