@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from duotone import pipeline
+from duotone import pipeline, solving
 from duotone.bench import append_records, provenance
 from duotone.plan import QuantizeConfig
 from duotone.qweight import QuantizedWeight, dequantize
@@ -93,7 +93,7 @@ def measure(model: str, config: QuantizeConfig) -> list[tuple[str, float, float,
             found.append((problems[0].layer, *part_losses(aims, parts, o_NN, statistics.hessian, factor)))
         return answers
 
-    with mock.patch.object(pipeline, "couple", watch), tempfile.TemporaryDirectory() as scratch:
+    with mock.patch.object(solving, "couple", watch), tempfile.TemporaryDirectory() as scratch:
         pipeline.quantize(model, Path(scratch) / "out", config)
     return found
 

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "duotone"
 #: Tiers, upper ones first: a file imports only from its own room or from rooms above it.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "version", "phases"),
-    ("device",),
+    ("device", "ranks"),
     ("formats",),
     ("scheme",),
     ("contract",),
@@ -25,6 +25,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("outcome", "estimate", "explanation"),
     ("floors",),
     ("unfinished",),
+    ("run",),
+    ("solving", "output"),
     ("pipeline",),
     ("evaluation", "questions"),
     ("tasks",),

@@ -514,7 +514,7 @@ def test_high_effort_is_given_the_curvature_of_the_original(
         given[problems[0].layer] = curvature
         return couple(problems, weights, curvature)
 
-    monkeypatch.setattr("duotone.pipeline.couple", spy)
+    monkeypatch.setattr("duotone.solving.couple", spy)
     monkeypatch.setattr("duotone.solver.couple.BEAM_WIDTH", 1)
     duotone.quantize(source, tmp_path / "out", effort="high", ignore=ignore, calibration=(str(text_file),), **QUICK)
     groups = [

@@ -39,13 +39,18 @@ def quantize(
     resume: go on with a run on this output that was killed, or begin. save_every: seconds of work between two saves. offload: a
     folder for the hidden states of calibration, which are in memory otherwise. options: the fields of
     `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration, samples, seq_len, damping_frac,
-    order, refresh_scales, effort, rotate, equalize, seed, device, dtype, strict). Raises DuotoneError; then `out` is as it was
-    before, or what was saved lies beside it.
+    order, refresh_scales, effort, rotate, equalize, seed, device, dtype, strict). In a script that torchrun has started, every
+    process calls this and they share the work. Raises DuotoneError; then `out` is as it was before, or what was saved lies
+    beside it.
     """
     from duotone.pipeline import quantize as run
     from duotone.plan import QuantizeConfig
+    from duotone.ranks import joined
 
-    return run(model, out, QuantizeConfig(**options), progress, resume=resume, save_every=save_every, offload=offload)
+    with joined() as ranks:
+        return run(
+            model, out, QuantizeConfig(**options), progress, resume=resume, save_every=save_every, offload=offload, ranks=ranks
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import typer
 
 from duotone.cli_bench import bench_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, ToldError
 
 app = typer.Typer(
     name="duotone",
@@ -81,37 +81,44 @@ def quantize(  # noqa: PLR0913 - every option of the command
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model: its linears shrink to about a quarter."""
-    from duotone.plan import QuantizeConfig
-    from duotone.report import plan_summary, quantize_summary
+    """Quantize a model: its linears shrink to about a quarter. `torchrun -m duotone quantize ...` shares it among processes."""
+    from duotone.ranks import joined
 
-    config = QuantizeConfig(
-        method=method,
-        target=target,
-        group_size=group_size,
-        symmetric=not asymmetric,
-        ignore=tuple(ignore or ()),
-        calibration=tuple(calibration or ()),
-        samples=samples,
-        seq_len=seq_len,
-        damping_frac=damping,
-        order=order,
-        refresh_scales=refresh_scales,
-        effort=effort,
-        rotate=rotate,
-        equalize=equalize,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        strict=strict,
-    )
-    if dry_run:
-        print_result(_dry_run(model, out, config), plan_summary, as_json)
+    with joined() as ranks:
+        from duotone.plan import QuantizeConfig
+        from duotone.report import plan_summary, quantize_summary
+
+        config = QuantizeConfig(
+            method=method,
+            target=target,
+            group_size=group_size,
+            symmetric=not asymmetric,
+            ignore=tuple(ignore or ()),
+            calibration=tuple(calibration or ()),
+            samples=samples,
+            seq_len=seq_len,
+            damping_frac=damping,
+            order=order,
+            refresh_scales=refresh_scales,
+            effort=effort,
+            rotate=rotate,
+            equalize=equalize,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            strict=strict,
+        )
+        if dry_run:
+            result = _dry_run(model, out, config)
+            if ranks.first:
+                print_result(result, plan_summary, as_json)
+            return
+        from duotone.pipeline import quantize as run
+
+        with progress_bar("quantizing", quiet or as_json or not ranks.first) as tell:
+            report = run(model, out, config, tell, resume=resume, save_every=save_every, offload=offload, ranks=ranks)
+    if not ranks.first:
         return
-    from duotone.pipeline import quantize as run
-
-    with progress_bar("quantizing", quiet or as_json) as tell:
-        report = run(model, out, config, tell, resume=resume, save_every=save_every, offload=offload)
     result = report.to_json()
     if as_json:
         from duotone.floors import floor_seconds
@@ -235,6 +242,8 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
+    except ToldError:
+        sys.exit(2)
     except DuotoneError as error:
         _refuse(str(error))
     except (MemoryError, RuntimeError) as error:  # torch raises either, and says what it wanted

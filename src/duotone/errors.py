@@ -7,3 +7,7 @@ class DuotoneError(Exception):
 
 class UnfinishedError(DuotoneError):
     """An unfinished run that cannot go on as asked. It is left as it is."""
+
+
+class ToldError(DuotoneError):
+    """An error that follows from one that another process of the same run has told the user about."""

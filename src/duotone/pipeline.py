@@ -8,7 +8,6 @@ next block is read. The output folder appears when everything in it is whole.
 import copy
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +18,31 @@ from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.stream import BlockStream, start_stream
-from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
-from duotone.checkpoint.hub import copy_companions, locate_model
-from duotone.checkpoint.journal import Journal
+from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.scratch import Scratch
-from duotone.checkpoint.sidecar import SIDECAR
 from duotone.checkpoint.source import load_finite, open_source
-from duotone.checkpoint.staging import check_output, output_folder
-from duotone.checkpoint.writer import CheckpointWriter, write_json
+from duotone.checkpoint.staging import check_output
 from duotone.contract import static_activation_scale
 from duotone.device import calibration_dtype, resolve_device
+from duotone.errors import DuotoneError
 from duotone.floors import phase_work
 from duotone.models.skeleton import build_skeleton, fill, is_parameter, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
-from duotone.outcome import QuantizeReport, calibration_facts, notes_of, sidecar_of
+from duotone.outcome import QuantizeReport, calibration_facts, notes_of
+from duotone.output import made_output
 from duotone.phases import Phases, peak_resident_bytes, return_memory
 from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
-from duotone.solver.couple import couple
+from duotone.ranks import ALONE, Ranks
+from duotone.run import Progress, Run
 from duotone.solver.drift import bias_shift
-from duotone.solver.methods import METHODS, Problem, shared_factor
 from duotone.solver.statistics import Statistics
+from duotone.solving import solve_group
 from duotone.transforms.equalization import equalize
-from duotone.unfinished import facts_of, recall, run_settings
+from duotone.unfinished import run_settings
 
 #: Where `--effort high` keeps curvatures while it runs, inside the folder that is being made.
 _SCRATCH = ".curvature"
-
-#: (steps done, steps in all, what is being done)
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass
-class _Run:
-    """What the steps of one run share."""
-
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-    phases: Phases
-    report: QuantizeReport
-    sidecar_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curvatures: Scratch | None = None
 
 
 def quantize(
@@ -72,21 +54,25 @@ def quantize(
     resume: bool = False,
     save_every: float = 60.0,
     offload: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> QuantizeReport:
     """Quantize a model folder or hub id into the folder `out`.
 
     resume: go on with a run that was killed, from where it last saved; save_every: seconds of work between two saves, at least.
     offload: a folder for the hidden states of calibration, which are in memory otherwise.
-    The same bytes come out, killed or not. Raises DuotoneError; then `out` is as it was before, or holds what was saved.
+    The same bytes come out, killed or not. ranks: the processes that share the work; all of them call this, the first writes.
+    Raises DuotoneError; then `out` is as it was before, or holds what was saved.
     """
     phases = Phases()
     tell: Progress = progress or (lambda *_: None)
     with phases("read"):
         folder, out = locate_model(model), Path(out)
-        check_output(out)
-        device = resolve_device(config.device)
+        if ranks.first:
+            check_output(out)
+        device = ranks.place(resolve_device(config.device), config.device)
         plan = make_plan(open_source(folder), config)
         windows = _calibration_windows(plan) if config.needs_calibration else None
+        _check_shared(config, windows, ranks)
         tokens = windows.tokens.numel() if windows is not None else 0
         dtype = calibration_dtype(config.dtype, device, tokens * plan.weights, config.high_effort)
     report = QuantizeReport(
@@ -95,49 +81,31 @@ def quantize(
     report.original_bytes = plan.source.weight_bytes
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
     report.work = {phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len).items()}
-    run = _Run(plan, device, dtype, phases, report)
-    with output_folder(out, resume) as staging:
-        with phases("write"):
-            journal = Journal(staging, run_settings(plan, device, dtype, windows), save_every)
-            done = recall(journal.record, report, run.sidecar_layers, phases)
-            writer = CheckpointWriter(staging, plan.outputs, written=journal.record.written if journal.record else None)
-            if not journal.record:
-                copy_companions(plan.source.path, staging)
-                _copy_through(run, writer, plan.outside)
+    run = Run(plan, device, dtype, phases, report, ranks, None if offload is None else Offload(offload))
+    with made_output(run, out, resume, run_settings(plan, device, dtype, windows, ranks), save_every) as output:
         skeleton = build_skeleton(plan.source.config, dtype)
-        stream = _open_stream(run, skeleton, windows, offload) if windows is not None else None
-        steps, before = len(plan.blocks), 0
-        if stream is not None and windows is not None and config.high_effort:
+        stream = _open_stream(run, skeleton, windows) if windows is not None else None
+        steps, before, done = len(plan.blocks), 0, output.done or 0
+        if stream is not None and windows is not None and config.high_effort and output.folder is not None:
             steps, before = 3 * steps, 2 * steps  # forward, backward, and the quantizing
-            run.curvatures = Scratch(staging / _SCRATCH, anew=not journal.record)
-            if not journal.record:
+            run.curvatures = Scratch(output.folder / _SCRATCH, anew=output.done is None)
+            if output.done is None:
                 _measure_curvature(run, skeleton, stream, windows, lambda done: tell(done, steps, "measuring curvature"))
-        if stream is not None and journal.record and done < len(plan.blocks):
-            stream.take_up(journal.held())
+        if stream is not None and output.done is not None and done < len(plan.blocks):
+            output.take_up(stream)
         for index, block in enumerate(plan.blocks[done:], done):
-            if journal.is_due():
-                with phases("write"):
-                    writer.settle()
-                    held = stream.held() if stream is not None else {}
-                    journal.save(index, writer.written, facts_of(report, run.sidecar_layers, phases), held)
+            output.save_if_due(index, stream)
             tell(before + index, steps, block.path)
-            weights, changed = _quantize_block(run, index, block, skeleton, stream)
-            with phases("write"):
-                _write_block(run, writer, block, weights, changed)
+            output.write_block(block, *_quantize_block(run, index, block, skeleton, stream))
         tell(steps, steps, "writing")
-        with phases("write"):
-            report.weight_bytes = writer.finish()
-            _write_settings(run, staging)
-            journal.save(len(plan.blocks), writer.written, facts_of(report, run.sidecar_layers, phases))
-            if run.curvatures is not None:
-                run.curvatures.remove()
+        output.finish()
     report.seconds = dict(phases.seconds)
     report.peak_bytes = peak_resident_bytes()
     return report
 
 
 def _quantize_block(
-    run: _Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
+    run: Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Load one block and solve its linears, group after group, while the calibration windows walk through it.
 
@@ -149,7 +117,7 @@ def _quantize_block(
     changed: dict[str, Tensor] = {}
     if stream is None:
         for group in block.shared_inputs:
-            weights |= _solve_group(run, group, originals, None)
+            weights |= solve_group(run, group, originals, None)
         return_memory()
         return weights, changed
     fill(skeleton, originals, run.dtype, run.device)
@@ -166,7 +134,7 @@ def _quantize_block(
                 changed, originals = changed | done.tensors, originals | done.tensors
                 observer.absmax[group[0]] /= s_K
             free = statistics is not None and method.drift and all(f"{layer}.bias" in originals for layer in group)
-            solved = _solve_group(run, group, originals, statistics.centered() if statistics and free else statistics)
+            solved = solve_group(run, group, originals, statistics.centered() if statistics and free else statistics)
             for layer, weight in solved.items():
                 linear, values = skeleton.get_submodule(layer), dequantize(weight)
                 if statistics is not None and free:
@@ -196,7 +164,7 @@ def _set(linear: nn.Module, name: str, value: Tensor) -> None:
     parameter.data = value.to(parameter.dtype)
 
 
-def _observe_ahead(run: _Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream) -> dict[str, Statistics]:
+def _observe_ahead(run: Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream) -> dict[str, Statistics]:
     """For methods that do not go group by group: statistics of the whole block before any of it is quantized."""
     method = run.plan.config.method_facts
     if method.sequential or not method.needs_statistics:
@@ -204,29 +172,6 @@ def _observe_ahead(run: _Run, index: int, block: BlockPlan, module: nn.Module, s
     with stream.enter(index, module, block.stops, {}) as observer:
         found = {group[0]: observer.observe(group[0]) for group in block.shared_inputs}
     return {name: statistics for name, statistics in found.items() if statistics is not None}
-
-
-def _solve_group(
-    run: _Run, group: tuple[str, ...], originals: dict[str, Tensor], statistics: Statistics | None
-) -> dict[str, QuantizedWeight]:
-    """Quantize the linears that read one input: one Hessian, one factorization."""
-    config = run.plan.config
-    factor = None
-    if statistics is not None:
-        with run.phases("factorize"):
-            factor = shared_factor(statistics, config.scheme, config.solver, group[0])
-    with run.phases("solve"):
-        values = (originals[f"{layer}.weight"].to(run.device, torch.float32) for layer in group)
-        problems = [
-            Problem(layer, w_NK, statistics, factor, config.scheme, config.solver)
-            for layer, w_NK in zip(group, values, strict=True)
-        ]
-        solved = [METHODS[config.method].solve(problem) for problem in problems]
-    if run.curvatures is not None:
-        with run.phases("couple"):
-            solved = couple(problems, [weight for weight, _ in solved], run.curvatures.read(group[0]))
-    run.report.layers.extend(report for _, report in solved)
-    return dict(zip(group, (weight for weight, _ in solved), strict=True))
 
 
 def _with_input_scales(
@@ -241,27 +186,7 @@ def _with_input_scales(
     return scaled
 
 
-def _write_block(
-    run: _Run, writer: CheckpointWriter, block: BlockPlan, weights: dict[str, QuantizedWeight], changed: dict[str, Tensor]
-) -> None:
-    """Pack a block's weights, copy its other tensors, and put all of them on disk."""
-    for layer, weight in weights.items():
-        writer.write(to_tensors(layer, weight))
-        run.sidecar_layers[layer] = dict(side_scales(weight))
-    packed = {f"{layer}.weight" for layer in weights}
-    writer.write({name: tensor.to("cpu", torch.bfloat16) for name, tensor in changed.items() if name not in packed})
-    replaced = packed | changed.keys()
-    _copy_through(run, writer, tuple(name for name in block.tensors if name not in replaced))
-
-
-def _copy_through(run: _Run, writer: CheckpointWriter, names: tuple[str, ...]) -> None:
-    """Copy tensors that are not quantized, floats as BF16, one at a time."""
-    for name in names:
-        tensor = load_finite(run.plan.source, (name,))[name]
-        writer.write({name: tensor.to(torch.bfloat16) if run.plan.outputs[name].dtype == "BF16" else tensor})
-
-
-def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows, offload: str | Path | None) -> BlockStream:
+def _open_stream(run: Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
     """Load what lies before the first block and compute the hidden states at its entrance."""
     check_tokens(windows.tokens, skeleton, run.plan.source.path)
     heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
@@ -271,14 +196,14 @@ def _open_stream(run: _Run, skeleton: Any, windows: TokenWindows, offload: str |
         skeleton.tie_weights()
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
-        stream = start_stream(skeleton, blocks, windows.tokens, run.phases, None if offload is None else Offload(offload))
+        stream = start_stream(skeleton, blocks, windows.tokens, run.phases, run.ranks, run.offload)
     if run.plan.config.method_facts.drift:
         stream.carry_original()
     return stream
 
 
 def _measure_curvature(
-    run: _Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, tell: Callable[[int], None]
+    run: Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, tell: Callable[[int], None]
 ) -> None:
     """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
     plan, dtype = run.plan, run.dtype
@@ -306,10 +231,11 @@ def _calibration_windows(plan: Plan) -> TokenWindows:
     return draw_windows(load_tokenizer(folder), sources, plan.seq_len, config.samples, config.seed)
 
 
-def _write_settings(run: _Run, staging: Path) -> None:
-    """config.json and duotone.json: how to read the weights, and where they come from."""
-    plan, report = run.plan, run.report
-    config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"} | {"dtype": "bfloat16"}
-    config["quantization_config"] = quantization_config(plan.config.scheme, sorted(plan.kept))
-    write_json(staging / "config.json", config)
-    write_json(staging / SIDECAR, sidecar_of(report, plan, run.sidecar_layers))
+def _check_shared(config: QuantizeConfig, windows: TokenWindows | None, ranks: Ranks) -> None:
+    """Raise DuotoneError for what several processes cannot share."""
+    if ranks.size > 1 and config.high_effort:
+        raise DuotoneError(f"--effort high: found {ranks.size} processes, expected one: it cannot be shared yet")
+    if windows is not None and len(windows.tokens) < ranks.size:
+        raise DuotoneError(
+            f"--samples: found {len(windows.tokens)} calibration windows for {ranks.size} processes, expected one for each"
+        )

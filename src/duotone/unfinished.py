@@ -1,6 +1,7 @@
 """Going on with a run that was killed: what the two must have in common, and what the second takes over from the first."""
 
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -8,20 +9,25 @@ import transformers
 
 from duotone.calibrate.data import TokenWindows
 from duotone.checkpoint.hub import companions
-from duotone.checkpoint.journal import Record, model_digests
+from duotone.checkpoint.journal import Record, differences, model_digests
 from duotone.checkpoint.writer import content_hash
+from duotone.errors import DuotoneError
 from duotone.kernels import native
 from duotone.outcome import QuantizeReport
 from duotone.phases import Phases
 from duotone.plan import Plan
+from duotone.ranks import Ranks
 from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 
 
 def run_settings(
-    plan: Plan, device: torch.device, dtype: torch.dtype, windows: TokenWindows | None
+    plan: Plan, device: torch.device, dtype: torch.dtype, windows: TokenWindows | None, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
-    """All that the bytes of a checkpoint depend on, by topic and name: a run goes on only where these are what they were."""
+    """All that the bytes of a checkpoint depend on, by topic and name: a run goes on only where these are what they were.
+
+    Raises DuotoneError where they are not the same in all processes.
+    """
     arguments = {
         name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device", "dtype")
     }
@@ -34,14 +40,21 @@ def run_settings(
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "compiled solver": native.available(),
+        "number of processes": ranks.size,
     }
-    return {
+    settings = {
         "the model's": model_digests(plan.source.path, plan.source.tensors, companions(plan.source.path)),
         "the argument": arguments,
         "the calibration text's": text,
         "the machine's": machine,
         "the version of": {"duotone": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+    for rank, text in enumerate(ranks.texts(json.dumps(settings))):
+        for what, here, there in differences(json.loads(json.dumps(settings)), json.loads(text)):
+            raise DuotoneError(
+                f"process {ranks.rank}: has {what} {here!r}, found {there!r} in process {rank}, expected the same"
+            )
+    return settings
 
 
 def facts_of(report: QuantizeReport, sidecar_layers: dict[str, dict[str, Any]], phases: Phases) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def test_high_effort_sees_the_model_that_is_rounded(
             )
         return solved
 
-    monkeypatch.setattr("duotone.pipeline.couple", spy)
+    monkeypatch.setattr("duotone.solving.couple", spy)
     monkeypatch.setattr("duotone.solver.couple.BEAM_WIDTH", 4)
     duotone.quantize(source, tmp_path / "out", effort="high", calibration=(str(text_file),), **transforms, **QUICK)
     groups = [group for block in make_plan(open_source(source), QuantizeConfig()).blocks for group in block.shared_inputs]

@@ -18,6 +18,7 @@ from duotone.calibrate.offload import Offload
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import UnfinishedError
 from duotone.phases import Phases
+from duotone.ranks import ALONE, Ranks
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
 #: Tokens of one forward pass: enough to fill the machine, small beside the weights of a block.
@@ -34,12 +35,14 @@ class _AllCaptured(Exception):
 class Observer:
     """All batches inside one block; hands out the statistics of one group of linears after the other.
 
-    absmax: the largest input magnitude of each channel [K], by the group's first linear.
+    ranks: the processes whose batches these statistics are of. absmax: the largest input magnitude of each channel [K], by the
+    group's first linear.
     """
 
     quantized: BlockWalk
     original: BlockWalk | None
     phases: Phases
+    ranks: Ranks = ALONE
     absmax: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -62,7 +65,16 @@ class Observer:
                 with self.phases("hessian"):
                     sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
                     sums.add(at.x, *self._drift(name, at, meant))
+        self._pool(name, sums)
         return None if sums is None else sums.finish(name)
+
+    def _pool(self, name: str, sums: StatisticsAccumulator | None) -> None:
+        """What all processes have seen, in the place of what this one has."""
+        if self.ranks.size > 1:
+            with self.phases("exchange"):
+                self.ranks.max_(self.absmax[name])
+                if sums is not None:
+                    sums.pool(self.ranks)
 
     def _drift(self, name: str, at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
         """The original's input; or, before a linear that writes to the stream, how far the stream behind it would be off."""
@@ -84,6 +96,7 @@ def _nothing() -> Iterator[None]:
 class BlockStream:
     """Hidden states at the entrance of the current block, batch by batch, and the other arguments each block is called with.
 
+    ranks: the processes that the calibration's windows are shared by; this one holds its own.
     original: the hidden states that the original prefix gives, when it is carried along. offload: where hidden states are
     kept when memory is not to hold them.
     """
@@ -94,6 +107,7 @@ class BlockStream:
     phases: Phases
     device: torch.device
     original: list[Tensor] | None = None
+    ranks: Ranks = ALONE
     offload: Offload | None = None
 
     def kept(self, states: Iterable[Tensor]) -> list[Tensor]:
@@ -143,7 +157,7 @@ class BlockStream:
             beside = None
             if original is not None and self.original is not None:
                 beside = stack.enter_context(self._walk(index, original, self.original, stops, marks))
-            yield Observer(walk, beside, self.phases)
+            yield Observer(walk, beside, self.phases, self.ranks)
 
     def leave(self, observer: Observer) -> None:
         """Walk to the end of the block: its outputs are the hidden states before the next."""
@@ -175,13 +189,19 @@ def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
 
 @torch.no_grad()
 def start_stream(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, phases: Phases, offload: Offload | None = None
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    tokens: Tensor,
+    phases: Phases,
+    ranks: Ranks = ALONE,
+    offload: Offload | None = None,
 ) -> BlockStream:
     """Run the model up to its first block for every batch of windows, recording what each block would be called with.
 
-    tokens: int64 [windows, T]. Blocks may lie on meta: none of them runs.
+    tokens: int64 [windows, T], of which each process takes its share. Blocks may lie on meta: none of them runs.
     """
-    stream = BlockStream([], [{} for _ in blocks], phases, model.device, offload=offload)
+    tokens = tokens[ranks.shares(len(tokens))[ranks.rank]]
+    stream = BlockStream([], [{} for _ in blocks], phases, model.device, ranks=ranks, offload=offload)
     entered: list[Tensor] = []
 
     def pretend(index: int) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,20 @@ def _read(folder: Path) -> Record | None:
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UnfinishedError that names the first setting that is not what it was."""
-    for topic in dict.fromkeys((*before, *now)):
-        old, new = before.get(topic, {}), now.get(topic, {})
+    for what, old, new in differences(before, now):
+        raise UnfinishedError(
+            f"{folder}: the unfinished run had {what} {old!r}, found {new!r}, expected the same; begin anew by "
+            "removing that folder"
+        )
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The settings, by topic and name, that two runs do not have in common: what they are called, and both values."""
+    for topic in dict.fromkeys((*one, *other)):
+        old, new = one.get(topic, {}), other.get(topic, {})
         for name in dict.fromkeys((*old, *new)):
             if old.get(name) != new.get(name):
-                raise UnfinishedError(
-                    f"{folder}: the unfinished run had {topic} {name} {old.get(name)!r}, found {new.get(name)!r}, expected the "
-                    f"same; begin anew by removing that folder"
-                )
+                yield f"{topic} {name}", old.get(name), new.get(name)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

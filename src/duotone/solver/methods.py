@@ -220,15 +220,21 @@ def weight_of(codes_NK: Tensor, scales: Scales, scheme: Scheme) -> QuantizedWeig
 def finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> tuple[QuantizedWeight, LayerReport]:
     """The quantized weight of codes and scales, with its errors measured on what will really run."""
     weight = weight_of(codes_NK, scales, problem.scheme)
-    v_NK, w_NK, statistics, factor = dequantize(weight), problem.weight, problem.statistics, problem.factor
-    report = LayerReport(
+    v_NK, w_NK, statistics = dequantize(weight), problem.weight, problem.statistics
+    weight_error = float((w_NK - v_NK).square().sum() / w_NK.square().sum().clamp(min=1e-30))
+    return weight, report_on(method, problem, weight_error, None if statistics is None else output_loss(w_NK, v_NK, statistics))
+
+
+def report_on(method: str, problem: Problem, weight_error: float, output_error: float | None) -> LayerReport:
+    """The errors of a problem's answer, with how it was found."""
+    statistics, factor = problem.statistics, problem.factor
+    return LayerReport(
         layer=problem.layer,
         method=method,
-        weight_error=float((w_NK - v_NK).square().sum() / w_NK.square().sum().clamp(min=1e-30)),
-        output_error=None if statistics is None else output_loss(w_NK, v_NK, statistics),
+        weight_error=weight_error,
+        output_error=output_error,
         tokens=0 if statistics is None else statistics.tokens,
         damping_frac=None if factor is None else factor.damping_frac,
         dead_columns=0 if factor is None else factor.dead_columns,
         condition_number=None if factor is None else factor.condition_number,
     )
-    return weight, report

@@ -173,13 +173,21 @@ def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int
 
 def output_loss(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> float:
     """Relative output error |X (W - V)^T|^2 / |X W^T|^2 under the layer's undamped Hessian."""
+    hessian_KK = _measure(w_NK, statistics)
+    return _energy(w_NK - v_NK, hessian_KK) / max(_energy(w_NK, hessian_KK), 1e-30)
+
+
+def output_energy(w_NK: Tensor, statistics: Statistics) -> float:
+    """|X W^T|^2, what `output_loss` is relative to."""
+    return _energy(w_NK, _measure(w_NK, statistics))
+
+
+def _measure(w_NK: Tensor, statistics: Statistics) -> Tensor:
+    """The Hessian in the arithmetic of a loss: one number from so many products, BF16 rounds off 1e-4 of it."""
     hessian_KK = statistics.hessian
-    # One number from so many products: what BF16 rounds off averages out, to 1e-4 of it.
     narrow = w_NK.device.type == "cpu" and w_NK.numel() * len(hessian_KK) > _LARGE and has_bf16_units()
-    if narrow:
-        hessian_KK = hessian_KK.bfloat16()
+    return hessian_KK.bfloat16() if narrow else hessian_KK
 
-    def energy(e_NK: Tensor) -> float:
-        return float(((e_NK.to(hessian_KK.dtype) @ hessian_KK) * e_NK).sum(dtype=torch.float64))
 
-    return energy(w_NK - v_NK) / max(energy(w_NK), 1e-30)
+def _energy(e_NK: Tensor, hessian_KK: Tensor) -> float:
+    return float(((e_NK.to(hessian_KK.dtype) @ hessian_KK) * e_NK).sum(dtype=torch.float64))

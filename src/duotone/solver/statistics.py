@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duotone.errors import DuotoneError
 from duotone.kernels import native
+from duotone.ranks import Ranks
 
 #: Products of a matrix with itself are symmetric to within panels of so many columns; what is below them is copied.
 _PANEL = 64
@@ -27,6 +28,7 @@ class Statistics:
     stream_drift: R^T X [D, K], R = S0 + X0 W^T - S - X W^T being how far the residual stream behind the linear is off before
     the linear is quantized; only of a linear that writes to the stream, where it stands in the place of input_drift.
     mean, input_drift_mean [K], stream_drift_mean [D]: means of X, X0 - X and R over the tokens.
+    known_correction: the `input_correction`, where it has been worked out elsewhere.
     """
 
     hessian: Tensor
@@ -36,10 +38,13 @@ class Statistics:
     mean: Tensor | None = None
     input_drift_mean: Tensor | None = None
     stream_drift_mean: Tensor | None = None
+    known_correction: Tensor | None = None
 
     @cached_property
     def input_correction(self) -> Tensor:
         """What the input drift asks of every weight that reads these inputs, W* = W + W times this [K, K]: once for all."""
+        if self.known_correction is not None:
+            return self.known_correction
         assert self.input_drift is not None
         return self.explained(self.input_drift)
 
@@ -91,6 +96,12 @@ class StatisticsAccumulator:
             self._input = _add(self._input, original.reshape(x_MK.shape) - x_MK, x_MK)
         if stream_drift is not None:
             self._stream = _add(self._stream, stream_drift.reshape(-1, stream_drift.shape[-1]), x_MK)
+
+    def pool(self, ranks: Ranks) -> None:
+        """Take in what the other processes have added up."""
+        tokens = torch.tensor(self._tokens)
+        ranks.sum_(tokens, self._hessian_KK, self._sum_K, *(self._input or ()), *(self._stream or ()))
+        self._tokens = int(tokens)
 
     def finish(self, layer: str, of: str = "calibration inputs") -> Statistics:
         """The averaged statistics, in the accumulator's own memory: the end of it.

@@ -1,0 +1,111 @@
+"""The folder that is made: what is written to it, saved in it and taken up from it. Only the first process has one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.calibrate.stream import BlockStream
+from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
+from duotone.checkpoint.hub import copy_companions
+from duotone.checkpoint.journal import Journal
+from duotone.checkpoint.sidecar import SIDECAR
+from duotone.checkpoint.source import load_finite
+from duotone.checkpoint.staging import output_folder
+from duotone.checkpoint.writer import CheckpointWriter, write_json
+from duotone.outcome import sidecar_of
+from duotone.plan import BlockPlan
+from duotone.qweight import QuantizedWeight
+from duotone.run import Run
+from duotone.unfinished import facts_of, recall
+
+
+class Output:
+    """The new checkpoint while it is made; for a process that is not the first, what that one tells of it.
+
+    done: how many blocks an earlier run had behind it; None where this one begins.
+    """
+
+    def __init__(self, run: Run, folder: Path | None, settings: dict[str, dict[str, Any]], save_every: float) -> None:
+        self.folder, self._run = folder, run
+        self._journal = self._writer = None
+        done = -1
+        if folder is not None:
+            self._journal = Journal(folder, settings, save_every)
+            record = self._journal.record
+            done = recall(record, run.report, run.sidecar_layers, run.phases) if record else -1
+            self._writer = CheckpointWriter(folder, run.plan.outputs, written=record.written if record else None)
+            if not record:
+                copy_companions(run.plan.source.path, folder)
+                self._copy_through(self._writer, run.plan.outside)
+        done = run.ranks.from_first(done)
+        self.done = None if done < 0 else done
+
+    def take_up(self, stream: BlockStream) -> None:
+        """Put the stream where the earlier run had it when it was saved."""
+        held = self._journal.held() if self._journal is not None else {}
+        stream.take_up(self._run.ranks.deal(held, stream.held()))
+
+    def save_if_due(self, done: int, stream: BlockStream | None) -> None:
+        """Between two blocks: make what was done last, once in a while."""
+        run, journal = self._run, self._journal
+        if not run.ranks.from_first(int(journal is not None and journal.is_due())):
+            return
+        with run.phases("write"):
+            held = run.ranks.collect(stream.held()) if stream is not None else {}
+            if journal is not None and self._writer is not None:
+                self._writer.settle()
+                journal.save(done, self._writer.written, facts_of(run.report, run.sidecar_layers, run.phases), held)
+
+    def write_block(self, block: BlockPlan, weights: Mapping[str, QuantizedWeight], changed: Mapping[str, Tensor]) -> None:
+        """Pack a block's weights, copy its other tensors, and put all of them on disk."""
+        if self._writer is None:
+            return
+        with self._run.phases("write"):
+            for layer, weight in weights.items():
+                self._writer.write(to_tensors(layer, weight))
+                self._run.sidecar_layers[layer] = dict(side_scales(weight))
+            packed = {f"{layer}.weight" for layer in weights}
+            self._writer.write(
+                {name: tensor.to("cpu", torch.bfloat16) for name, tensor in changed.items() if name not in packed}
+            )
+            replaced = packed | changed.keys()
+            self._copy_through(self._writer, tuple(name for name in block.tensors if name not in replaced))
+
+    def finish(self) -> None:
+        """Write what says how to read the weights and where they come from, and record that all is there."""
+        run = self._run
+        if self._writer is None or self._journal is None or self.folder is None:
+            return
+        with run.phases("write"):
+            run.report.weight_bytes = self._writer.finish()
+            config = {key: value for key, value in run.plan.source.config.items() if key != "torch_dtype"}
+            config |= {
+                "dtype": "bfloat16",
+                "quantization_config": quantization_config(run.plan.config.scheme, sorted(run.plan.kept)),
+            }
+            write_json(self.folder / "config.json", config)
+            write_json(self.folder / SIDECAR, sidecar_of(run.report, run.plan, run.sidecar_layers))
+            facts = facts_of(run.report, run.sidecar_layers, run.phases)
+            self._journal.save(len(run.plan.blocks), self._writer.written, facts)
+            if run.curvatures is not None:
+                run.curvatures.remove()
+
+    def _copy_through(self, writer: CheckpointWriter, names: Sequence[str]) -> None:
+        """Copy tensors that are not quantized, floats as BF16, one at a time."""
+        plan = self._run.plan
+        for name in names:
+            tensor = load_finite(plan.source, (name,))[name]
+            writer.write({name: tensor.to(torch.bfloat16) if plan.outputs[name].dtype == "BF16" else tensor})
+
+
+@contextmanager
+def made_output(run: Run, out: Path, resume: bool, settings: dict[str, dict[str, Any]], save_every: float) -> Iterator[Output]:
+    """A folder that becomes `out` when the work ends well. resume: take up what an earlier run has saved there."""
+    with output_folder(out, resume) if run.ranks.first else nullcontext() as folder:
+        with run.phases("write"):
+            output = Output(run, folder, settings, save_every)
+        yield output
