@@ -1,7 +1,6 @@
 """Memory of a run depends on one block and on the calibration activations, never on the number of blocks."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +49,8 @@ def deep_model(folder: Path, layers: int, sizes: dict[str, int], tokenizer: Path
     return folder
 
 
-def quantized(model: Path, out: Path, text: Path, *options: str, limit: int | None = None) -> dict[str, Any]:
-    """The report of the whole command, which may take so many bytes of memory of its own."""
+def quantized(model: Path, out: Path, text: Path) -> dict[str, Any]:
+    """The report of the whole command."""
     command = [
         sys.executable,
         "-m",
@@ -65,8 +64,7 @@ def quantized(model: Path, out: Path, text: Path, *options: str, limit: int | No
         *options,
     ]
     size = ["--samples", "16", "--seq-len", "64", "--device", "cpu"]
-    limited = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    done = subprocess.run([*command, *size], capture_output=True, text=True, check=False, preexec_fn=limited)
+    done = subprocess.run([*command, *size], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -77,13 +75,3 @@ def test_peak_does_not_grow_with_the_number_of_blocks(models: dict[int, Path], t
     few, many = (int(quantized(models[layers], tmp_path / str(layers), text_file)["peak_bytes"]) for layers in (4, 40))
     print(f"peak of 4 blocks {few / 1e6:.0f} MB, of 40 {many / 1e6:.0f} MB")
     assert abs(many - few) <= 0.1 * few
-
-
-@pytest.mark.slow
-def test_a_checkpoint_three_times_as_large_as_the_memory(tokenizer: Path, text_file: Path, tmp_path: Path) -> None:
-    """1.8 GB of BF16 weights in 280 blocks, quantized by a process that may have 0.6 GB of memory of its own."""
-    model, limit = deep_model(tmp_path / "model", 280, SIZES, tokenizer), 600_000_000
-    report = quantized(model, tmp_path / "out", text_file, "--offload", str(tmp_path / "spill"), limit=limit)
-    print(f"{report['original_bytes'] / 1e6:.0f} MB under a limit of {limit / 1e6:.0f} MB")
-    assert report["original_bytes"] > 2.98 * limit
-    assert len(report["layers"]) == 7 * 280 and not list((tmp_path / "spill").iterdir())
