@@ -61,7 +61,6 @@ def quantized(model: Path, out: Path, text: Path) -> dict[str, Any]:
         "--calibration",
         str(text),
         "--json",
-        *options,
     ]
     size = ["--samples", "16", "--seq-len", "64", "--device", "cpu"]
     done = subprocess.run([*command, *size], capture_output=True, text=True, check=False)
