@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,9 +85,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
     """Quantize a model: its linears shrink to about a quarter. `torchrun -m duotone quantize ...` shares it among processes."""
     from duotone.ranks import joined
 
-    with joined() as ranks:
+    with joined() as ranks:  # around the checks too: of several processes only one tells what is wrong
         from duotone.plan import QuantizeConfig
-        from duotone.report import plan_summary, quantize_summary
 
         config = QuantizeConfig(
             method=method,
@@ -108,42 +108,48 @@ def quantize(  # noqa: PLR0913 - every option of the command
             dtype=dtype,
             strict=strict,
         )
-        if dry_run:
-            result = _dry_run(model, out, config)
-            if ranks.first:
-                print_result(result, plan_summary, as_json)
-            return
-        from duotone.pipeline import quantize as run
-
-        with progress_bar("quantizing", quiet or as_json or not ranks.first) as tell:
-            report = run(model, out, config, tell, resume=resume, save_every=save_every, offload=offload, ranks=ranks)
-    if not ranks.first:
-        return
-    result = report.to_json()
-    if as_json:
-        from duotone.floors import floor_seconds
-
-        result["floor_seconds"] = floor_seconds(report)
-    print_result(result, quantize_summary, as_json)
+        saving = {"resume": resume, "save_every": save_every, "offload": offload}
+        result, render = (
+            _planned(model, out, config) if dry_run else _quantized(model, out, config, saving, as_json, quiet, ranks)
+        )
+    if ranks.first:
+        print_result(result, render, as_json)
 
 
-def _dry_run(model: str, out: Path, config: Any) -> dict[str, Any]:
+def _quantized(
+    model: str, out: Path, config: Any, saving: dict[str, Any], as_json: bool, quiet: bool, ranks: Any
+) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The report of a run as plain values, and what shows it to people."""
+    from duotone.floors import floor_seconds
+    from duotone.pipeline import quantize as run
+    from duotone.report import quantize_summary
+
+    with progress_bar("quantizing", quiet or as_json or not ranks.first) as tell:
+        report = run(model, out, config, tell, ranks=ranks, **saving)
+    floors = {"floor_seconds": floor_seconds(report)} if as_json and ranks.first else {}
+    return report.to_json() | floors, quantize_summary
+
+
+def _planned(model: str, out: Path, config: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """What a run would do as plain values, and what shows it to people."""
     from duotone.checkpoint.hub import locate_model
     from duotone.checkpoint.source import open_source
     from duotone.checkpoint.staging import check_output
     from duotone.estimate import estimate
     from duotone.loadability import vllm_warnings
     from duotone.plan import make_plan
+    from duotone.report import plan_summary
 
     check_output(out)
     plan = make_plan(open_source(locate_model(model)), config)
-    return dataclasses.asdict(estimate(plan)) | {
+    result = dataclasses.asdict(estimate(plan)) | {
         "linears": len(plan.layers),
         "quantized_macs_share": plan.quantized_macs_share,
         "bits_per_weight": plan.bits_per_weight,
         "kept": plan.kept,
         "notes": [*plan.transforms, *vllm_warnings(config.scheme, plan.shapes, plan.split_groups)],
     }
+    return result, plan_summary
 
 
 @app.command("eval", epilog="Example: duotone eval Llama-W4AFP8 --reference meta-llama/Llama-3.2-1B --text held_out.txt")
