@@ -1,16 +1,14 @@
 # Shapes: N out_features, K in_features.
 """What quantizing takes on paper: operations, bytes and network of `dpq` for models and numbers of accelerators.
 
-The formulas are those of duotone/floors.py, written for shapes instead of a checkpoint; tests hold the two against each other.
+Operations are those of duotone/floors.py, for shapes instead of a checkpoint; tests hold the sums against a plan's.
 What a run takes beyond them, phase by phase, is taken from the newest timed run in bench/records/quantize_time.jsonl.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from duotone.solver.local_search import steps_of
-from duotone.solver.methods import REFITS
-from duotone.solver.search import SCALE_TRIALS
+from duotone.floors import correcting, moments, solving
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,10 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
     for group in shape.groups:
         here = tokens * group.share
         work["forward"] += 2 * 2 * here * group.weights
-        work["hessian"] += group.count * moments(group, here)
-        work["factorize"] += group.count * factorizations(group)
+        work["hessian"] += group.count * moments(group.rows[0], group.columns, here, group.writes)
+        work["factorize"] += group.count * group.columns**3 / 3
         work["solve"] += group.count * sum(solving(rows, group.columns) for rows in group.rows)
-        work["solve"] += group.count * correcting(group)
+        work["solve"] += group.count * correcting(group.rows, group.columns, group.writes)
         if ranks > 1:
             drift = group.rows[0] if group.writes else group.columns
             network += group.count * 2 * 4 * group.columns * (group.columns + drift)  # a ring sends everything twice
@@ -137,31 +135,6 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
     )
     states = 2 * 2 * 2.0 * tokens / ranks * shape.hidden  # two prefixes, before and behind the block, in BF16
     return Cost(seconds, shape.layers * network, 2 * 2.0 * block + hessians + states)
-
-
-def moments(group: Group, tokens: float) -> float:
-    """Operations of the second moments: of the input with itself, and of the drift."""
-    drift = 4 * group.rows[0] if group.writes else 2 * group.columns
-    return tokens * group.columns * (group.columns + drift)
-
-
-def factorizations(group: Group) -> float:
-    """Of the Hessian, once for the loop."""
-    return group.columns**3 / 3
-
-
-def correcting(group: Group) -> float:
-    """The target that drift asks for, with a factorization of its own."""
-    square = float(group.columns) ** 2
-    if group.writes:
-        return square * (group.columns / 3 + 2 * group.rows[0])
-    return square * (group.columns / 3 + 2 * group.columns + 2 * sum(group.rows))
-
-
-def solving(rows: int, columns: int) -> float:
-    """Column loops, gradient, the loss that is reported, the search for codes and that for scales."""
-    loops = 1 + REFITS
-    return rows * columns * ((loops + 5) * columns + 10 * steps_of(columns) + 14 * loops * SCALE_TRIALS)
 
 
 def scale_lines(excess: dict[str, float], ranks: Sequence[int] = (1, 8, 64)) -> list[tuple[str, ...]]:

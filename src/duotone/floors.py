@@ -8,7 +8,7 @@ for nothing. The ceilings are measured: matrix products of a good size, best of 
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from duotone.device import resolve_dtype
 from duotone.outcome import QuantizeReport
-from duotone.plan import BlockPlan, Plan
+from duotone.plan import Plan
 from duotone.solver.local_search import steps_of
 from duotone.solver.methods import REFITS
 from duotone.solver.search import SCALE_TRIALS
@@ -29,10 +29,6 @@ class Work:
     narrow: float = 0.0
     wide: float = 0.0
     nbytes: float = 0.0
-
-    def __iadd__(self, other: "Work") -> "Work":
-        self.narrow, self.wide, self.nbytes = self.narrow + other.narrow, self.wide + other.wide, self.nbytes + other.nbytes
-        return self
 
 
 @dataclass(frozen=True)
@@ -70,41 +66,33 @@ def phase_work(plan: Plan, tokens: int, seq_len: int) -> dict[str, Work]:
         for group in block.shared_inputs:
             shapes = [plan.shapes[layer] for layer in group]
             width = shapes[0][1]
-            work["hessian"] += _moments(plan, block, group, tokens)
+            writes, drift = group[0] in block.streams, config.method_facts.drift
+            work["hessian"].narrow += moments(shapes[0][0], width, tokens, writes, drift)
             work["factorize"].wide += width**3 / 3
-            work["solve"] += _drift(plan, block, group)
-            for rows, columns in shapes:
-                work["solve"] += _solve(plan, rows, columns)
+            work["solve"].wide += correcting([rows for rows, _ in shapes], width, writes) if drift else 0.0
+            work["solve"].wide += sum(solving(rows, width, config.method == "dpq") for rows, _ in shapes)
     return work
 
 
-def _moments(plan: Plan, block: BlockPlan, group: tuple[str, ...], tokens: int) -> Work:
-    rows, width = plan.shapes[group[0]]
-    flops = tokens * width**2  # symmetric
-    if plan.config.method_facts.drift:
-        flops += 4 * tokens * rows * width if group[0] in block.streams else 2 * tokens * width**2
-    return Work(narrow=flops)
+def moments(rows: int, columns: int, tokens: float, writes: bool, drift: bool = True) -> float:
+    """Operations of second moments: of the input with itself, which is symmetric, and of the drift of input or stream."""
+    return tokens * columns * (columns + ((4 * rows if writes else 2 * columns) if drift else 0))
 
 
-def _drift(plan: Plan, block: BlockPlan, group: tuple[str, ...]) -> Work:
-    """What the corrected target takes."""
-    if not plan.config.method_facts.drift:
-        return Work()
-    rows, width = plan.shapes[group[0]]
-    if group[0] in block.streams:
-        return Work(wide=width**3 / 3 + 2 * rows * width**2)
-    return Work(wide=width**3 / 3 + 2 * width**3 + sum(2 * plan.shapes[layer][0] * width**2 for layer in group))
+def correcting(rows: Sequence[int], columns: int, writes: bool) -> float:
+    """Of the target that drift asks for, with a factorization of its own, for all linears that read one input."""
+    products = 2 * sum(rows) if writes else 2 * columns + 2 * sum(rows)
+    return columns**2 * (columns / 3 + products)
 
 
-def _solve(plan: Plan, rows: int, columns: int) -> Work:
-    """Column loops, the loss that is reported, and with dpq the gradient, the search for codes and that for scales."""
-    square = rows * columns**2
-    if plan.config.method != "dpq":
-        return Work(wide=5 * square)
+def solving(rows: int, columns: int, search: bool = True) -> float:
+    """Of a column loop and the loss that is reported; with dpq of its other loops, the gradient, and both searches."""
+    square = float(rows * columns**2)
+    if not search:
+        return 5 * square
     loops = 1 + REFITS
-    search = 10 * rows * columns * steps_of(columns)  # each step looks at all columns, ten operations each
-    scales = 14 * rows * columns * loops * SCALE_TRIALS
-    return Work(wide=(loops + 1 + 4) * square + search + scales)
+    codes = 10 * rows * columns * steps_of(columns)  # each step looks at all columns, ten operations each
+    return (loops + 5) * square + codes + 14 * rows * columns * loops * SCALE_TRIALS
 
 
 def measured_ceiling(dtype: torch.dtype, folder: Path, size: int = 2048) -> Ceiling:
