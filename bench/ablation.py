@@ -53,7 +53,7 @@ def dpq_without(**fields: Any) -> Change:
 
 
 def _no_stream(weight: Tensor, statistics: Any) -> Tensor:
-    return drift.corrected_target(weight, dataclasses.replace(statistics, stream_drift=None))
+    return drift.corrected_target(weight, dataclasses.replace(statistics, stream_target=None))
 
 
 @contextlib.contextmanager

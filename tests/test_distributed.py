@@ -272,7 +272,7 @@ def solved(ranks: Ranks, config: QuantizeConfig, rows: Sequence[int], stream: bo
 
     x_MK, columns = normal(600, 96) @ normal(96, 96), 96
     drift = normal(600, rows[0] if stream else columns).T @ x_MK / 6000
-    known: dict[str, Any] = {"stream_drift": drift} if stream else {"input_drift": drift}
+    known: dict[str, Any] = {"stream_target": drift} if stream else {"input_drift": drift}
     statistics = Statistics(x_MK.T @ x_MK / 600, 600, **known)
     report = QuantizeReport("", "", config, None)
     plan: Any = type("Plan", (), {"config": config})

@@ -121,9 +121,11 @@ def _quantized(
 ) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """The report of a run as plain values, and what shows it to people."""
     from duotone.floors import floor_seconds
+    from duotone.phases import reuse_memory
     from duotone.pipeline import quantize as run
     from duotone.report import quantize_summary
 
+    reuse_memory()
     with progress_bar("quantizing", quiet or as_json or not ranks.first) as tell:
         report = run(model, out, config, tell, ranks=ranks, **saving)
     floors = {"floor_seconds": floor_seconds(report)} if as_json and ranks.first else {}

@@ -38,6 +38,8 @@ def check_seed(seed: int) -> None:
 
 #: Multiplications of a forward, all tokens together, that a CPU does in float32 in seconds: BF16 would save few of them.
 _SMALL = 2**39
+#: Columns from which the solver's products in BF16 save more than rounding to it takes.
+_WIDE = 1024
 
 
 def calibration_dtype(dtype: str, device: torch.device, multiplications: int, gradients: bool) -> torch.dtype:
@@ -52,6 +54,15 @@ def calibration_dtype(dtype: str, device: torch.device, multiplications: int, gr
         return torch.bfloat16
     fast = is_x86() and has_bf16_units() and multiplications > _SMALL and not gradients
     return torch.bfloat16 if fast else torch.float32
+
+
+def product_dtype(matrix: torch.Tensor) -> torch.dtype:
+    """What the solver multiplies a whole matrix in: BF16 on a CPU with units for it, if it is wide; else what it comes in.
+
+    Sums of rounding errors and measured losses: BF16 takes a thousandth off them, at random. docs/LOG.md has what that costs.
+    """
+    narrow = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.shape[1] >= _WIDE and has_bf16_units()
+    return torch.bfloat16 if narrow else matrix.dtype
 
 
 def is_x86() -> bool:

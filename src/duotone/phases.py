@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+#: Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
+
 
 class Phases:
     """Seconds by phase. A phase entered inside another stops the outer one's clock."""
@@ -50,6 +53,17 @@ def peak_resident_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reuse_memory() -> None:
+    """From here on, this process takes large tensors from memory it has freed, and gives that back by `return_memory` only.
+
+    glibc asks the system for every tensor beyond 32 MB and hands it back at once; each page is then cleared anew.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_MMAP_MAX, 0)
+        option(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def return_memory() -> None:

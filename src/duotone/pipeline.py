@@ -143,9 +143,9 @@ def _quantize_block(
                 # The walk has passed the norm already, and keeps its old weight.
                 _set(linear, "weight", values if s_K is None else values / s_K)
             weights |= solved
-            return_memory()
         stream.leave(observer)
     release(module)
+    return_memory()
     if not run.plan.config.scheme.target.dynamic_activations:
         weights = _with_input_scales(block, weights, observer.absmax)
     return weights, changed

@@ -80,13 +80,13 @@ def _with_correction(statistics: Statistics | None, ranks: Ranks) -> Statistics 
 
 def _of_rows(statistics: Statistics | None, rows: slice) -> Statistics | None:
     """What the statistics say of some of a linear's rows: the drift of the stream it writes to has one of its own for each."""
-    if statistics is None or statistics.stream_drift is None:
+    if statistics is None or statistics.stream_target is None:
         return statistics
-    mean = statistics.stream_drift_mean
+    mean = statistics.stream_target_mean
     return replace(
         statistics,
-        stream_drift=statistics.stream_drift[rows],
-        stream_drift_mean=None if mean is None else mean[rows],
+        stream_target=statistics.stream_target[rows],
+        stream_target_mean=None if mean is None else mean[rows],
     )
 
 

@@ -52,7 +52,7 @@ def test_hidden_states_and_second_moments(tiny_model: ModelMaker, model_type: st
                 x = seen[f"{i}.{name}"].double()
                 assert statistics is not None and statistics.tokens == windows * 64
                 torch.testing.assert_close(statistics.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
-                assert statistics.input_drift is None and statistics.stream_drift is None
+                assert statistics.input_drift is None and statistics.stream_target is None
             before = stream.hidden
             stream.leave(observer)
         assert before is not stream.hidden
@@ -223,13 +223,13 @@ def test_every_group_sees_the_groups_before_it(
         assert statistics.tokens == len(x) == 7 * 16
         assert absmax[name].amax() == pytest.approx(references[-1][0][name].abs().max().item(), rel=1e-4)
         if name not in readers:
-            assert statistics.stream_drift is None and statistics.input_drift is not None
+            assert statistics.stream_target is None and statistics.input_drift is not None
             close(statistics.input_drift, (x0 - x).T @ x / len(x), loose=groups > 0)
             continue
         s0, s = inputs0[readers[name]], references[groups][0][readers[name]]
-        off = s0 - s + (x0 - x) @ model.get_submodule(name).weight.data.double().T
-        assert statistics.input_drift is None and statistics.stream_drift is not None
-        close(statistics.stream_drift, off.T @ x / len(x), loose=True)
+        target = s0 - s + x0 @ model.get_submodule(name).weight.data.double().T
+        assert statistics.input_drift is None and statistics.stream_target is not None
+        close(statistics.stream_target, target.T @ x / len(x), loose=True)
     assert len(readers) == 4 and readers.keys() < set(firsts)
 
 
@@ -246,5 +246,5 @@ def test_without_the_original_there_is_no_drift(tiny_model: ModelMaker) -> None:
     with stream.enter(0, block, {"o": "self_attn.o_proj"}, {"o": "input_layernorm"}, copy.deepcopy(block)) as observer:
         statistics = observer.observe("o")
         stream.leave(observer)
-    assert statistics is not None and statistics.input_drift is None and statistics.stream_drift is None
+    assert statistics is not None and statistics.input_drift is None and statistics.stream_target is None
     assert stream.original is None

@@ -46,7 +46,7 @@ class Case:
         """As the walk through a block takes them, in float32 and two batches."""
         sums = StatisticsAccumulator(self.x.shape[1], CPU)
         for rows in torch.arange(len(self.x)).tensor_split(2):
-            given = (None, self.off[rows].float()) if self.writer else (self.x0[rows].float(), None)
+            given = (None, self.wanted[rows].float()) if self.writer else (self.x0[rows].float(), None)
             sums.add(self.x[rows].float(), *given)
         return sums.finish("layer")
 
@@ -150,9 +150,16 @@ def test_without_drift_it_is_the_weight(zero: float | None) -> None:
     given_ = case(5, 9, 2, writer=False)
     w, hessian = given_.w.float(), given_.statistics().hessian
     none = None if zero is None else torch.zeros(9, 9)
-    stream = None if zero is None else torch.zeros(5, 9)
-    assert torch.equal(corrected_target(w, Statistics(hessian, 10, none, stream)), w)
-    assert torch.equal(corrected_target(w, Statistics(0 * hessian, 10, none, stream)), w)
+    assert torch.equal(corrected_target(w, Statistics(hessian, 10, none)), w)
+    assert torch.equal(corrected_target(w, Statistics(0 * hessian, 10, none)), w)
+
+
+def test_where_the_stream_is_not_off_it_is_the_weight() -> None:
+    """To float32 rounding: what the linear has to write is what it writes."""
+    given_ = case(5, 9, 2, writer=True)
+    w, hessian = given_.w.float(), given_.statistics().hessian
+    close(corrected_target(w, Statistics(hessian, 10, stream_target=w @ hessian)), given_.w)
+    assert torch.equal(corrected_target(w, Statistics(0 * hessian, 10, stream_target=0 * w)), w)
 
 
 @pytest.mark.parametrize("writer", [True, False])
@@ -236,13 +243,13 @@ def test_centered_statistics_are_those_of_centered_tokens(n: int, k: int, seed: 
     statistics = given_.statistics()
     before = statistics.hessian.clone()
     found = statistics.centered()
-    x, x0, off = (tensor - tensor.mean(0) for tensor in (given_.x, given_.x0, given_.off))
+    x, x0, wanted = (tensor - tensor.mean(0) for tensor in (given_.x, given_.x0, given_.wanted))
     close(found.hessian, x.T @ x / len(x))
     if writer:
-        assert found.stream_drift is not None and found.input_drift is None
-        close(found.stream_drift, off.T @ x / len(x))
+        assert found.stream_target is not None and found.input_drift is None
+        close(found.stream_target, wanted.T @ x / len(x))
     else:
-        assert found.input_drift is not None and found.stream_drift is None
+        assert found.input_drift is not None and found.stream_target is None
         close(found.input_drift, (x0 - x).T @ x / len(x))
     assert torch.equal(statistics.hessian, before) and found.tokens == statistics.tokens
 

@@ -533,7 +533,7 @@ def test_dpq_aims_at_the_corrected_target(writer: bool) -> None:
     """With drift, dpq's codes are those it finds for the corrected target; its report is about the weight itself."""
     w_NK, hessian = correlated_layer(24, 40, seed=22, dtype=torch.float32)
     drift = 0.1 * torch.randn(24 if writer else 40, 40, generator=torch.Generator().manual_seed(0)) * hessian.diagonal().sqrt()
-    drifted = Statistics(hessian, 320, **{"stream_drift" if writer else "input_drift": drift})
+    drifted = Statistics(hessian, 320, **({"stream_target": w_NK @ hessian + drift} if writer else {"input_drift": drift}))
     given, scheme = problem(w_NK, hessian, Scheme(group_size=8), order="act"), Scheme(group_size=8)
     found, report = dpq(dataclasses.replace(given, statistics=drifted))
     target_NK = corrected_target(w_NK, drifted)

@@ -201,7 +201,9 @@ def test_what_each_column_wished_to_be(order: str, columns: int, group_size: int
 @ORDER
 @pytest.mark.parametrize("dead", [[], [0, 13, 39]], ids=["alive", "dead"])
 @pytest.mark.parametrize("damping_frac", [0.01, 0.3])
-def test_row_losses_and_gradient_are_those_of_the_damped_hessian(order: str, dead: list[int], damping_frac: float) -> None:
+def test_row_losses_and_gradient_are_those_of_the_damped_hessian(
+    order: str, dead: list[int], damping_frac: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From codes alone, dense: row by row e H' e, e H', with H' the Hessian and all that was added to its diagonal."""
     w_NK, hessian = correlated_layer(9, 40, seed=22)
     hessian[dead] = 0
@@ -217,7 +219,8 @@ def test_row_losses_and_gradient_are_those_of_the_damped_hessian(order: str, dea
     expected_NK = error_NK @ damped_KK
     torch.testing.assert_close(rounded.row_loss(factor), (expected_NK * error_NK).sum(1), rtol=1e-10, atol=0)
     for panel in (1, 7, 40, 512):
-        found_NK = rounded.gradient(factor, panel)
+        monkeypatch.setattr("duotone.solver.solve._PANEL", panel)
+        found_NK = rounded.gradient(factor)
         assert found_NK.is_contiguous()
         torch.testing.assert_close(found_NK, expected_NK, rtol=0, atol=1e-12)
 
@@ -346,11 +349,38 @@ def test_all_columns_dead() -> None:
     assert torch.equal(solve(w_NK, factor, grid(step_NG, 8)).codes_NK, nearest(w_NK, step_NG, 8)[0])
 
 
-def test_output_loss_is_the_relative_error_of_outputs() -> None:
-    """|X (W - V)^T|^2 / |X W^T|^2 from the inputs themselves; zero weights do not divide by zero."""
+@pytest.mark.parametrize("panel", [5, 24, 512])
+def test_output_loss_is_the_relative_error_of_outputs(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """|X (W - V)^T|^2 / |X W^T|^2 from the inputs themselves, in whatever panels; zero weights do not divide by zero."""
+    monkeypatch.setattr("duotone.solver.solve._PANEL", panel)
     rng = np.random.default_rng(12)
     x_TK, w_NK, v_NK = rng.standard_normal((100, 24)), rng.standard_normal((6, 24)), rng.standard_normal((6, 24))
     statistics = Statistics(torch.from_numpy(x_TK.T @ x_TK / 100), 100)
     expected = np.square(x_TK @ (w_NK - v_NK).T).sum() / np.square(x_TK @ w_NK.T).sum()
     assert output_loss(torch.from_numpy(w_NK), torch.from_numpy(v_NK), statistics) == pytest.approx(expected, rel=1e-12)
     assert output_loss(torch.zeros(6, 24).double(), torch.zeros(6, 24).double(), statistics) == 0
+
+
+def test_products_in_bfloat16_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide layer on a machine with units for it: a loss is measured to a thousandth, and codes are as good."""
+    w_NK, hessian = correlated_layer(24, 1100, seed=40, dtype=torch.float32)
+    step_NG, found = steps(w_NK, 40), {}
+    for units in (False, True):
+        monkeypatch.setattr("duotone.device.has_bf16_units", lambda units=units: units)
+        factor = factor_of(hessian, "act", 40)
+        rounded = solve(w_NK, factor, grid(step_NG, 40))
+        v_NK = (rounded.codes_NK.float() - 8) * step_NG.repeat_interleave(40, 1)[:, :1100]
+        found[units] = (rounded, factor, rounded.gradient(factor), v_NK)
+        assert factor.narrow.dtype == (torch.bfloat16 if units else torch.float32)
+    (wide, factor, _, v_NK), (narrow, _, narrow_NK, narrow_v_NK) = found[False], found[True]
+    assert not torch.equal(wide.codes_NK, narrow.codes_NK), "no code differs: nothing was tested"
+    losses = torch.stack([wide.row_loss(factor).sum(), narrow.row_loss(factor).sum()])
+    assert abs(losses[1] / losses[0] - 1) < 5e-3  # few rows: other codes are now better, now worse
+    exact_NK = (w_NK - narrow_v_NK) @ (hessian + factor.damping_K.diag())
+    assert (narrow_NK - exact_NK).norm() < 0.01 * exact_NK.norm()
+    measured = []
+    for units in (False, True):
+        monkeypatch.setattr("duotone.device.has_bf16_units", lambda units=units: units)
+        measured.append(output_loss(w_NK, v_NK, Statistics(hessian, 1)))
+    assert measured[1] == pytest.approx(measured[0], rel=1e-3) and measured[0] != measured[1]
+    assert narrow_NK.dtype == torch.float32

@@ -46,7 +46,7 @@ def test_batches_do_not_matter_exactly(dtype: torch.dtype, m: int, k: int, data:
     assert np.array_equal(found.hessian.numpy(), expected)
     assert found.mean is not None and np.array_equal(found.mean.numpy(), x_MK.sum(0).astype(np.float32) / np.float32(m))
     assert all(
-        other is None for other in (found.input_drift, found.stream_drift, found.input_drift_mean, found.stream_drift_mean)
+        other is None for other in (found.input_drift, found.stream_target, found.input_drift_mean, found.stream_target_mean)
     )
 
 
@@ -63,7 +63,7 @@ def test_drift_by_its_definition_in_any_batches(dtype: torch.dtype, m: int, k: i
     found = accumulated(tensors[0], cuts, tensors[1] if with_input else None, tensors[2] if with_stream else None)
     for present, left, moment, mean in (
         (with_input, x0 - x, found.input_drift, found.input_drift_mean),
-        (with_stream, off, found.stream_drift, found.stream_drift_mean),
+        (with_stream, off, found.stream_target, found.stream_target_mean),
     ):
         assert present == (moment is not None) == (mean is not None)
         if moment is not None and mean is not None:
@@ -87,8 +87,8 @@ def test_drift_of_real_inputs_against_float64() -> None:
     x, noise = torch.randn(2, 500, 20, generator=generator)
     original, off = (x + 1e-3 * noise).bfloat16().float(), 1e-3 * noise[:, :7]
     found = accumulated(x, [100, 101], original.view(50, 10, 20).view(500, 20), off)
-    assert found.input_drift is not None and found.stream_drift is not None
-    for moment, left in ((found.input_drift, original.double() - x.double()), (found.stream_drift, off.double())):
+    assert found.input_drift is not None and found.stream_target is not None
+    for moment, left in ((found.input_drift, original.double() - x.double()), (found.stream_target, off.double())):
         exact = left.T @ x.double() / 500
         assert (moment.double() - exact).norm() < 1e-5 * exact.norm()
 
@@ -131,7 +131,7 @@ def test_bfloat16_inputs_are_those_of_float32(m: int, k: int, d: int, extension:
     monkeypatch.setattr(native, "available", lambda: extension)
     found = accumulated(x, [m // 2], original, off)
     assert found.tokens == m
-    for name in ("hessian", "input_drift", "stream_drift", "mean", "input_drift_mean", "stream_drift_mean"):
+    for name in ("hessian", "input_drift", "stream_target", "mean", "input_drift_mean", "stream_target_mean"):
         one, other = getattr(found, name), getattr(expected, name)
         assert one.dtype == torch.float32
         assert (one - other).norm() <= 2e-6 * other.norm(), name
@@ -143,9 +143,9 @@ def test_a_stream_in_float32_beside_inputs_in_bfloat16() -> None:
     generator = torch.Generator().manual_seed(1)
     x, off = torch.randn(50, 20, generator=generator).bfloat16(), torch.randn(50, 8, generator=generator)
     found = accumulated(x, [20], None, off)
-    assert found.stream_drift is not None and found.stream_drift_mean is not None
-    torch.testing.assert_close(found.stream_drift, off.bfloat16().float().T @ x.float() / 50)
-    torch.testing.assert_close(found.stream_drift_mean, off.mean(0))
+    assert found.stream_target is not None and found.stream_target_mean is not None
+    torch.testing.assert_close(found.stream_target, off.bfloat16().float().T @ x.float() / 50)
+    torch.testing.assert_close(found.stream_target_mean, off.mean(0))
 
 
 def test_no_token_is_an_error() -> None:

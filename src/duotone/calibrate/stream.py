@@ -5,7 +5,7 @@ Two prefixes are carried side by side: the one quantized so far, whose inputs a 
 aim at the original model's outputs, the original one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +64,7 @@ class Observer:
             if statistics:
                 with self.phases("hessian"):
                     sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
-                    sums.add(at.x, *self._drift(name, at, meant))
+                    sums.add(at.x, *self._meant(name, at, meant))
         self._pool(name, sums)
         return None if sums is None else sums.finish(name)
 
@@ -76,15 +76,15 @@ class Observer:
                 if sums is not None:
                     sums.pool(self.ranks)
 
-    def _drift(self, name: str, at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
-        """The original's input; or, before a linear that writes to the stream, how far the stream behind it would be off."""
+    def _meant(self, name: str, at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
+        """The original's input; or, at a linear that writes to the stream, what it should write, less its bias."""
         if meant is None or self.original is None:
             return None, None
-        if at.stream is None or meant.stream is None:
+        if at.stream is None or meant.stream is None or meant.output is None:
             return meant.x, None
-        weight = self.original.stops[name].get_parameter("weight")
-        missing = nn.functional.linear(meant.x - at.x, weight)
-        return None, (meant.stream - at.stream).add_(missing)
+        target = (meant.stream - at.stream).add_(meant.output)
+        bias = getattr(self.original.stops[name], "bias", None)
+        return None, target if bias is None else target.sub_(bias)
 
 
 def _nothing() -> Iterator[None]:
@@ -153,10 +153,10 @@ class BlockStream:
         weights. The hidden states stay where they are until `leave`.
         """
         with ExitStack() as stack:
-            walk = stack.enter_context(self._walk(index, block, self.hidden, stops, marks))
+            walk = stack.enter_context(self._walk(index, block, self.hidden, stops, marks, behind=()))
             beside = None
             if original is not None and self.original is not None:
-                beside = stack.enter_context(self._walk(index, original, self.original, stops, marks))
+                beside = stack.enter_context(self._walk(index, original, self.original, stops, marks, behind=marks))
             yield Observer(walk, beside, self.phases, self.ranks)
 
     def leave(self, observer: Observer) -> None:
@@ -172,11 +172,17 @@ class BlockStream:
             yield states.to(self.device), *self.arguments[index][len(states)]
 
     def _walk(
-        self, index: int, block: nn.Module, hidden: Sequence[Tensor], stops: Mapping[str, str], marks: Mapping[str, str]
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: Sequence[Tensor],
+        stops: Mapping[str, str],
+        marks: Mapping[str, str],
+        behind: Collection[str],
     ) -> BlockWalk:
         calls = [Call(*call) for call in self.calls(index, hidden)]
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
-        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values()))
+        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values()), behind)
 
 
 def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:

@@ -7,7 +7,7 @@ forward is not ours, so it cannot yield) that stops inside the module's own forw
 been replaced.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -29,10 +29,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """One batch before a linear: its input [..., K], and the residual stream its output will be added to, if one is known."""
+    """One batch at a linear: its input [..., K], the residual stream its output will be added to, if one is known, and that
+    output [..., N], if the walk stops behind this linear.
+    """
 
     x: Tensor
     stream: Tensor | None
+    output: Tensor | None
 
 
 @dataclass
@@ -44,6 +47,7 @@ class _Batch:
     task: greenlet | None = None
     waiting_at: str | None = None
     x: Tensor | None = None
+    linear_output: Tensor | None = None
     output: Any = None
     passed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -52,8 +56,9 @@ class BlockWalk:
     """A context: all batches walk one block together, from stop to stop.
 
     stops: linears to stop before, in the order the block runs them. marks: for some stops, the module whose input is the
-    residual stream that the linear's output is added to. waiting: how many batches may wait inside the block, holding their
-    activations; the others walk from its start to every stop again, which takes time and gives the same numbers. None: all.
+    residual stream that the linear's output is added to. behind: the stops to make once the linear has run. waiting: how many
+    batches may wait inside the block, holding their activations; the others walk from its start to every stop again, which
+    takes time and gives the same numbers. None: all.
     """
 
     def __init__(
@@ -63,8 +68,9 @@ class BlockWalk:
         stops: Mapping[str, nn.Module],
         marks: Mapping[str, nn.Module],
         waiting: int | None = None,
+        behind: Collection[str] = (),
     ) -> None:
-        self._block, self.stops, self._marks = block, stops, marks
+        self._block, self.stops, self._marks, self._behind = block, stops, marks, behind
         allowed = len(calls) if waiting is None else waiting
         self._batches = [_Batch(waits=i < allowed) for i in range(len(calls))]
         self._calls = list(calls)
@@ -72,7 +78,8 @@ class BlockWalk:
 
     def __enter__(self) -> Self:
         for name, module in self.stops.items():
-            self._handles.append(module.register_forward_pre_hook(self._stop_at(name)))
+            register = module.register_forward_hook if name in self._behind else module.register_forward_pre_hook
+            self._handles.append(register(self._stop_at(name)))
         for name, module in self._marks.items():
             # Before the stops' hooks: a mark may be the very linear that another group stops at.
             self._handles.append(module.register_forward_pre_hook(self._note(name), prepend=True))
@@ -94,7 +101,7 @@ class BlockWalk:
                     raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
                 self._go(batch, call)
             assert batch.x is not None
-            yield Arrival(batch.x, batch.passed.get(name))
+            yield Arrival(batch.x, batch.passed.get(name), batch.linear_output)
             if not batch.waits:
                 self._unwind(batch)
 
@@ -111,12 +118,12 @@ class BlockWalk:
         """Give up a batch's forward where it stands; its activations are free, and it can start anew."""
         if batch.task is not None and not batch.task.dead:
             batch.task.throw()
-        batch.task = batch.waiting_at = batch.x = None
+        batch.task = batch.waiting_at = batch.x = batch.linear_output = None
         batch.passed.clear()
 
     def _go(self, batch: _Batch, call: Call) -> None:
         """One step: to the next stop, or to the end."""
-        batch.waiting_at = batch.x = None
+        batch.waiting_at = batch.x = batch.linear_output = None
         if batch.task is None:
             batch.task = greenlet(self._run)
             result = batch.task.switch(batch, call)
@@ -134,10 +141,10 @@ class BlockWalk:
             del task.batch  # a cycle would keep the activations until the collector comes by
 
     def _stop_at(self, name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
             batch = _walking()
             if batch is not None:
-                batch.waiting_at, batch.x = name, inputs[0]
+                batch.waiting_at, batch.x, batch.linear_output = name, inputs[0], output
                 assert batch.task is not None and batch.task.parent is not None
                 batch.task.parent.switch()
 

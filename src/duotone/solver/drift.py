@@ -12,20 +12,20 @@ can of the error that came before it. The inverse is damped: the drift is small,
 calibration.
 """
 
-import torch
 from torch import Tensor
 
+from duotone.device import product_dtype
 from duotone.solver.statistics import Statistics
 
 
 def corrected_target(w_NK: Tensor, statistics: Statistics) -> Tensor:
     """W* [N, K] for the drift that the statistics hold; the weight itself when they hold none."""
-    target_NK = w_NK
-    if statistics.input_drift is not None and bool(statistics.input_drift.any()):
-        target_NK = torch.addmm(target_NK, w_NK, statistics.input_correction)
-    if statistics.stream_drift is not None and bool(statistics.stream_drift.any()):
-        target_NK = target_NK + statistics.explained(statistics.stream_drift)
-    return target_NK
+    if statistics.stream_target is not None:
+        return statistics.stream_weight(w_NK)
+    if statistics.input_drift is None or not bool(statistics.input_drift.any()):
+        return w_NK
+    dtype = product_dtype(w_NK)
+    return w_NK + w_NK.to(dtype) @ statistics.input_correction.to(dtype)
 
 
 def bias_shift(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> Tensor:
@@ -35,9 +35,9 @@ def bias_shift(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> Tensor:
     """
     if statistics.mean is None:
         raise ValueError("bias_shift: the statistics hold no means")
+    if statistics.stream_target_mean is not None:
+        return statistics.stream_target_mean - v_NK @ statistics.mean
     shift_N = (w_NK - v_NK) @ statistics.mean
     if statistics.input_drift_mean is not None:
         shift_N += w_NK @ statistics.input_drift_mean
-    if statistics.stream_drift_mean is not None:
-        shift_N += statistics.stream_drift_mean
     return shift_N

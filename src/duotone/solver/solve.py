@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from duotone.device import has_bf16_units
+from duotone.device import product_dtype
 from duotone.errors import DuotoneError
 from duotone.solver.statistics import Statistics
 from duotone.solver.sweep import Grid, sweep
@@ -28,8 +28,8 @@ RefreshGroup = Callable[[int, Tensor], None]
 _DAMPING_STEP, _DAMPING_TRIES = 10.0, 4
 #: Power iterations for a condition number.
 _CONDITION_STEPS = 4
-#: Multiplications from which a loss is measured in BF16 by CPUs that are fast at it.
-_LARGE = 2**29
+#: Products with a triangle skip its zeros in panels of so many columns; what they leave stays in the cache.
+_PANEL = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,23 @@ class Factor:
     damping_frac: float
     damping_K: Tensor
     dead_columns: int
+
+    @cached_property
+    def narrow(self) -> Tensor:
+        """R as whole matrices are multiplied with it: in BF16, if this machine is so much faster at that."""
+        return self.unit_KK.to(product_dtype(self.unit_KK))
+
+    @cached_property
+    def _place(self) -> Tensor:
+        return torch.argsort(self.order_K)
+
+    def visited(self, w_NK: Tensor) -> Tensor:
+        """[N, K] in original order as [K, N] in visiting order. Rows are moved: columns take four times as long."""
+        return w_NK.T.contiguous()[self.order_K]
+
+    def original(self, x_KN: Tensor) -> Tensor:
+        """[K, N] in visiting order as [N, K] in original order."""
+        return x_KN[self._place].T.contiguous()
 
     @cached_property
     def condition_number(self) -> float:
@@ -80,9 +97,7 @@ class Rounded:
 
     def wish(self, factor: Factor) -> Tensor:
         """What the columns wished to be [N, K] in original order: the weights with all that earlier columns pushed on."""
-        wish_NK = torch.empty(self.codes_NK.shape, dtype=self.left_KN.dtype, device=self.left_KN.device)
-        wish_NK[:, factor.order_K] = (self.value_KN + self.left_KN).T
-        return wish_NK
+        return factor.original(self.value_KN + self.left_KN)
 
     def where(self, rows_N: Tensor, other: "Rounded") -> "Rounded":
         """This, with the other's rows where True."""
@@ -92,14 +107,14 @@ class Rounded:
         )
         return Rounded(codes_NK, value_KN, left_KN)
 
-    def gradient(self, factor: Factor, panel: int = 512) -> Tensor:
+    def gradient(self, factor: Factor) -> Tensor:
         """(W - V) H of the damped Hessian, [N, K] in original order: R (R^T x), of which the loop has left R^T x."""
-        pivoted_KN = self.left_KN * factor.diagonal_K.square()[:, None]
-        gradient_NK = torch.empty_like(pivoted_KN.T, memory_format=torch.contiguous_format)
-        for start in range(0, len(pivoted_KN), panel):  # R is upper triangular
-            rows = slice(start, start + panel)
-            gradient_NK[:, factor.order_K[rows]] = (factor.unit_KK[rows, start:] @ pivoted_KN[start:]).T
-        return gradient_NK
+        pivoted_KN = (self.left_KN * factor.diagonal_K.square()[:, None]).to(factor.narrow.dtype)
+        gradient_KN = torch.empty_like(self.left_KN)
+        for start in range(0, len(pivoted_KN), _PANEL):  # R is upper triangular
+            rows = slice(start, start + _PANEL)
+            gradient_KN[rows] = factor.narrow[rows, start:] @ pivoted_KN[start:]
+        return factor.original(gradient_KN)
 
 
 def factorize(statistics: Statistics, order_K: Tensor, damping_frac: float, layer: str) -> Factor:
@@ -138,28 +153,25 @@ def solve(
     `refresh_group` may overwrite its group's scales in `grid`; columns of a group must then be contiguous in the order (GAR
     or none), and blocks follow groups. The result does not depend on `block_size` (to float32 rounding).
     """
-    w_KN = w_NK.T[factor.order_K].contiguous()
+    w_KN = factor.visited(w_NK)
     group_K = (factor.order_K // grid.scheme.group_size).to(torch.int32)
     groups = group_K.tolist()
-    x_KN, left_KN, codes_KN = (
-        torch.empty_like(w_KN),
-        torch.empty_like(w_KN),
-        torch.empty(w_KN.shape, dtype=torch.uint8, device=w_KN.device),
-    )
+    value_KN, left_KN = torch.empty_like(w_KN), torch.empty_like(w_KN)
+    x_KN = torch.empty_like(w_KN, dtype=factor.narrow.dtype)
+    codes_KN = torch.empty_like(w_KN, dtype=torch.uint8)
     for start, stop in _spans(groups, block_size if refresh_group is None else None):
         unit_BB = factor.unit_KK[start:stop, start:stop]
-        pushed_BN = factor.unit_KK[:start, start:stop].T @ x_KN[:start]
+        pushed_BN = (factor.narrow[:start, start:stop].T @ x_KN[:start]).to(w_KN.dtype)
         if refresh_group is not None:
             # The weights that would cancel all error so far if the group were free: what its scale has to cover.
             free_BN = torch.linalg.solve_triangular(unit_BB.T, pushed_BN, upper=False, unitriangular=True)
             refresh_group(groups[start], w_KN[start:stop] + free_BN)
         w_BN = w_KN[start:stop]
-        codes_KN[start:stop], value_BN = sweep(w_BN + pushed_BN, w_BN, unit_BB, grid, group_K[start:stop])
-        torch.sub(w_BN, value_BN, out=x_KN[start:stop])
-        torch.addmm(pushed_BN, unit_BB.T, x_KN[start:stop], out=left_KN[start:stop])
-    codes_NK = torch.empty(w_NK.shape, dtype=torch.uint8, device=w_NK.device)
-    codes_NK[:, factor.order_K] = codes_KN.T
-    return Rounded(codes_NK, w_KN - x_KN, left_KN)
+        codes_KN[start:stop], value_KN[start:stop] = sweep(w_BN + pushed_BN, w_BN, unit_BB, grid, group_K[start:stop])
+        x_BN = w_BN - value_KN[start:stop]
+        x_KN[start:stop] = x_BN
+        torch.addmm(pushed_BN, unit_BB.T, x_BN, out=left_KN[start:stop])
+    return Rounded(factor.original(codes_KN), value_KN, left_KN)
 
 
 def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int]]:
@@ -173,21 +185,23 @@ def _spans(group_of_K: list[int], block_size: int | None) -> list[tuple[int, int
 
 def output_loss(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> float:
     """Relative output error |X (W - V)^T|^2 / |X W^T|^2 under the layer's undamped Hessian."""
-    hessian_KK = _measure(w_NK, statistics)
-    return _energy(w_NK - v_NK, hessian_KK) / max(_energy(w_NK, hessian_KK), 1e-30)
+    return _energy(w_NK - v_NK, statistics.hessian) / max(_energy(w_NK, statistics.hessian), 1e-30)
 
 
 def output_energy(w_NK: Tensor, statistics: Statistics) -> float:
     """|X W^T|^2, what `output_loss` is relative to."""
-    return _energy(w_NK, _measure(w_NK, statistics))
-
-
-def _measure(w_NK: Tensor, statistics: Statistics) -> Tensor:
-    """The Hessian in the arithmetic of a loss: one number from so many products, BF16 rounds off 1e-4 of it."""
-    hessian_KK = statistics.hessian
-    narrow = w_NK.device.type == "cpu" and w_NK.numel() * len(hessian_KK) > _LARGE and has_bf16_units()
-    return hessian_KK.bfloat16() if narrow else hessian_KK
+    return _energy(w_NK, statistics.hessian)
 
 
 def _energy(e_NK: Tensor, hessian_KK: Tensor) -> float:
-    return float(((e_NK.to(hessian_KK.dtype) @ hessian_KK) * e_NK).sum(dtype=torch.float64))
+    """tr(E H E^T), of whose two triangles one is enough. From so many products one number: BF16 rounds off 1e-4 of it."""
+    twice_KK = (2 * hessian_KK).tril_()
+    twice_KK.diagonal().div_(2)
+    twice_KK = twice_KK.to(product_dtype(hessian_KK))
+    total = torch.zeros((), dtype=torch.float64, device=e_NK.device)
+    for e_RK in e_NK.split(_PANEL):
+        narrow_RK = e_RK.to(twice_KK.dtype)
+        for start in range(0, len(hessian_KK), _PANEL):
+            columns = slice(start, start + _PANEL)
+            total += ((narrow_RK[:, start:] @ twice_KK[start:, columns]) * e_RK[:, columns]).sum(dtype=torch.float64)
+    return float(total)

@@ -25,19 +25,19 @@ class Statistics:
 
     hessian: X^T X, float32 [K, K], X being the inputs that the already quantized prefix produces.
     input_drift: (X0 - X)^T X [K, K], X0 being the same inputs behind the original prefix; None when it was not run.
-    stream_drift: R^T X [D, K], R = S0 + X0 W^T - S - X W^T being how far the residual stream behind the linear is off before
-    the linear is quantized; only of a linear that writes to the stream, where it stands in the place of input_drift.
-    mean, input_drift_mean [K], stream_drift_mean [D]: means of X, X0 - X and R over the tokens.
+    stream_target: T^T X [D, K], T = S0 + X0 W^T - S being what the linear has to write for the residual stream behind it to be
+    the original's; only of a linear that writes to the stream, where it stands in the place of input_drift.
+    mean, input_drift_mean [K], stream_target_mean [D]: means of X, X0 - X and T over the tokens.
     known_correction: the `input_correction`, where it has been worked out elsewhere.
     """
 
     hessian: Tensor
     tokens: int
     input_drift: Tensor | None = None
-    stream_drift: Tensor | None = None
+    stream_target: Tensor | None = None
     mean: Tensor | None = None
     input_drift_mean: Tensor | None = None
-    stream_drift_mean: Tensor | None = None
+    stream_target_mean: Tensor | None = None
     known_correction: Tensor | None = None
 
     @cached_property
@@ -48,17 +48,30 @@ class Statistics:
         assert self.input_drift is not None
         return self.explained(self.input_drift)
 
+    def stream_weight(self, w_NK: Tensor) -> Tensor:
+        """The weight [D, K] with which the inputs best explain the stream's target; the damping holds it at `w_NK`.
+
+        T^T X (H + damping)^-1 + W damping (H + damping)^-1, which is W + R^T X (H + damping)^-1 with R = T - X W^T.
+        """
+        assert self.stream_target is not None
+        found_NK = self.explained(torch.addcmul(self.stream_target, w_NK, self._damping))
+        return torch.where(self.hessian.diagonal() > 0, found_NK, w_NK)
+
     def explained(self, moment_DK: Tensor) -> Tensor:
         """R^T X H^-1 of a moment R^T X [D, K]: the weights with which the inputs best explain R. H is damped.
 
         The drift is small, and its estimate has the noise of a short calibration.
         """
         damped_KK = self.hessian.clone()
-        diagonal = damped_KK.diagonal()
+        damped_KK.diagonal().add_(self._damping)
+        return torch.cholesky_solve(moment_DK.T, torch.linalg.cholesky(damped_KK)).T
+
+    @property
+    def _damping(self) -> Tensor:
+        diagonal = self.hessian.diagonal()
         mean = diagonal.mean()
         # A channel that was never excited has no drift to undo; its unit diagonal only keeps the factor finite.
-        diagonal += torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean.clamp(min=1e-30))
-        return torch.cholesky_solve(moment_DK.T, torch.linalg.cholesky(damped_KK)).T
+        return torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean.clamp(min=1e-30))
 
     def centered(self) -> "Statistics":
         """Covariances in the place of second moments: what is left to a linear whose bias takes up all means."""
@@ -68,7 +81,7 @@ class Statistics:
             self,
             hessian=self.hessian.addr(self.mean, self.mean, alpha=-1),
             input_drift=_less(self.input_drift, self.input_drift_mean, self.mean),
-            stream_drift=_less(self.stream_drift, self.stream_drift_mean, self.mean),
+            stream_target=_less(self.stream_target, self.stream_target_mean, self.mean),
         )
 
 
@@ -86,16 +99,16 @@ class StatisticsAccumulator:
         self._stream: tuple[Tensor, Tensor] | None = None
         self._tokens = 0
 
-    def add(self, x: Tensor, original: Tensor | None = None, stream_drift: Tensor | None = None) -> None:
-        """Add inputs [..., K], with what they are in the original model, and the stream's drift [..., D], where known."""
+    def add(self, x: Tensor, original: Tensor | None = None, target: Tensor | None = None) -> None:
+        """Add inputs [..., K], with what they are in the original model, and the stream's target [..., D], where known."""
         x_MK = x.reshape(-1, x.shape[-1])
         _add_moments(x_MK, None, self._hessian_KK)
         self._sum_K += x_MK.sum(0, dtype=torch.float32)
         self._tokens += x_MK.shape[0]
         if original is not None:
             self._input = _add(self._input, original.reshape(x_MK.shape) - x_MK, x_MK)
-        if stream_drift is not None:
-            self._stream = _add(self._stream, stream_drift.reshape(-1, stream_drift.shape[-1]), x_MK)
+        if target is not None:
+            self._stream = _add(self._stream, target.reshape(-1, target.shape[-1]), x_MK)
 
     def pool(self, ranks: Ranks) -> None:
         """Take in what the other processes have added up."""
@@ -116,12 +129,12 @@ class StatisticsAccumulator:
             (None, None) if sums is None else tuple(total.div_(self._tokens) for total in sums)
             for sums in (self._input, self._stream)
         )
-        (input_drift, input_mean), (stream_drift, stream_mean) = drifts
+        (input_drift, input_mean), (stream_target, stream_mean) = drifts
         hessian, mean = self._hessian_KK.div_(self._tokens), self._sum_K.div_(self._tokens)
         for start in range(0, len(hessian), _PANEL):
             end = start + _PANEL
             hessian[end:, start:end] = hessian[start:end, end:].T
-        return Statistics(hessian, self._tokens, input_drift, stream_drift, mean, input_mean, stream_mean)
+        return Statistics(hessian, self._tokens, input_drift, stream_target, mean, input_mean, stream_mean)
 
 
 def _add(sums: tuple[Tensor, Tensor] | None, left_MD: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:

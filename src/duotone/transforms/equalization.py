@@ -74,7 +74,7 @@ def rescaled(statistics: Statistics, s_K: Tensor) -> Statistics:
         statistics,
         hessian=statistics.hessian / s_K / s_K[:, None],
         input_drift=None if statistics.input_drift is None else statistics.input_drift / s_K / s_K[:, None],
-        stream_drift=None if statistics.stream_drift is None else statistics.stream_drift / s_K,
+        stream_target=None if statistics.stream_target is None else statistics.stream_target / s_K,
         mean=None if statistics.mean is None else statistics.mean / s_K,
         input_drift_mean=None if statistics.input_drift_mean is None else statistics.input_drift_mean / s_K,
     )
