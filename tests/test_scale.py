@@ -29,11 +29,20 @@ def test_the_cost_model_counts_what_a_plan_counts(ranks: int) -> None:
     shape = scale.dense("bundled", *sizes)
     assert shape.weights == plan.weights
     machine = scale.Machine("of ones", 1.0, 1.0, 1.0, 1.0)
-    found, work = scale.cost(shape, ranks, machine, tokens).seconds, phase_work(plan, tokens, 0)  # no attention
+    found, work = (
+        scale.cost(shape, ranks, machine, tokens).seconds,
+        phase_work(
+            plan,
+            tokens,
+            0,
+            torch.bfloat16,
+            torch.device("cpu"),  # no attention
+        ),
+    )
     assert found["forward"] * ranks == pytest.approx(work["forward"].narrow)
     assert found["hessian"] * ranks == pytest.approx(work["hessian"].narrow)
     assert found["factorize"] == pytest.approx(work["factorize"].wide)
-    assert found["solve"] * ranks == pytest.approx(work["solve"].wide)
+    assert found["solve"] * ranks == pytest.approx(work["solve"].wide + work["solve"].narrow)
     assert (found["network"] > 0) == (ranks > 1)
 
 
@@ -52,6 +61,6 @@ def test_experts_share_the_tokens_and_not_the_factorizations() -> None:
 
 def test_a_ceiling_is_measured_and_turns_work_into_seconds(tmp_path: Path) -> None:
     """Speeds of this machine are positive, leave no file behind, and work takes as long as its parts one after the other."""
-    ceiling = measured_ceiling(torch.float32, tmp_path, size=128)
+    ceiling = measured_ceiling(tmp_path, size=128)
     assert min(ceiling.narrow, ceiling.wide, ceiling.disk) > 0 and not list(tmp_path.iterdir())
     assert Ceiling(2.0, 4.0, 8.0).seconds(Work(narrow=2.0, wide=8.0, nbytes=4.0)) == 3.5

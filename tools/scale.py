@@ -115,8 +115,8 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
         work["forward"] += 2 * 2 * here * group.weights
         work["hessian"] += group.count * moments(group.rows[0], group.columns, here, group.writes)
         work["factorize"] += group.count * group.columns**3 / 3
-        work["solve"] += group.count * sum(solving(rows, group.columns) for rows in group.rows)
-        work["solve"] += group.count * correcting(group.rows, group.columns, group.writes)
+        work["solve"] += group.count * sum(sum(solving(rows, group.columns)) for rows in group.rows)
+        work["solve"] += group.count * sum(correcting(group.rows, group.columns, group.writes))
         if ranks > 1:
             drift = group.rows[0] if group.writes else group.columns
             network += group.count * 2 * 4 * group.columns * (group.columns + drift)  # a ring sends everything twice

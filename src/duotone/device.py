@@ -61,8 +61,13 @@ def product_dtype(matrix: torch.Tensor) -> torch.dtype:
 
     Sums of rounding errors and measured losses: BF16 takes a thousandth off them, at random. docs/LOG.md has what that costs.
     """
-    narrow = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.shape[1] >= _WIDE and has_bf16_units()
+    narrow = matrix.dtype == torch.float32 and multiplies_narrow(matrix.device, matrix.shape[1])
     return torch.bfloat16 if narrow else matrix.dtype
+
+
+def multiplies_narrow(device: torch.device, columns: int) -> bool:
+    """Whether float32 matrices of so many columns are multiplied in BF16."""
+    return device.type == "cpu" and columns >= _WIDE and has_bf16_units()
 
 
 def is_x86() -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from duotone.device import resolve_dtype
+from duotone.device import multiplies_narrow
 from duotone.outcome import QuantizeReport
 from duotone.plan import Plan
 from duotone.solver.local_search import steps_of
@@ -24,16 +24,21 @@ from duotone.solver.search import SCALE_TRIALS
 
 @dataclass
 class Work:
-    """Floating-point operations in the calibration's dtype (narrow) and in float32 (wide), and bytes to write."""
+    """Floating-point operations in BF16 (narrow) and in float32 (wide), and bytes to write."""
 
     narrow: float = 0.0
     wide: float = 0.0
     nbytes: float = 0.0
 
+    def add(self, operations: float, narrow: bool) -> None:
+        """Count operations in the one arithmetic or the other."""
+        self.narrow += operations if narrow else 0.0
+        self.wide += 0.0 if narrow else operations
+
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Of this machine: operations a second in the calibration's dtype and in float32, bytes a second to its disk."""
+    """Of this machine: operations a second in BF16 and in float32, bytes a second to its disk."""
 
     narrow: float
     wide: float
@@ -48,12 +53,14 @@ def floor_seconds(report: QuantizeReport) -> dict[str, float]:
     """By phase, the least that a finished run could have taken on this machine."""
     if report.calibration is None:
         return {}
-    ceiling = measured_ceiling(resolve_dtype(report.calibration["dtype"]), Path(report.out))
+    ceiling = measured_ceiling(Path(report.out))
     return {phase: ceiling.seconds(Work(**work)) for phase, work in report.work.items()}
 
 
-def phase_work(plan: Plan, tokens: int, seq_len: int) -> dict[str, Work]:
-    """By phase, what quantizing takes in all. Not counted: the search of `--effort high`, methods without statistics."""
+def phase_work(plan: Plan, tokens: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> dict[str, Work]:
+    """By phase, what quantizing takes in all, calibrated in `dtype`. Not counted: the search of `--effort high`, methods without
+    statistics.
+    """
     config = plan.config
     work = {phase: Work() for phase in ("forward", "hessian", "factorize", "solve", "write")}
     work["write"].nbytes = plan.disk_bytes
@@ -61,41 +68,47 @@ def phase_work(plan: Plan, tokens: int, seq_len: int) -> dict[str, Work]:
         return work
     prefixes = 2 if config.method_facts.drift else 1
     attention = 2 * tokens * seq_len * int(plan.source.config.get("hidden_size", 0)) * len(plan.blocks)
-    work["forward"].narrow = prefixes * (2 * tokens * plan.weights + attention)
+    calibrated = dtype == torch.bfloat16
+    work["forward"].add(prefixes * (2 * tokens * plan.weights + attention), calibrated)
     for block in plan.blocks:
         for group in block.shared_inputs:
             shapes = [plan.shapes[layer] for layer in group]
             width = shapes[0][1]
             writes, drift = group[0] in block.streams, config.method_facts.drift
-            work["hessian"].narrow += moments(shapes[0][0], width, tokens, writes, drift)
+            work["hessian"].add(moments(shapes[0][0], width, tokens, writes, drift), calibrated)
             work["factorize"].wide += width**3 / 3
-            work["solve"].wide += correcting([rows for rows, _ in shapes], width, writes) if drift else 0.0
-            work["solve"].wide += sum(solving(rows, width, config.method == "dpq") for rows, _ in shapes)
+            parts = [solving(rows, width, config.method == "dpq") for rows, _ in shapes]
+            parts += [correcting([rows for rows, _ in shapes], width, writes)] if drift else []
+            for products, others in parts:
+                work["solve"].add(products, multiplies_narrow(device, width))
+                work["solve"].wide += others
     return work
 
 
 def moments(rows: int, columns: int, tokens: float, writes: bool, drift: bool = True) -> float:
     """Operations of second moments: of the input with itself, which is symmetric, and of the drift of input or stream."""
-    return tokens * columns * (columns + ((4 * rows if writes else 2 * columns) if drift else 0))
+    return tokens * columns * (columns + (2 * (rows if writes else columns) if drift else 0))
 
 
-def correcting(rows: Sequence[int], columns: int, writes: bool) -> float:
-    """Of the target that drift asks for, with a factorization of its own, for all linears that read one input."""
-    products = 2 * sum(rows) if writes else 2 * columns + 2 * sum(rows)
-    return columns**2 * (columns / 3 + products)
+def correcting(rows: Sequence[int], columns: int, writes: bool) -> tuple[float, float]:
+    """Of the target that drift asks for, for all linears that read one input: whole products; a factorization and its use."""
+    square, every = float(columns**2), sum(rows)
+    return 0.0 if writes else 2 * every * square, square * (columns / 3 + 2 * (every if writes else columns))
 
 
-def solving(rows: int, columns: int, search: bool = True) -> float:
-    """Of a column loop and the loss that is reported; with dpq of its other loops, the gradient, and both searches."""
-    square = float(rows * columns**2)
+def solving(rows: int, columns: int, search: bool = True) -> tuple[float, float]:
+    """Whole products of a column loop and the loss that is reported, with dpq of its other loops and the gradient; and dpq's
+    searches for scales and codes.
+    """
+    square = float(rows * columns**2)  # two operations each, for a triangle
     if not search:
-        return 5 * square
+        return 3 * square, 0.0
     loops = 1 + REFITS
     codes = 10 * rows * columns * steps_of(columns)  # each step looks at all columns, ten operations each
-    return (loops + 5) * square + codes + 14 * rows * columns * loops * SCALE_TRIALS
+    return (loops + 3) * square, codes + 14 * rows * columns * loops * SCALE_TRIALS
 
 
-def measured_ceiling(dtype: torch.dtype, folder: Path, size: int = 2048) -> Ceiling:
+def measured_ceiling(folder: Path, size: int = 2048) -> Ceiling:
     """What this machine reaches: products of `size` cubed, the best of several, and 64 MiB written to `folder` and synced."""
 
     def flops(dtype: torch.dtype) -> float:
@@ -111,8 +124,7 @@ def measured_ceiling(dtype: torch.dtype, folder: Path, size: int = 2048) -> Ceil
             os.fsync(file.fileno())
 
         disk = len(data) / _best(write, 2)
-    wide = flops(torch.float32)
-    return Ceiling(wide if dtype == torch.float32 else flops(dtype), wide, disk)
+    return Ceiling(flops(torch.bfloat16), flops(torch.float32), disk)
 
 
 def _best(work: Callable[[], object], times: int) -> float:

@@ -80,7 +80,9 @@ def quantize(
     )
     report.original_bytes = plan.source.weight_bytes
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
-    report.work = {phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len).items()}
+    report.work = {
+        phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len, dtype, device).items()
+    }
     run = Run(plan, device, dtype, phases, report, ranks, None if offload is None else Offload(offload))
     with made_output(run, out, resume, run_settings(plan, device, dtype, windows, ranks), save_every) as output:
         skeleton = build_skeleton(plan.source.config, dtype)
