@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "floats.h"
 #include "solver_kernels.h"
 
 // What returns a vector here is inlined: no call has to agree on how.
@@ -14,11 +15,12 @@
 
 namespace duotone {
 
+template <typename Weight>    // float, or BF16 as bits
 struct LocalSearch : Rows {  // codes: [N, K], improved in place
   int64_t steps, tenure;
   int64_t padded;         // columns of a row of `hessian`: K and zeros to whole SCANs
   const float* gradient;  // [N, K]
-  const float* hessian;   // [K, padded]
+  const Weight* hessian;  // [K, padded]
   const float* damping;   // [K]
 };
 
@@ -30,9 +32,10 @@ struct Move {
 };
 
 struct Search {
-  explicit Search(const LocalSearch& s)
+  template <typename Weight>
+  explicit Search(const LocalSearch<Weight>& s)
       : gradient(s.padded), curvature(s.padded), up(s.padded), down(s.padded), code(s.columns), moves(s.steps) {
-    for (int64_t k = 0; k < s.columns; k++) curvature[k] = s.hessian[k * s.padded + k] + s.damping[k];
+    for (int64_t k = 0; k < s.columns; k++) curvature[k] = widen(s.hessian[k * s.padded + k]) + s.damping[k];
   }
   std::vector<float> gradient, curvature;  // (w - v) H, and H's diagonal
   std::vector<float> up, down;             // to the next value of the table and to the one before; infinite where there is none
@@ -40,7 +43,8 @@ struct Search {
   std::vector<Move> moves;
 };
 
-DUOTONE_INLINE void open_column(const LocalSearch& s, Search& t, int64_t row, int64_t k) {
+template <typename Weight>
+DUOTONE_INLINE void open_column(const LocalSearch<Weight>& s, Search& t, int64_t row, int64_t k) {
   const Values values = values_of(s, row, k);
   const float level = t.code[k] + s.lowest, value = values.at(level).value;
   const float up = level < values.high ? values.at(level + 1.0f).value - value : 0.0f;
@@ -51,7 +55,8 @@ DUOTONE_INLINE void open_column(const LocalSearch& s, Search& t, int64_t row, in
 }
 
 // The column that moved in a step may move again.
-DUOTONE_INLINE void end_rest(const LocalSearch& s, Search& t, int64_t row, int64_t step) {
+template <typename Weight>
+DUOTONE_INLINE void end_rest(const LocalSearch<Weight>& s, Search& t, int64_t row, int64_t step) {
   if (step >= 0 && t.moves[step].column >= 0) open_column(s, t, row, t.moves[step].column);
 }
 
@@ -64,12 +69,20 @@ DUOTONE_INLINE T cost(T d, T h, T g) {
 // Vectors by name: the best moves so far have to stay in registers, and arrays that are written under a condition do not.
 typedef float Floats __attribute__((vector_size(SCAN * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(SCAN * sizeof(int32_t))));
+typedef uint16_t Halves __attribute__((vector_size(SCAN * sizeof(uint16_t))));
 
 DUOTONE_INLINE void take(Floats& into, const float* from) { std::memcpy(&into, from, sizeof(Floats)); }
+DUOTONE_INLINE void take(Floats& into, const uint16_t* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(Halves));
+  const Ints wide = __builtin_convertvector(halves, Ints) << 16;
+  std::memcpy(&into, &wide, sizeof(Floats));
+}
 
 // The gradient after a move by `step`, and in the same pass the column of the cheapest next one; -1 when there is none.
 // Of equal costs the first column's counts.
-DUOTONE_INLINE int64_t scan(const LocalSearch& s, Search& t, const float* weights, float step) {
+template <typename Weight>
+DUOTONE_INLINE int64_t scan(const LocalSearch<Weight>& s, Search& t, const Weight* weights, float step) {
   Floats best, g, h, up, down, weight;
   Ints at{}, here;
   for (int q = 0; q < SCAN; q++) best[q] = INFINITY, here[q] = q;
@@ -90,7 +103,8 @@ DUOTONE_INLINE int64_t scan(const LocalSearch& s, Search& t, const float* weight
   return least < INFINITY ? column : -1;
 }
 
-DUOTONE_INLINE void search_row(const LocalSearch& s, Search& t, int64_t row) {
+template <typename Weight>
+DUOTONE_INLINE void search_row(const LocalSearch<Weight>& s, Search& t, int64_t row) {
   uint8_t* codes = s.codes + row * s.columns;
   std::fill(t.up.begin(), t.up.end(), INFINITY);
   std::fill(t.down.begin(), t.down.end(), INFINITY);
@@ -103,7 +117,7 @@ DUOTONE_INLINE void search_row(const LocalSearch& s, Search& t, int64_t row) {
   double total = 0.0, least = 0.0;
   int64_t done = 0, kept = 0;
   float step = 0.0f;
-  const float* weights = s.hessian;
+  const Weight* weights = s.hessian;
   for (; done < s.steps; done++) {
     const int64_t k = scan(s, t, weights, step);
     if (k < 0) {  // all rest: a step goes by
@@ -130,9 +144,13 @@ DUOTONE_INLINE void search_row(const LocalSearch& s, Search& t, int64_t row) {
   for (int64_t k = 0; k < s.columns; k++) codes[k] = static_cast<uint8_t>(static_cast<int32_t>(t.code[k]));
 }
 
-DUOTONE_CLONES void search_rows(const LocalSearch& s, int64_t first, int64_t last) {
+template <typename Weight>
+DUOTONE_INLINE void search_all(const LocalSearch<Weight>& s, int64_t first, int64_t last) {
   Search search(s);
   for (int64_t row = first; row < last; row++) search_row(s, search, row);
 }
+
+DUOTONE_CLONES void search_rows(const LocalSearch<float>& s, int64_t first, int64_t last) { search_all(s, first, last); }
+DUOTONE_CLONES void search_rows_bf16(const LocalSearch<uint16_t>& s, int64_t first, int64_t last) { search_all(s, first, last); }
 
 }  // namespace duotone

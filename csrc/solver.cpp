@@ -164,6 +164,23 @@ std::tuple<Tensor, Tensor, Tensor> descend_rows(Tensor pull, Tensor curvature, T
   return {new_codes, new_values, change};
 }
 
+// Runs `search` on a Hessian whose rows are filled with zeros to whole SCANs.
+template <typename Weight>
+void search_padded(duotone::LocalSearch<Weight>& s, const Weight* hessian,
+                   void (*search)(const duotone::LocalSearch<Weight>&, int64_t, int64_t)) {
+  const int64_t columns = s.columns;
+  s.padded = (columns + duotone::SCAN - 1) / duotone::SCAN * duotone::SCAN;
+  s.hessian = hessian;
+  std::vector<Weight> padded;
+  if (s.padded != columns) {
+    padded.resize(static_cast<size_t>(columns * s.padded));
+    for (int64_t k = 0; k < columns; k++) std::memcpy(padded.data() + k * s.padded, hessian + k * columns, sizeof(Weight) * columns);
+    s.hessian = padded.data();
+  }
+  torch::stable::parallel_for(0, s.rows, 1, [&](int64_t first, int64_t last) { search(s, first, last); });
+}
+
+// hessian: float, or BF16.
 Tensor local_search(Tensor gradient, Tensor hessian, Tensor damping, Tensor group_scale, std::optional<Tensor> zero_point,
                     Tensor outer_scale, Tensor group, Tensor codes, double lowest_level, double fp8_max, int64_t steps,
                     int64_t tenure) {
@@ -173,23 +190,22 @@ Tensor local_search(Tensor gradient, Tensor hessian, Tensor damping, Tensor grou
   check_shape(hessian, {columns, columns}, "hessian");
   check_shape(damping, {columns}, "damping");
   check_shape(codes, {rows, columns}, "codes");
-  duotone::LocalSearch s{};
-  set_rows(s, rows, columns, group_scale, zero_point, outer_scale, group, lowest_level, fp8_max);
   Tensor improved = torch::stable::clone(codes);
   data_of<uint8_t>(improved, ScalarType::Byte, "codes");
-  s.codes = static_cast<uint8_t*>(improved.mutable_data_ptr());
-  s.gradient = floats(gradient, "gradient"), s.damping = floats(damping, "damping");
-  s.steps = steps, s.tenure = tenure;
-  s.hessian = floats(hessian, "hessian");
-  s.padded = (columns + duotone::SCAN - 1) / duotone::SCAN * duotone::SCAN;
-  std::vector<float> padded;
-  if (s.padded != columns) {
-    padded.resize(static_cast<size_t>(columns * s.padded));
-    for (int64_t k = 0; k < columns; k++)
-      std::memcpy(padded.data() + k * s.padded, s.hessian + k * columns, sizeof(float) * columns);
-    s.hessian = padded.data();
+  const auto filled = [&](auto s) {
+    set_rows(s, rows, columns, group_scale, zero_point, outer_scale, group, lowest_level, fp8_max);
+    s.codes = static_cast<uint8_t*>(improved.mutable_data_ptr());
+    s.gradient = floats(gradient, "gradient"), s.damping = floats(damping, "damping");
+    s.steps = steps, s.tenure = tenure;
+    return s;
+  };
+  if (hessian.scalar_type() == ScalarType::BFloat16) {
+    auto s = filled(duotone::LocalSearch<uint16_t>{});
+    search_padded(s, data_of<uint16_t>(hessian, ScalarType::BFloat16, "hessian"), duotone::search_rows_bf16);
+  } else {
+    auto s = filled(duotone::LocalSearch<float>{});
+    search_padded(s, floats(hessian, "hessian"), duotone::search_rows);
   }
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) { duotone::search_rows(s, first, last); });
   return improved;
 }
 

@@ -229,6 +229,22 @@ def test_compiled_search_is_torchs_bit_for_bit(
     assert torch.equal(found, case.codes_NK) == (steps == 0)
 
 
+@COMPILED
+@pytest.mark.parametrize("columns", [40, 64, 75])
+@pytest.mark.parametrize("dead", [(), (3, 17)])
+def test_a_hessian_in_bfloat16(columns: int, dead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide ones are read: torch's, bit for bit, on rounded rows with the diagonal as it was; the true loss falls."""
+    case = real_case(5, columns, 16, HOPPER, True, columns, dead)
+    monkeypatch.setattr(module, "product_dtype", lambda _: torch.bfloat16)
+    found = case.run(150)
+    narrow_KK = case.hessian_KK.bfloat16()
+    damping_K = case.damping_K + (case.hessian_KK.diagonal() - narrow_KK.diagonal())
+    assert torch.equal(found, local_search_torch(case.gradient, narrow_KK, damping_K, case.grid, case.codes_NK, 150))
+    wide = case.run(150, compiled=False)
+    assert not torch.equal(found, wide), "no code differs: nothing was tested"
+    assert case.losses(found).sum() < 0.1 * case.losses(case.codes_NK).sum()
+
+
 # ---- what is promised
 
 

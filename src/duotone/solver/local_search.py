@@ -12,6 +12,7 @@ g by d times a row of H: K additions, where a sweep of coordinate descent takes 
 import torch
 from torch import Tensor
 
+from duotone.device import product_dtype
 from duotone.kernels import native
 from duotone.solver.sweep import Grid
 
@@ -30,8 +31,13 @@ def steps_of(columns: int) -> int:
 def local_search(gradient_NK: Tensor, hessian_KK: Tensor, damping_K: Tensor, grid: Grid, codes_NK: Tensor) -> Tensor:
     """Codes uint8 [N, K] of no greater loss tr(E (H + diag(damping)) E^T), E = W - V, than those given (to float32 rounding).
 
-    gradient_NK: E (H + diag(damping)) of the codes given.
+    gradient_NK: E (H + diag(damping)) of the codes given. Of a wide H rows are read in BF16 where `product_dtype` says so, its
+    diagonal as it is.
     """
+    narrow_KK = hessian_KK.to(product_dtype(hessian_KK))
+    if narrow_KK is not hessian_KK:
+        damping_K = damping_K + (hessian_KK.diagonal() - narrow_KK.diagonal())
+        hessian_KK = narrow_KK
     steps = steps_of(codes_NK.shape[1])
     if not native.compiled(grid.scheme.target.fp8, gradient_NK):
         return local_search_torch(gradient_NK, hessian_KK, damping_K, grid, codes_NK, steps)
