@@ -58,7 +58,7 @@ def floor_seconds(report: QuantizeReport) -> dict[str, float]:
 
 
 def phase_work(plan: Plan, tokens: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> dict[str, Work]:
-    """By phase, what quantizing takes in all, calibrated in `dtype`. Neither `--effort high` nor what needs no statistics is counted."""
+    """By phase, what quantizing takes, calibrated in `dtype`. Not counted: `--effort high`, methods without statistics."""
     config = plan.config
     work = {phase: Work() for phase in ("forward", "hessian", "factorize", "solve", "write")}
     work["write"].nbytes = plan.disk_bytes
