@@ -92,7 +92,16 @@ def commands() -> Iterator[tuple[str, ...]]:
 
 def test_all_commands_are_found() -> None:
     """The walk that the help tests rely on sees the commands of the blueprint, nested ones too."""
-    expected = {("quantize",), ("eval",), ("generate",), ("inspect",), ("explain",), ("bench", "accuracy"), ("bench", "linear")}
+    expected = {
+        ("quantize",),
+        ("eval",),
+        ("generate",),
+        ("inspect",),
+        ("explain",),
+        ("check",),
+        ("bench", "accuracy"),
+        ("bench", "linear"),
+    }
     assert expected <= set(commands())
 
 
@@ -520,3 +529,38 @@ def test_a_lack_of_memory_is_one_sentence(
     fail(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main()
+
+
+# ---- check
+
+
+def test_check_json_and_exit_code(quantized: tuple[Path, Outcome]) -> None:
+    """One place or several: a list. Exit code 1 where the checkpoint loads at none of them, as a script wants it."""
+    (one,) = invoke("check", quantized[0], "--runtime", "transformers", "--gpu", "cpu", "--json").json()
+    assert one["outcome"] == "bf16" and one["tensor_parallel"] == 1 and one["reasons"] == []
+    assert {layer["outcome"] for layer in one["layers"]} == {"bf16"}
+    refused = invoke("check", quantized[0], "--runtime", "vllm", "--gpu", "a100", "--json")
+    assert refused.code == 1 and json.loads(refused.out)[0]["reasons"][0].startswith("the device is a100")
+    both = invoke("check", quantized[0], "--runtime", "vllm", "--runtime", "duotone", "--gpu", "a100", "--json")
+    assert [place["outcome"] for place in both.json()] == ["refused", "w4a8"]
+
+
+def test_check_of_a_model_and_its_words(original: Path) -> None:
+    """A model that is not quantized is planned with the options given; names that are not known are refused."""
+    text = invoke("check", original, "--runtime", "vllm", "--gpu", "h100", "--group-size", "32").out
+    assert "refused: group_size is 32" in text and "--group-size 128" in text
+    table = invoke("check", original).out
+    assert all(name in table for name in ("tensorrt-llm", "mi300x", "as w4a16"))
+    outcome = invoke("check", original, "--runtime", "ollama")
+    assert outcome.code == 2 and "--runtime: found 'ollama'" in outcome.err
+
+
+def test_quantize_refuses_what_would_not_load(original: Path, tmp_path: Path) -> None:
+    """Before the work, with what would; nothing is written."""
+    arguments = (original, tmp_path / "out", "--method", "rtn", "--group-size", "32", "--runtime", "vllm")
+    for dry in ((), ("--dry-run",)):
+        outcome = invoke("quantize", *arguments, *dry)
+        assert outcome.code == 2 and "would not load in vllm (0.33.0) on h100" in outcome.err
+        assert not (tmp_path / "out").exists()
+    fits = invoke("quantize", *arguments[:-1], "duotone", "--gpu", "cpu", "--json").json()
+    assert "loads in duotone (this one) on cpu: its own CPU kernel" in fits["notes"]

@@ -1,49 +1,211 @@
-"""What vLLM will refuse is said before the work, one sentence a reason."""
+"""What a runtime will do with a checkpoint is said before the work, from rules that name their source."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from duotone.checking import check, loading_notes, subject_of_checkpoint, subject_of_plan
 from duotone.checkpoint.source import open_source
-from duotone.loadability import vllm_warnings
+from duotone.errors import DuotoneError
+from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
 from duotone.plan import QuantizeConfig, make_plan
-from duotone.scheme import GAUDI, Scheme
 
 ModelMaker = Callable[..., Path]
-FITTING = {"model.layers.0.mlp.up_proj": (256, 128)}
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "assets" / "duotone-10m"
 
 
-def test_a_fitting_checkpoint_gives_no_warning() -> None:
-    """Group 128, symmetric, multiples of 128."""
-    assert vllm_warnings(Scheme(), FITTING, []) == []
+def llama(layout: str = "compressed-tensors", heads: tuple[int, int] = (32, 8), dim: int = 128, wide: int = 14336) -> Subject:
+    """One block of a Llama 3 8B, unless said otherwise."""
+    hidden = heads[0] * dim
+    q, k, v = (
+        Linear(f"model.layers.0.self_attn.{name}_proj", count * dim, hidden, "rows", count)
+        for name, count in zip("qkv", (heads[0], heads[1], heads[1]), strict=True)
+    )
+    o = Linear("model.layers.0.self_attn.o_proj", hidden, hidden, "columns")
+    gate, up = (Linear(f"model.layers.0.mlp.{name}_proj", wide, hidden, "rows") for name in ("gate", "up"))
+    down = Linear("model.layers.0.mlp.down_proj", hidden, wide, "columns")
+    return Subject(layout, 128, True, "bfloat16", ((q, k, v), (o,), (gate, up), (down,)), heads=heads)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
+def test_llama_8b_on_hopper(ranks: int) -> None:
+    """14336 / 16 = 896 = 7 x 128 still divides; 14336 / 32 = 448 does not, and then down_proj and gate/up are named."""
+    found = judge(llama(), "vllm", "h100", ranks)
+    assert found.loads == (ranks <= 16)
+    assert {layer.layer.rpartition(".")[2] for layer in found.layers if layer.reason} == (
+        set() if found.loads else {"down_proj"}
+    )
+    if not found.loads:
+        assert "down_proj of one rank of 32 is 4096 x 448" in found.reasons[0] and "multiple of 128" in found.reasons[0]
+        assert any("--ignore 're:.*\\.down_proj$'" in advice for advice in found.advice)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shapes", "split", "words"),
+    ("change", "words"),
     [
-        (Scheme(GAUDI), FITTING, [], ["target gaudi"]),
-        (Scheme(group_size=64), FITTING, [], ["group_size is 64", "128"]),
-        (Scheme(symmetric=False), FITTING, [], ["asymmetric"]),
-        (Scheme(), {"a.down_proj": (256, 172)}, [], ["a.down_proj is 256 x 172", "multiples of 128", "1 layers"]),
-        (Scheme(), FITTING, ["a.q_proj"], ["a.q_proj stays BF16", "fused"]),
+        ({"group_size": 64}, ["group_size is 64", "--group-size 128"]),
+        ({"symmetric": False}, ["zero points"]),
+        ({"dtype": "float16"}, ["dtype float16", "--dtype bfloat16"]),
+        ({"split": {"a.q_proj": ("a.k_proj", "a.v_proj")}}, ["a.q_proj stays BF16", "--ignore a.k_proj --ignore a.v_proj"]),
+        ({"heads": (30, 10)}, ["30 heads and 10 of keys on 4 ranks"]),
+        ({"layout": "int-quantized"}, ["INT8 byte", "weight_packed"]),
+        ({"layout": "duotone-gaudi"}, ["Duotone's own"]),
+        ({"layout": "modelopt"}, ["no W4A8_AWQ"]),
     ],
 )
-def test_each_refusal_is_one_sentence(
-    scheme: Scheme, shapes: dict[str, tuple[int, int]], split: list[str], words: list[str]
-) -> None:
-    """It names what was found and what the kernel needs."""
-    (reason,) = vllm_warnings(scheme, shapes, split)
-    assert reason.startswith("will not load in vLLM: ") and all(word in reason for word in words)
+def test_each_refusal_is_a_sentence_with_its_source(change: dict, words: list[str]) -> None:
+    """What was found, what was expected, where that was read, and what to do; every linear is told."""
+    found = judge(replace(llama(), **change), "vllm", "h100", 4)
+    assert not found.loads and len(found.reasons) == 1 and found.runs is None
+    text = " ".join([*found.reasons, *found.advice])
+    assert all(word in text for word in words)
+    if "layout" not in change:
+        assert "expected: " in found.reasons[0] and "[vllm 0.33.0 " in found.reasons[0]
+    assert all(layer.outcome == "refused" for layer in found.layers)
+
+
+def test_heads_of_keys_are_repeated_where_ranks_are_more() -> None:
+    """Two heads of keys on eight ranks: each has one; queries, keys and values are one matrix of (4 + 1 + 1) x 64 rows."""
+    assert judge(llama(heads=(32, 2), dim=64, wide=8192), "vllm", "h100", 8).loads
+    odd = judge(llama(heads=(8, 2), dim=64, wide=8192), "vllm", "h100", 8)
+    assert "q_proj+k_proj+v_proj of one rank of 8 is 192 x 512" in odd.reasons[0]
+
+
+def test_fused_linears_are_measured_together() -> None:
+    """Keys of 64 rows are no multiple of 128, but 512 + 64 + 64 is: vLLM has one matrix of the three."""
+    subject = llama(heads=(8, 1), dim=64, wide=1024)
+    assert judge(subject, "vllm", "h100").loads
+    apart = replace(subject, fused=tuple((linear,) for fused in subject.fused for linear in fused))
+    assert not judge(apart, "vllm", "h100").loads
+
+
+#: outcome by runtime, layout and device: FORMATS.md sections 1.7, 2, 3, 4.
+TABLE = {
+    ("vllm", "compressed-tensors"): {"h100": "w4a8", "h200": "w4a8"},
+    ("vllm", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
+    ("vllm", "gptq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
+    ("sglang", "compressed-tensors"): {},
+    ("sglang", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
+    ("tensorrt-llm", "compressed-tensors"): {},
+    ("tensorrt-llm", "modelopt"): dict.fromkeys(("h100", "h200", "b200", "l40s"), "w4a8"),
+    ("transformers", "compressed-tensors"): dict.fromkeys(GPUS, "bf16"),
+    ("duotone", "compressed-tensors"): dict.fromkeys(GPUS, "w4a8"),
+    ("duotone", "duotone-gaudi"): dict.fromkeys(GPUS, "w4a8"),
+}
+
+
+@pytest.mark.parametrize(("runtime", "layout"), TABLE)
+def test_what_loads_where(runtime: str, layout: str) -> None:
+    """Every device of the list."""
+    for gpu in GPUS:
+        assert judge(llama(layout), runtime, gpu).outcome == TABLE[runtime, layout].get(gpu, "refused"), gpu
+
+
+@pytest.mark.parametrize(("gpu", "layout"), [("a100", "w4a16"), ("mi300x", "w4a16"), ("cpu", "w4a16"), ("gaudi3", None)])
+def test_where_it_does_not_load_something_else_is_advised(gpu: str, layout: str | None) -> None:
+    """An export that the same runtime loads there, if there is one."""
+    exports = [advice for advice in judge(llama(), "vllm", gpu).advice if "export" in advice]
+    assert exports == [] if layout is None else f"--format {layout} loads there" in exports[0]
+
+
+def test_every_rule_has_a_source() -> None:
+    """Package and version, or this project."""
+    for runtime in RUNTIMES.values():
+        rules = [rule for route in runtime.routes for rule in route.rules]
+        assert runtime.version and all(rule.source and rule.says for rule in rules)
+        if runtime.name in {"vllm", "sglang"}:
+            assert rules and all(rule.source.startswith(f"{runtime.name} {runtime.version} ") for rule in rules)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"runtime": "ollama"}, "--runtime: found 'ollama'"),
+        ({"gpu": "h900"}, "--gpu: found"),
+        ({"tensor_parallel": 0}, "at least 1"),
+    ],
+)
+def test_unknown_names(changed: dict, words: str) -> None:
+    """Refused with what there is."""
+    with pytest.raises(DuotoneError, match=words):
+        judge(llama(), **({"runtime": "vllm", "gpu": "h100"} | changed))
+
+
+# ---- of folders
+
+
+def test_of_a_model_and_of_the_checkpoint_made_of_it(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """Before and after quantizing the verdict is the same, linear by linear."""
+    import duotone
+
+    model = tiny_model(hidden_size=256, intermediate_size=384, head_dim=64)
+    duotone.quantize(model, tmp_path / "out", method="rtn")
+    for gpu, ranks in (("h100", 1), ("h100", 2), ("a100", 1)):
+        before, after = (check(path, ["vllm"], [gpu], ranks)[0] for path in (model, tmp_path / "out"))
+        assert (before.outcome, before.reasons) == (after.outcome, after.reasons)
+        assert {(one.layer, one.outcome) for one in before.layers} == {(one.layer, one.outcome) for one in after.layers}
+    subject = subject_of_checkpoint(open_source(tmp_path / "out"))
+    assert subject.heads == (4, 2) and len(subject.fused) == 8 and subject.split == {}
+    assert len(check(model)) == len(RUNTIMES) * len(GPUS)
 
 
 def test_partly_ignored_groups_are_found(tiny_model: ModelMaker) -> None:
     """Ignoring q alone splits a fused group; ignoring all three, or a linear that reads its input alone, does not."""
     source = open_source(tiny_model())
-    names = {
-        ("re:.*q_proj",): ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
-        ("re:.*[qkv]_proj", "re:.*o_proj", "re:.*down_proj"): [],
-        (): [],
-    }
-    for ignore, expected in names.items():
-        assert make_plan(source, QuantizeConfig(ignore=ignore)).split_groups == expected
+    attention = "model.layers.{}.self_attn.{}_proj"
+    for ignore, blocks in {("re:.*q_proj",): 2, ("re:.*[qkv]_proj", "re:.*o_proj", "re:.*down_proj"): 0, (): 0}.items():
+        plan = make_plan(source, QuantizeConfig(ignore=ignore))
+        assert subject_of_plan(plan).split == {
+            attention.format(i, "q"): (attention.format(i, "k"), attention.format(i, "v")) for i in range(blocks)
+        }
+
+
+#: As the tools write them (bench/peers): llm-compressor 0.14, packed and not, GPTQModel 7.6, AutoRound 0.16, ModelOpt 0.47.
+CONFIGS = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {
+            "format": "pack-quantized", "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True},
+        }},
+    },
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "ignore": ["lm_head"]},
+}  # fmt: skip
+CONFIGS["int-quantized"] = json.loads(json.dumps(CONFIGS["compressed-tensors"]).replace("pack-quantized", "int-quantized"))
+CONFIGS["w4a16"] = json.loads(json.dumps(CONFIGS["compressed-tensors"]))
+CONFIGS["w4a16"]["config_groups"]["group_0"]["input_activations"] = None
+
+
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_layouts_of_other_tools_are_known(layout: str) -> None:
+    """By the config that each tool writes; a damaged one, or another tool's, is one sentence."""
+    from duotone.checkpoint.compressed_tensors import layout_of
+
+    assert layout_of(CONFIGS[layout]) == (layout, 128, True)
+    with pytest.raises(DuotoneError, match=r"config\.json"):
+        layout_of(
+            {key: value for key, value in CONFIGS[layout].items() if key not in {"config_groups", "group_size", "quant_algo"}}
+        )
+
+
+def test_loading_notes(tiny_model: ModelMaker) -> None:
+    """Without --runtime vLLM's refusal is a note; with it, an error before the work, or a promise."""
+    fitting, odd = tiny_model(hidden_size=256, intermediate_size=384, head_dim=64), tiny_model()
+    plan = make_plan(open_source(fitting), QuantizeConfig())
+    assert loading_notes(plan) == []
+    (promise,) = loading_notes(replace(plan, config=QuantizeConfig(runtime="vllm", gpu="h200")))
+    assert promise == "loads in vllm (0.33.0) on h200: CUTLASS W4A8"
+    plan = make_plan(open_source(odd), QuantizeConfig(group_size=32))
+    assert loading_notes(plan)[0].startswith("will not load in vLLM: group_size is 32")
+    with pytest.raises(
+        DuotoneError, match=r"--runtime: would not load in vllm \(0.33.0\) on h100: group_size is 32.*--group-size 128"
+    ):
+        loading_notes(replace(plan, config=QuantizeConfig(group_size=32, runtime="vllm")))
+    with pytest.raises(DuotoneError, match="--runtime: found 'vlm', expected one of vllm, sglang"):
+        QuantizeConfig(runtime="vlm")

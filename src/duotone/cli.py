@@ -66,6 +66,11 @@ def quantize(  # noqa: PLR0913 - every option of the command
         str, typer.Option(help="What calibration multiplies in: float32, bfloat16, or auto, the second where it is fast.")
     ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
+    runtime: Annotated[
+        str | None, typer.Option(help="What will serve it: refuse before the work if it would not load. See duotone check.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="With --runtime, where.")] = "h100",
+    tensor_parallel: Annotated[int, typer.Option(help="With --runtime, on how many ranks.")] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,
@@ -107,6 +112,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
             device=device,
             dtype=dtype,
             strict=strict,
+            runtime=runtime,
+            gpu=gpu,
+            tensor_parallel=tensor_parallel,
         )
         saving = {"resume": resume, "save_every": save_every, "offload": offload}
         result, render = (
@@ -134,11 +142,11 @@ def _quantized(
 
 def _planned(model: str, out: Path, config: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """What a run would do as plain values, and what shows it to people."""
+    from duotone.checking import loading_notes
     from duotone.checkpoint.hub import locate_model
     from duotone.checkpoint.source import open_source
     from duotone.checkpoint.staging import check_output
     from duotone.estimate import estimate
-    from duotone.loadability import vllm_warnings
     from duotone.plan import make_plan
     from duotone.report import plan_summary
 
@@ -149,7 +157,7 @@ def _planned(model: str, out: Path, config: Any) -> tuple[dict[str, Any], Callab
         "quantized_macs_share": plan.quantized_macs_share,
         "bits_per_weight": plan.bits_per_weight,
         "kept": plan.kept,
-        "notes": [*plan.transforms, *vllm_warnings(config.scheme, plan.shapes, plan.split_groups)],
+        "notes": [*plan.transforms, *loading_notes(plan)],
     }
     return result, plan_summary
 
@@ -220,6 +228,32 @@ def inspect(model: Model, as_json: Json = False, quiet: Quiet = False) -> None:
     from duotone.report import inspection_summary
 
     print_result(dataclasses.asdict(inspect_model(model)), inspection_summary, as_json)
+
+
+@app.command(epilog="Example: duotone check Llama-W4AFP8 --runtime vllm --gpu h100 --tensor-parallel 2")
+def check(  # noqa: PLR0913 - every option of the command
+    model: Model,
+    runtime: Annotated[list[str] | None, typer.Option(help="vllm, sglang, tensorrt-llm, transformers, duotone; all.")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="h100, h200, b200, l40s, a100, mi300x, gaudi3, cpu; all.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each linear.")] = 1,
+    group_size: Annotated[int, typer.Option(help="Of a model that is not quantized yet: how it would be.")] = 128,
+    target: Annotated[str, typer.Option(help="The same.")] = "hopper",
+    ignore: Annotated[list[str] | None, typer.Option(help="The same; repeatable.")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="The same.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say where a checkpoint will load and what each linear becomes there, before or after quantizing. Exit code 1: nowhere."""
+    del quiet  # reads headers only: there is no progress to hide
+    from duotone.checking import check as run
+    from duotone.plan import QuantizeConfig
+    from duotone.report import check_summary
+
+    config = QuantizeConfig(target=target, group_size=group_size, symmetric=not asymmetric, ignore=tuple(ignore or ()))
+    found = run(model, runtime or (), gpu or (), tensor_parallel, config)
+    print_result([dataclasses.asdict(one) for one in found], check_summary, as_json)
+    if not any(one.loads for one in found):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: duotone explain Llama-W4AFP8 --device cpu")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from duotone.calibrate.data import TokenWindows
+from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
-from duotone.loadability import vllm_warnings
 from duotone.plan import Plan, QuantizeConfig
 from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
@@ -55,13 +55,13 @@ def calibration_facts(windows: TokenWindows | None, dtype: torch.dtype) -> dict[
 
 
 def notes_of(plan: Plan, windows: TokenWindows | None) -> list[str]:
-    """What the user should know about this run before it starts."""
+    """What the user should know about this run before it starts. Raises DuotoneError where `--runtime` would not load it."""
     notes = list(plan.transforms) + (list(windows.notes) if windows is not None else [])
     if windows is not None and plan.seq_len < plan.config.seq_len:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
-    return notes + vllm_warnings(plan.config.scheme, plan.shapes, plan.split_groups)
+    return notes + loading_notes(plan)
 
 
 def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, Any]]) -> dict[str, Any]:

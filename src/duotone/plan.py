@@ -10,6 +10,7 @@ from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import Source, SourceFolder
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
+from duotone.loadability import GPUS, RUNTIMES
 from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
 from duotone.models.table import Adapter, NormedStream
@@ -30,7 +31,8 @@ class QuantizeConfig:
     channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them.
     calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
     left in BF16. dtype: of the calibration's forward; auto is bfloat16 where that is fast and the model is not small, else
-    float32. strict: a linear that must stay BF16 is an error.
+    float32. strict: a linear that must stay BF16 is an error. runtime: what is to serve the checkpoint, on gpu with
+    tensor_parallel ranks; it is an error if that would not load it. None: nothing is promised.
     """
 
     method: str = "dpq"
@@ -51,6 +53,9 @@ class QuantizeConfig:
     device: str = "auto"
     dtype: str = "auto"
     strict: bool = False
+    runtime: str | None = None
+    gpu: str = "h100"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -58,9 +63,11 @@ class QuantizeConfig:
             ("target", self.target, TARGETS),
             ("effort", self.effort, EFFORTS),
             ("dtype", self.dtype, DTYPES),
+            ("runtime", self.runtime, (None, *RUNTIMES)),
+            ("gpu", self.gpu, GPUS),
         ):
             if value not in known:
-                raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(known)}")
+                raise DuotoneError(f"--{name}: found {value!r}, expected one of {', '.join(name for name in known if name)}")
         if self.high_effort and not self.method_facts.drift:
             raise DuotoneError(f"--effort high: found --method {self.method}, expected dpq, whose targets it starts from")
         if self.refresh_scales and self.method != "dpq":
@@ -158,17 +165,6 @@ class Plan:
     def weights(self) -> int:
         """How many values the linears to quantize have."""
         return sum(rows * columns for rows, columns in self.shapes.values())
-
-    @property
-    def split_groups(self) -> list[str]:
-        """Linears left in BF16 although others that read the same input (and that runtimes fuse with them) are quantized."""
-        found: list[str] = []
-        for block in self.blocks:
-            for group in self.adapter.shared_inputs:
-                names = [f"{block.path}.{name}" for name in group]
-                if any(name in self.shapes for name in names):
-                    found += [name for name in names if name in self.kept]
-        return found
 
     @property
     def disk_bytes(self) -> int:

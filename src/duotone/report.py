@@ -122,6 +122,47 @@ def explanation_summary(facts: dict[str, Any]) -> RenderableType:
     return Group(table, "", totals)
 
 
+def check_summary(found: list[dict[str, Any]]) -> RenderableType:
+    """What `duotone check` found: of one place its linears and reasons; of several a table of runtimes and devices."""
+    if len(found) > 1:
+        return _places(found)
+    (one,) = found
+    facts = _facts()
+    ranks = f", {one['tensor_parallel']} ranks" if one["tensor_parallel"] > 1 else ""
+    facts.add_row("where", f"{one['runtime']} ({one['version']}) on {one['gpu']}{ranks}")
+    facts.add_row("layout", one["layout"])
+    verdict = f"{one['outcome']}: {one['runs']}" if one["runs"] else "refused"
+    facts.add_row("loads as" if one["runs"] else "would be", Text(verdict, style="green" if one["runs"] else "bold red"))
+    table = Table("layers", "", "becomes", "why", header_style="bold", box=None, pad_edge=False)
+    alike: dict[tuple[str, str, str], int] = {}
+    for layer in one["layers"]:
+        key = (re.sub(r"\.\d+\.", ".*.", layer["layer"]), layer["outcome"], layer["reason"] or "")
+        alike[key] = alike.get(key, 0) + 1
+    for (name, outcome, reason), count in alike.items():
+        table.add_row(name, str(count), outcome, reason)
+    reasons = [Text(f"refused: {reason}", style="red") for reason in dict.fromkeys(one["reasons"])]
+    advice = [Text(f"instead: {advice}", style="green") for advice in one["advice"]]
+    return Group(facts, "", table, "", *reasons, *advice)
+
+
+def _places(found: list[dict[str, Any]]) -> RenderableType:
+    devices = list(dict.fromkeys(one["gpu"] for one in found))
+    table = Table("", *devices, header_style="bold", box=None, pad_edge=False)
+    for runtime in dict.fromkeys(one["runtime"] for one in found):
+        row = {one["gpu"]: one for one in found if one["runtime"] == runtime}
+        version = next(iter(row.values()))["version"]
+        table.add_row(f"{runtime} {version}", *(_place(row[device]) for device in devices))
+    what = "as X: after duotone export --format X. Why, and linear by linear: duotone check MODEL --runtime R --gpu G"
+    return Group(table, "", Text(what, style="dim"))
+
+
+def _place(one: dict[str, Any]) -> Text:
+    export = next((advice.split()[3] for advice in one["advice"] if advice.startswith("duotone export")), None)
+    if one["runs"]:
+        return Text(one["outcome"], style="green")
+    return Text(f"as {export}", style="yellow") if export else Text("-", style="dim")
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Accuracy records side by side."""
     table = Table(header_style="bold", box=None, pad_edge=False)

@@ -170,6 +170,32 @@ def scheme_from_config(config: dict[str, Any]) -> Scheme:
     return Scheme(target, size, symmetric)
 
 
+def layout_of(config: dict[str, Any]) -> tuple[str, int, bool]:
+    """How a quantized checkpoint of any tool is stored (`FORMATS`), its group size and whether it has no zero points.
+
+    Raises DuotoneError for a layout that is not known.
+    """
+    method = config.get("quant_method")
+    try:
+        if method in {"gptq", "auto-round"}:
+            return "gptq", int(config["group_size"]), bool(config.get("sym", True))
+        if method == "modelopt" and config.get("quant_algo") == "W4A8_AWQ":
+            return "modelopt", int(config.get("group_size", 128)), True
+        if method == _METHOD:
+            (group,) = config["config_groups"].values()
+            weights, stored = group["weights"], group.get("format") or config.get("format")
+            if weights["num_bits"] == 4 and weights["type"] == "int" and weights["strategy"] == "group":
+                packed = "compressed-tensors" if group.get("input_activations") else "w4a16"
+                named = {_FORMAT_OF_TARGET[GAUDI.name]: "duotone-gaudi", "int-quantized": "int-quantized"}
+                return named.get(str(stored), packed), int(weights["group_size"]), bool(weights["symmetric"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DuotoneError(f"config.json: quantization_config is damaged ({error!r} is missing or wrong)") from None
+    raise DuotoneError(
+        f"config.json: found quantization by {method!r} with settings that are not known, expected 4-bit weights in groups of "
+        "compressed-tensors, gptq, auto-round or modelopt"
+    )
+
+
 def _target_of_format(file_format: object) -> Target:
     for target in (HOPPER, GAUDI):
         if file_format == _FORMAT_OF_TARGET[target.name]:

@@ -1,0 +1,135 @@
+# Shapes: N out_features, K in_features.
+"""`duotone check`: a checkpoint that is there, or the one that would be made of a model, before the runtimes' rules.
+
+Reads config and headers, no weights.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from duotone.checkpoint.compressed_tensors import layout_of
+from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.sidecar import read_sidecar
+from duotone.checkpoint.source import Source, SourceFolder, open_source
+from duotone.errors import DuotoneError
+from duotone.inspection import why_kept
+from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
+from duotone.models.adapter import find_adapter, has_adapter
+from duotone.models.skeleton import build_skeleton, find_linears
+from duotone.plan import Plan, QuantizeConfig, make_plan
+from duotone.runtime.load import config_dtype
+
+#: How the packed weight of a linear is called in the layouts that are known.
+_PACKED = (".weight_packed", ".qweight", ".weight_scale")
+
+
+def check(
+    model: str | Path,
+    runtimes: Iterable[str] = (),
+    gpus: Iterable[str] = (),
+    tensor_parallel: int = 1,
+    config: QuantizeConfig | None = None,
+) -> list[Loadability]:
+    """Each runtime on each device, all of them where none is named. config: how a model that is not quantized would be.
+
+    Raises DuotoneError for a model that cannot be read or planned, and for names that are not known.
+    """
+    source = open_source(locate_model(model))
+    if source.config.get("quantization_config") is None:
+        subject = subject_of_plan(make_plan(source, config or QuantizeConfig()))
+    else:
+        subject = subject_of_checkpoint(source)
+    devices = list(gpus) or list(GPUS)
+    return [judge(subject, runtime, gpu, tensor_parallel) for runtime in list(runtimes) or list(RUNTIMES) for gpu in devices]
+
+
+def subject_of_plan(plan: Plan) -> Subject:
+    """The checkpoint that a plan would write."""
+    scheme = plan.config.scheme
+    layout = "compressed-tensors" if scheme.target.channel_outer_scale else "duotone-gaudi"
+    return _subject(plan.source, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16")
+
+
+def subject_of_checkpoint(source: SourceFolder) -> Subject:
+    """A quantized checkpoint, ours or another tool's. Raises DuotoneError for a layout that is not known."""
+    quantization: dict[str, Any] = source.config["quantization_config"]
+    layout, group_size, symmetric = layout_of(quantization)
+    dtype = config_dtype(source.config)
+    sidecar = read_sidecar(source.path) or {}
+    shapes, kept = {}, {}
+    for name, linear in find_linears(build_skeleton(source.config, dtype)).items():
+        if any(f"{name}{suffix}" in source.tensors for suffix in _PACKED):
+            shapes[name] = (linear.out_features, linear.in_features)
+        else:
+            kept[name] = why_kept(name, sidecar, quantization) or "not quantized"
+    if not shapes:
+        raise DuotoneError(f"{source.path}: found no quantized linear, expected some of the layout {layout}")
+    return _subject(source, layout, (group_size, symmetric), shapes, kept, str(dtype).removeprefix("torch."))
+
+
+def _subject(
+    source: Source,
+    layout: str,
+    grid: tuple[int, bool],
+    shapes: Mapping[str, tuple[int, int]],
+    kept: dict[str, str],
+    dtype: str,
+) -> Subject:
+    """The linears as runtimes see them: fused where they read the same input, cut along K where they write to the stream."""
+    config = source.config
+    queries = int(config.get("num_attention_heads") or 0)
+    heads = queries, int(config.get("num_key_value_heads") or queries)
+    fused: list[tuple[Linear, ...]] = []
+    split: dict[str, tuple[str, ...]] = {}
+    for names in _groups(config, [*shapes, *kept]):
+        partners = tuple(name for name in names if name in shapes)
+        if partners:
+            split |= {name: partners for name in names if name in kept}
+            fused.append(tuple(_linear(config, name, shapes[name], names.index(name), len(names), heads) for name in partners))
+    return Subject(layout, *grid, dtype, tuple(fused), split, kept, heads)
+
+
+def _groups(config: dict[str, Any], linears: list[str]) -> list[tuple[str, ...]]:
+    """Full names of linears that read the same input; single ones where the architecture has no table."""
+    if not has_adapter(config):
+        return [(name,) for name in linears]
+    adapter, found, known = find_adapter(config), list[tuple[str, ...]](), set(linears)
+    blocks = sorted({int(index) for name in linears if (index := _block_of(name, adapter.blocks)) is not None})
+    for index in blocks:
+        for group in adapter.shared_inputs:
+            names = tuple(f"{adapter.blocks}.{index}.{path}" for path in group)
+            found.append(tuple(name for name in names if name in known))
+    inside = {name for names in found for name in names}
+    return [names for names in found if names] + [(name,) for name in linears if name not in inside]
+
+
+def _block_of(name: str, blocks: str) -> str | None:
+    index = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else ""
+    return index if index.isdigit() else None
+
+
+def _linear(config: dict[str, Any], name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:
+    """Queries, keys and values are three that read one input, and are made of heads."""
+    writes = has_adapter(config) and any(name.endswith(f".{writer}") for writer, _ in find_adapter(config).streams)
+    units = (heads[0] if place == 0 else heads[1]) if of == 3 else 0
+    return Linear(name, *shape, "columns" if writes else "rows", units)
+
+
+def loading_notes(plan: Plan) -> list[str]:
+    """What is known of loading the checkpoint that a plan would write, a line each: where `--runtime` says, else in vLLM.
+
+    Raises DuotoneError where it would not load as `--runtime` asks; the sentence says what would.
+    """
+    config, subject = plan.config, subject_of_plan(plan)
+    if config.runtime is None:
+        found = judge(subject, "vllm", "h100")
+        return [f"will not load in vLLM: {reason}" for reason in found.reasons]
+    found = judge(subject, config.runtime, config.gpu, config.tensor_parallel)
+    ranks = f", {config.tensor_parallel} ranks" if config.tensor_parallel > 1 else ""
+    where = f"{config.runtime} ({found.version}) on {config.gpu}{ranks}"
+    if found.loads:
+        return [f"loads in {where}: {found.runs}"]
+    rest = f" (and {len(found.reasons) - 1} more)" if len(found.reasons) > 1 else ""
+    advice = f"; {'; '.join(found.advice)}" if found.advice else ""
+    raise DuotoneError(f"--runtime: would not load in {where}: {found.reasons[0]}{rest}{advice}")

@@ -1,0 +1,112 @@
+"""A checkpoint under a runtime's rules: whether it loads, what each linear becomes, and what else would load."""
+
+from dataclasses import dataclass, replace
+
+from duotone.errors import DuotoneError
+from duotone.loadability.rules import GPUS, Finding, Gpu, Rule, Situation
+from duotone.loadability.runtimes import RUNTIMES, Route, Runtime
+from duotone.loadability.subject import Subject
+
+#: Layouts that `duotone export` makes of a checkpoint for the target hopper.
+EXPORTED = ("w4a16", "gptq", "dense-bf16")
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """One linear: `w4a8`, `w4a16`, `bf16`, or `refused`; why, and where the rule was read."""
+
+    layer: str
+    outcome: str
+    reason: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Loadability:
+    """What a runtime does with a checkpoint on a device.
+
+    outcome: of all quantized linears, or `refused`. reasons: each with what was found and what was expected. advice: what else
+    would load, and what to change.
+    """
+
+    runtime: str
+    version: str
+    gpu: str
+    tensor_parallel: int
+    layout: str
+    outcome: str
+    runs: str | None
+    reasons: list[str]
+    layers: list[LayerOutcome]
+    advice: list[str]
+
+    @property
+    def loads(self) -> bool:
+        """Does it load at all?"""
+        return self.outcome != "refused"
+
+
+def judge(subject: Subject, runtime: str, gpu: str, tensor_parallel: int = 1) -> Loadability:
+    """Raises DuotoneError for a runtime, a device or a number of ranks that is not known."""
+    if runtime not in RUNTIMES:
+        raise DuotoneError(f"--runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+    if gpu not in GPUS:
+        raise DuotoneError(f"--gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
+    if tensor_parallel < 1:
+        raise DuotoneError(f"--tensor-parallel: found {tensor_parallel}, expected at least 1")
+    here, kind = Situation(subject, GPUS[gpu], tensor_parallel), RUNTIMES[runtime]
+    route, broken = _best(here, kind)
+    facts = (runtime, kind.version, gpu, tensor_parallel, subject.layout)
+    if route is not None and not broken:
+        return Loadability(*facts, route.outcome, route.runs, [], _outcomes(subject, route.outcome, []), [])
+    reasons = [f"{finding.found}, expected: {rule.says} [{rule.source}]" for rule, finding in broken]
+    if route is None:
+        why = kind.unread.get(subject.layout, f"it reads {', '.join(dict.fromkeys(r.layout for r in kind.routes))}")
+        reasons = [f"{kind.name} does not read the layout {subject.layout}: {why}"]
+    layers = _outcomes(subject, "refused", broken)
+    return Loadability(*facts, "refused", None, reasons, layers, _advice(here, kind, broken))
+
+
+def _best(here: Situation, runtime: Runtime) -> tuple[Route | None, list[tuple[Rule, Finding]]]:
+    """The first route for the layout that nothing breaks; else the one for this device, or the first, and what breaks it."""
+    tried: list[tuple[Route, list[tuple[Rule, Finding]]]] = []
+    for route in runtime.routes:
+        if route.layout == here.subject.layout:
+            broken = [(rule, finding) for rule in route.rules for finding in rule.findings(here)]
+            if not broken:
+                return route, []
+            tried.append((route, broken))
+    if not tried:
+        return None, []
+    return min(tried, key=lambda one: not _is_of_device(one[1], here.gpu) and len(tried) > 1)
+
+
+def _is_of_device(broken: list[tuple[Rule, Finding]], gpu: Gpu) -> bool:
+    """Whether the device itself was what the route wants."""
+    return not any(finding.found.startswith(f"the device is {gpu.name}") for _, finding in broken)
+
+
+def _outcomes(subject: Subject, outcome: str, broken: list[tuple[Rule, Finding]]) -> list[LayerOutcome]:
+    """Of every linear. Where single ones are refused the others carry no reason, though the model does not load."""
+    of_layer = {name: (rule, finding) for rule, finding in reversed(broken) for name in finding.linears}
+    of_all = next(((rule, finding) for rule, finding in broken if not finding.linears), None)
+    found = []
+    for linear in (linear for fused in subject.fused for linear in fused):
+        rule, finding = of_layer.get(linear.name) or of_all or (None, None)
+        reason = None if rule is None or finding is None else f"{finding.found}, expected: {rule.says}"
+        found.append(LayerOutcome(linear.name, outcome, reason, None if rule is None else rule.source))
+    return found + [LayerOutcome(name, "bf16", reason) for name, reason in subject.kept.items()]
+
+
+def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]]) -> list[str]:
+    """Layouts that would load here, and options of `quantize` that would mend what is broken."""
+    found: list[str] = []
+    if here.subject.layout == "compressed-tensors":
+        for layout in EXPORTED:
+            other = replace(here, subject=replace(here.subject, layout=layout))
+            route, wrong = _best(other, runtime)
+            if route is not None and not wrong:
+                found.append(f"duotone export --format {layout} loads there: {route.runs}")
+                break
+    changes = dict.fromkeys(finding.advice for _, finding in broken if finding.advice)
+    return [f"quantize with {change}" if change.startswith(("--", "no ")) else change for change in changes] + found

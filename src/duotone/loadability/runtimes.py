@@ -1,0 +1,203 @@
+"""The runtimes: which layouts each reads, what multiplies them, and what that asks for. Data, each with its source."""
+
+from dataclasses import dataclass
+
+from duotone.loadability.rules import (
+    Rule,
+    capability,
+    dtype,
+    experts,
+    group_size,
+    groups_stay_whole,
+    heads,
+    multiples,
+    symmetric,
+    vendor,
+    whole_fusions,
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to run a layout. outcome: `w4a8` as stored, `w4a16` (4-bit weights without FP8), `bf16` (unpacked at load)."""
+
+    layout: str
+    outcome: str
+    runs: str
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """version: that the rules were read from. routes: in the runtime's own order. unread: layouts it refuses, and how."""
+
+    name: str
+    version: str
+    routes: tuple[Route, ...]
+    unread: dict[str, str]
+
+
+_VLLM, _VLLM_LAYERS = "vllm 0.33.0", "model_executor/layers/quantization"
+_VLLM_CT = f"{_VLLM} {_VLLM_LAYERS}/compressed_tensors"
+_VLLM_KERNELS = f"{_VLLM} model_executor/kernels/linear/mixed_precision"
+_VLLM_PARALLEL = (
+    heads(f"{_VLLM} model_executor/layers/linear.py QKVParallelLinear.__init__"),
+    whole_fusions(f"{_VLLM_CT}/utils.py should_ignore_layer"),
+)
+_MARLIN = (
+    capability(f"{_VLLM_KERNELS}/marlin.py MarlinLinearKernel.get_min_capability", least=75),
+    group_size(f"{_VLLM} {_VLLM_LAYERS}/utils/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES", 32, 64, 128),
+    groups_stay_whole(f"{_VLLM_KERNELS}/marlin.py MarlinLinearKernel.can_implement"),
+    *_VLLM_PARALLEL,
+)
+_CUTLASS = f"{_VLLM_KERNELS}/cutlass.py CutlassW4A8LinearKernel.can_implement"
+
+VLLM = Runtime(
+    "vllm",
+    "0.33.0",
+    (
+        Route(
+            "compressed-tensors",
+            "w4a8",
+            "CUTLASS W4A8",
+            (
+                capability(f"{_VLLM_CT}/compressed_tensors.py _is_fp8_w4a8_sm90", exactly=90),
+                group_size(f"{_VLLM_CT}/schemes/compressed_tensors_w4a8_fp8.py CompressedTensorsW4A8Fp8.__init__", 128),
+                symmetric(_CUTLASS),
+                dtype(_CUTLASS, "bfloat16"),
+                multiples(_CUTLASS, 128, 128),
+                *_VLLM_PARALLEL,
+            ),
+        ),
+        Route("w4a16", "w4a16", "Machete or Marlin W4A16", _MARLIN),
+        Route(
+            "w4a16",
+            "w4a16",
+            "Triton W4A16",
+            (
+                vendor(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", "amd"),
+                group_size(f"{_VLLM_KERNELS}/triton_w4a16.py TRITON_W4A16_SUPPORTED_GROUP_SIZES", 32, 64, 128, 256),
+                multiples(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", 8, 1),
+                groups_stay_whole(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement"),
+                *_VLLM_PARALLEL,
+            ),
+        ),
+        Route(
+            "w4a16",
+            "w4a16",
+            "CPU W4A16",
+            (
+                vendor(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", "cpu"),
+                multiples(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", 32, 32),
+                groups_stay_whole(f"{_VLLM_CT}/schemes/compressed_tensors_wNa16.py create_weights"),
+                *_VLLM_PARALLEL,
+            ),
+        ),
+        Route(
+            "gptq",
+            "w4a16",
+            "Machete or Marlin W4A16",
+            (symmetric(f"{_VLLM} {_VLLM_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP"), *_MARLIN),
+        ),
+        Route(
+            "dense-bf16",
+            "bf16",
+            "BF16",
+            (
+                vendor(f"{_VLLM} platforms/__init__.py", "nvidia", "amd", "cpu"),
+                heads(f"{_VLLM} model_executor/layers/linear.py QKVParallelLinear.__init__"),
+            ),
+        ),
+    ),
+    {
+        "duotone-gaudi": "the format of target gaudi is Duotone's own",
+        "int-quantized": "weights are one INT8 byte each, its W4A8 scheme reads weight_packed",
+        "modelopt": f"it has no W4A8_AWQ ({_VLLM_LAYERS}/modelopt.py)",
+    },
+)
+
+_SGLANG = "sglang 0.5.23 srt/layers/quantization"
+_SGLANG_MARLIN = f"{_SGLANG}/marlin_utils.py check_marlin_supports_shape"
+_SGLANG_ROUTE = (
+    capability(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_wNa16.py get_min_capability", least=80),
+    group_size(f"{_SGLANG}/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES", 32, 64, 128),
+    multiples(_SGLANG_MARLIN, 64, 128),
+    groups_stay_whole(_SGLANG_MARLIN),
+    heads("sglang 0.5.23 srt/layers/linear.py QKVParallelLinear.__init__"),
+    whole_fusions(f"{_SGLANG}/compressed_tensors/utils.py should_ignore_layer"),
+)
+SGLANG = Runtime(
+    "sglang",
+    "0.5.23",
+    (
+        Route(
+            "compressed-tensors",
+            "w4a8",
+            "W4AFP8 experts",
+            (
+                experts(f"{_SGLANG}/compressed_tensors/compressed_tensors.py _get_scheme_from_parts (NotImplementedError)"),
+                group_size(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", 128),
+                capability(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", least=90),
+            ),
+        ),
+        Route("w4a16", "w4a16", "Marlin W4A16", _SGLANG_ROUTE),
+        Route("dense-bf16", "bf16", "BF16", (vendor("sglang 0.5.23 srt/utils/common.py", "nvidia", "amd", "cpu"),)),
+    ),
+    {
+        "duotone-gaudi": "the format of target gaudi is Duotone's own",
+        "int-quantized": "it has no dense scheme for 4-bit weights with FP8 activations",
+    },
+)
+
+_TRT = "TensorRT-LLM 1.2.1 _torch/modules/linear.py W4A8_AWQ"
+TENSORRT_LLM = Runtime(
+    "tensorrt-llm",
+    "1.2.1",
+    (
+        Route(
+            "modelopt",
+            "w4a8",
+            "W4A8_AWQ, static activations",
+            (
+                capability("ModelOpt's support matrix: W4A8 AWQ on Ada and later", least=89),
+                symmetric(_TRT),
+                groups_stay_whole(_TRT),
+            ),
+        ),
+        Route("dense-bf16", "bf16", "BF16", (vendor("TensorRT-LLM 1.2.1", "nvidia"),)),
+    ),
+    dict.fromkeys(("compressed-tensors", "w4a16", "int-quantized", "duotone-gaudi"), "it reads ModelOpt's layouts"),
+)
+
+_CT = "compressed-tensors 0.19.0 compressors/quantized_compressors"
+TRANSFORMERS = Runtime(
+    "transformers",
+    "5.17.0 with compressed-tensors 0.19.0",
+    (
+        Route(
+            "compressed-tensors",
+            "bf16",
+            "unpacked to BF16 at load, activations rounded to FP8, without the weights' second rounding",
+            (groups_stay_whole(_CT),),
+        ),
+        Route("w4a16", "bf16", "unpacked to BF16 at load", (groups_stay_whole(_CT),)),
+        Route("int-quantized", "bf16", "BF16 from INT8 at load", (groups_stay_whole(_CT),)),
+        Route("dense-bf16", "bf16", "BF16", ()),
+    ),
+    {"duotone-gaudi": "the format of target gaudi is Duotone's own", "gptq": "it needs GPTQModel for this layout"},
+)
+
+DUOTONE = Runtime(
+    "duotone",
+    "this one",
+    (
+        Route("compressed-tensors", "w4a8", "its own CPU kernel", (vendor("duotone kernels/cpu.py", "cpu"),)),
+        Route("duotone-gaudi", "w4a8", "its own CPU kernel", (vendor("duotone kernels/cpu.py", "cpu"),)),
+        Route("compressed-tensors", "w4a8", "torch's operations: right, not fast", ()),
+        Route("duotone-gaudi", "w4a8", "torch's operations: right, not fast", ()),
+        Route("dense-bf16", "bf16", "transformers", ()),
+    ),
+    {},
+)
+
+RUNTIMES = {runtime.name: runtime for runtime in (VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS, DUOTONE)}

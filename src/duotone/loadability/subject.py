@@ -1,0 +1,47 @@
+# Shapes: N out_features, K in_features.
+"""What is judged: a checkpoint that exists, or the one that a plan would write, as far as runtimes care."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantized linear [rows, columns] and how tensor parallelism divides it.
+
+    cut: `rows` (each rank has some outputs), `columns` (some inputs) or `none`. units: what its rows consist of and no rank
+    gets a part of, such as heads; fewer of them than ranks are repeated. 0: single rows.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    cut: str = "none"
+    units: int = 0
+
+    def on_one_rank(self, ranks: int) -> tuple[float, float]:
+        """[N, K] of a rank's share; not whole where it cannot be divided."""
+        if self.cut == "columns":
+            return self.rows, self.columns / ranks
+        if self.cut == "rows":
+            return (self.rows / self.units * max(1.0, self.units / ranks) if self.units else self.rows / ranks), self.columns
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint.
+
+    layout: how it is stored, a name of `FORMATS`. dtype: of config.json. fused: the quantized linears, those that runtimes put
+    into one matrix together. split: linears left in BF16, each with the quantized ones that runtimes fuse with it. heads: of
+    queries and of keys; 0 where there are none. experts: whether the linears are a mixture's experts.
+    """
+
+    layout: str
+    group_size: int
+    symmetric: bool
+    dtype: str
+    fused: tuple[tuple[Linear, ...], ...]
+    split: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    heads: tuple[int, int] = (0, 0)
+    experts: bool = False
