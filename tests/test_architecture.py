@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("calibrate", "runtime"),
     ("loadability",),
     ("plan", "inspection"),
-    ("checking", "explanation"),
+    ("checking", "explanation", "converting"),
     ("outcome", "estimate"),
     ("floors",),
     ("unfinished",),
@@ -35,7 +35,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("speed",),
     ("speed_model",),
     ("cli_options",),
-    ("cli_bench",),
+    ("cli_bench", "cli_layouts"),
     ("cli", "__init__"),
     ("__main__",),
 )

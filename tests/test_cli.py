@@ -564,3 +564,19 @@ def test_quantize_refuses_what_would_not_load(original: Path, tmp_path: Path) ->
         assert not (tmp_path / "out").exists()
     fits = invoke("quantize", *arguments[:-1], "duotone", "--gpu", "cpu", "--json").json()
     assert "loads in duotone (this one) on cpu: its own CPU kernel" in fits["notes"]
+
+
+# ---- export, import
+
+
+def test_export_and_import(quantized: tuple[Path, Outcome], tmp_path: Path) -> None:
+    """There and back by the command line, as JSON and in words; what is only approximate needs leave."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    report = invoke("export", quantized[0], there, "--format", "w4a16", "--json").json()
+    assert report["layout"] == "w4a16" and {layer["exactness"] for layer in report["layers"]} == {"product-exact"}
+    outcome = invoke("import", there, back)
+    assert outcome.code == 0 and "bit-exact" in outcome.out and "imported from compressed-tensors" in outcome.out
+    assert (back / "model.safetensors").read_bytes() == (quantized[0] / "model.safetensors").read_bytes()
+    refused = invoke("export", quantized[0], tmp_path / "dense", "--format", "dense-bf16")
+    assert refused.code == 2 and refused.err.count("\n") == 1 and "--allow-lossy takes it" in refused.err
+    assert invoke("export", quantized[0], tmp_path / "dense", "--format", "dense-bf16", "--allow-lossy").code == 0

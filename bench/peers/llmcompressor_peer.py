@@ -1,4 +1,7 @@
-"""llm-compressor, W4AFP8 in compressed-tensors' packed layout: GPTQ with act-order, or round to nearest."""
+"""llm-compressor, W4AFP8 in compressed-tensors' packed layout: GPTQ with act-order, or round to nearest.
+
+rtn-bytes: as it is written unless told otherwise.
+"""
 
 import torch
 from job import Job, run
@@ -17,7 +20,8 @@ def quantize(job: Job) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     scheme = preset_name_to_scheme("W4AFP8", ["Linear"])
     scheme.weights.group_size = job.group_size
-    scheme.format = "pack-quantized"  # the default is one byte a weight, which vLLM's W4AFP8 does not read
+    if job.recipe != "rtn-bytes":
+        scheme.format = "pack-quantized"  # the default is one byte a weight, which vLLM's W4AFP8 does not read
     if job.recipe == "gptq":
         job.watch(GPTQModifier, "calibrate_module", "hessian")
         job.watch(GPTQModifier, "compress_module_list", "solve")
@@ -51,4 +55,4 @@ def quantize(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    run("llmcompressor", "llmcompressor", ("gptq", "rtn"), quantize)
+    run("llmcompressor", "llmcompressor", ("gptq", "rtn", "rtn-bytes"), quantize)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from duotone.cli_bench import bench_app
+from duotone.cli_layouts import layouts_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
 from duotone.errors import DuotoneError, ToldError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
+app.registered_commands += layouts_app.registered_commands
 
 
 @app.command(
@@ -228,32 +230,6 @@ def inspect(model: Model, as_json: Json = False, quiet: Quiet = False) -> None:
     from duotone.report import inspection_summary
 
     print_result(dataclasses.asdict(inspect_model(model)), inspection_summary, as_json)
-
-
-@app.command(epilog="Example: duotone check Llama-W4AFP8 --runtime vllm --gpu h100 --tensor-parallel 2")
-def check(  # noqa: PLR0913 - every option of the command
-    model: Model,
-    runtime: Annotated[list[str] | None, typer.Option(help="vllm, sglang, tensorrt-llm, transformers, duotone; all.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="h100, h200, b200, l40s, a100, mi300x, gaudi3, cpu; all.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each linear.")] = 1,
-    group_size: Annotated[int, typer.Option(help="Of a model that is not quantized yet: how it would be.")] = 128,
-    target: Annotated[str, typer.Option(help="The same.")] = "hopper",
-    ignore: Annotated[list[str] | None, typer.Option(help="The same; repeatable.")] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="The same.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Say where a checkpoint will load and what each linear becomes there, before or after quantizing. Exit code 1: nowhere."""
-    del quiet  # reads headers only: there is no progress to hide
-    from duotone.checking import check as run
-    from duotone.plan import QuantizeConfig
-    from duotone.report import check_summary
-
-    config = QuantizeConfig(target=target, group_size=group_size, symmetric=not asymmetric, ignore=tuple(ignore or ()))
-    found = run(model, runtime or (), gpu or (), tensor_parallel, config)
-    print_result([dataclasses.asdict(one) for one in found], check_summary, as_json)
-    if not any(one.loads for one in found):
-        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: duotone explain Llama-W4AFP8 --device cpu")

@@ -14,6 +14,9 @@ from duotone.plan import Plan, QuantizeConfig
 from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 
+#: Settings that do not change what is written.
+_NOT_OF_THE_BYTES = {"calibration", "device", "dtype", "runtime", "gpu", "tensor_parallel"}
+
 
 @dataclass
 class QuantizeReport:
@@ -69,7 +72,7 @@ def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, A
     layers = {layer: dict(entry) for layer, entry in scales.items()}
     for layer in report.layers:
         layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
-    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in {"calibration", "device", "dtype"}}
+    settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in _NOT_OF_THE_BYTES}
     return {
         "format_version": FORMAT_VERSION,
         "producer": f"duotone {VERSION}",

@@ -163,6 +163,21 @@ def _place(one: dict[str, Any]) -> Text:
     return Text(f"as {export}", style="yellow") if export else Text("-", style="dim")
 
 
+def conversion_summary(report: dict[str, Any]) -> RenderableType:
+    """What `duotone export` or `import` wrote, like layers of all blocks on a line."""
+    facts = _facts()
+    facts.add_row("checkpoint", Text(report["out"], style="bold"))
+    facts.add_row("layout", report["layout"])
+    facts.add_row("weights", f"{megabytes(report['original_bytes'])} -> {megabytes(report['weight_bytes'])}")
+    table = Table("layers", "", "exactness", "weights move by", header_style="bold", box=None, pad_edge=False)
+    alike: dict[tuple[str, str], list[float]] = {}
+    for layer in report["layers"]:
+        alike.setdefault((re.sub(r"\.\d+\.", ".*.", layer["layer"]), layer["exactness"]), []).append(layer["weight_error"])
+    for (name, exactness), errors in alike.items():
+        table.add_row(name, str(len(errors)), exactness, f"{100 * max(errors) ** 0.5:.2f} %" if max(errors) else "0")
+    return Group(facts, "", table, *_notes(report["notes"]))
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Accuracy records side by side."""
     table = Table(header_style="bold", box=None, pad_edge=False)

@@ -179,6 +179,8 @@ def layout_of(config: dict[str, Any]) -> tuple[str, int, bool]:
     try:
         if method in {"gptq", "auto-round"}:
             return "gptq", int(config["group_size"]), bool(config.get("sym", True))
+        if method == "awq":
+            return "awq", int(config["group_size"]), not config.get("zero_point", True)
         if method == "modelopt" and config.get("quant_algo") == "W4A8_AWQ":
             return "modelopt", int(config.get("group_size", 128)), True
         if method == _METHOD:
@@ -192,7 +194,7 @@ def layout_of(config: dict[str, Any]) -> tuple[str, int, bool]:
         raise DuotoneError(f"config.json: quantization_config is damaged ({error!r} is missing or wrong)") from None
     raise DuotoneError(
         f"config.json: found quantization by {method!r} with settings that are not known, expected 4-bit weights in groups of "
-        "compressed-tensors, gptq, auto-round or modelopt"
+        "compressed-tensors, gptq, auto-round, awq or modelopt"
     )
 
 

@@ -15,7 +15,10 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktok
 #: Second copies of the weights in other layouts.
 _NOT_FETCHED = ["consolidated*", "original/*"]
 #: Rewritten, or describing the weights that were replaced.
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", "duotone.json", "calibration.txt", "evaluation.txt"}
+_NOT_COPIED = {
+    "config.json", "model.safetensors.index.json", "duotone.json", "calibration.txt", "evaluation.txt",
+    "quantize_config.json", "hf_quant_config.json",
+}  # fmt: skip
 
 
 def locate_model(model: str | Path) -> Path:

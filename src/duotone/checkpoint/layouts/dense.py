@@ -1,0 +1,30 @@
+# Shapes: N out_features, K in_features.
+"""No quantized layout: each linear's weight as BF16, for runtimes that know nothing of 4 bits, and to compare with."""
+
+import torch
+from torch import Tensor
+
+from duotone.checkpoint.headers import TensorSpec
+from duotone.checkpoint.layouts.layout import Layout
+from duotone.qweight import QuantizedWeight, dequantize
+from duotone.scheme import Scheme
+
+
+def specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+    """One tensor."""
+    del scheme
+    return {f"{layer}.weight": TensorSpec("BF16", shape)}
+
+
+def to_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """FP8 value times outer scale, rounded to BF16: exact where the outer scale is a power of two (`gaudi`)."""
+    return {f"{layer}.weight": dequantize(weight).to(torch.bfloat16)}
+
+
+def values(layer: str, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """The weight as it is."""
+    del scheme
+    return tensors[f"{layer}.weight"].float()
+
+
+DENSE = Layout("dense-bf16", specs, to_tensors, values)

@@ -1,0 +1,76 @@
+"""The commands about where a checkpoint loads, and in which layout: check, export, import."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from duotone.cli_options import Json, Model, Quiet, print_result, progress_bar
+
+layouts_app = typer.Typer()
+
+
+@layouts_app.command(epilog="Example: duotone check Llama-W4AFP8 --runtime vllm --gpu h100 --tensor-parallel 2")
+def check(  # noqa: PLR0913 - every option of the command
+    model: Model,
+    runtime: Annotated[list[str] | None, typer.Option(help="vllm, sglang, tensorrt-llm, transformers, duotone; all.")] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help="h100, h200, b200, l40s, a100, mi300x, gaudi3, cpu; all.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each linear.")] = 1,
+    group_size: Annotated[int, typer.Option(help="Of a model that is not quantized yet: how it would be.")] = 128,
+    target: Annotated[str, typer.Option(help="The same.")] = "hopper",
+    ignore: Annotated[list[str] | None, typer.Option(help="The same; repeatable.")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="The same.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say where a checkpoint will load and what each linear becomes there, before or after quantizing. Exit code 1: nowhere."""
+    del quiet  # reads headers only: there is no progress to hide
+    from duotone.checking import check as run
+    from duotone.plan import QuantizeConfig
+    from duotone.report import check_summary
+
+    config = QuantizeConfig(target=target, group_size=group_size, symmetric=not asymmetric, ignore=tuple(ignore or ()))
+    found = run(model, runtime or (), gpu or (), tensor_parallel, config)
+    print_result([dataclasses.asdict(one) for one in found], check_summary, as_json)
+    if not any(one.loads for one in found):
+        raise typer.Exit(1)
+
+
+@layouts_app.command(epilog="Example: duotone export Llama-W4AFP8 Llama-W4A16 --format w4a16")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    layout: Annotated[str, typer.Option("--format", help="w4a16 (vLLM beyond Hopper), gptq, or dense-bf16.")],
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Also what the layout holds only approximately, with its error.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized checkpoint in another layout: the same codes, and for each linear how exact that is."""
+    from duotone.converting import export_checkpoint
+    from duotone.report import conversion_summary
+
+    with progress_bar("exporting", quiet or as_json) as tell:
+        report = export_checkpoint(model, out, layout, allow_lossy, tell)
+    print_result(dataclasses.asdict(report), conversion_summary, as_json)
+
+
+@layouts_app.command("import", epilog="Example: duotone import TheBloke/Llama-2-7B-GPTQ Llama-2-7B-W4AFP8")
+def import_(
+    model: Annotated[str, typer.Argument(help="A symmetric 4-bit checkpoint: llm-compressor's, GPTQ, AutoRound or AWQ.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Also values that have no place in ours (-8 under a negative scale).")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read another tool's 4-bit checkpoint into ours: the same codes, run in FP8."""
+    from duotone.converting import import_checkpoint
+    from duotone.report import conversion_summary
+
+    with progress_bar("importing", quiet or as_json) as tell:
+        report = import_checkpoint(model, out, allow_lossy, tell)
+    print_result(dataclasses.asdict(report), conversion_summary, as_json)
