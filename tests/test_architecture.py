@@ -24,7 +24,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("plan", "inspection"),
     ("checking", "explanation", "converting"),
     ("outcome", "estimate"),
-    ("floors",),
+    ("floors", "card"),
     ("unfinished",),
     ("run",),
     ("solving", "output"),

@@ -172,15 +172,19 @@ def evaluate(  # noqa: PLR0913 - every option of the command
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all but the quantized linears.")] = "float32",
+    card: Annotated[bool, typer.Option("--card", help="Put the figures into the checkpoint's README.md.")] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, and the distance from the original: KL divergence and top-1 agreement."""
+    from duotone.card import card_around, put_evaluation
     from duotone.device import resolve_dtype
     from duotone.evaluation import evaluate as run
     from duotone.report import evaluation_summary
 
+    if card:
+        card_around(Path(model))  # a card without a place for them is found before the work
     with progress_bar("evaluating", quiet or as_json) as tell:
         result = run(
             model,
@@ -192,6 +196,8 @@ def evaluate(  # noqa: PLR0913 - every option of the command
             device=device,
             progress=lambda done, total: tell(done, total, "windows"),
         )
+    if card:
+        put_evaluation(Path(model), text, dataclasses.asdict(result))
     print_result(dataclasses.asdict(result), evaluation_summary, as_json)
 
 

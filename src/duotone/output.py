@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from duotone.calibrate.stream import BlockStream
+from duotone.card import CARD, model_card
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions
 from duotone.checkpoint.journal import Journal
 from duotone.checkpoint.sidecar import SIDECAR
 from duotone.checkpoint.source import load_finite
 from duotone.checkpoint.staging import output_folder
-from duotone.checkpoint.writer import CheckpointWriter, write_json
+from duotone.checkpoint.writer import CheckpointWriter, write_json, write_text
+from duotone.models.adapter import can_generate
 from duotone.outcome import sidecar_of
 from duotone.plan import BlockPlan
 from duotone.qweight import QuantizedWeight
@@ -88,7 +90,9 @@ class Output:
                 "quantization_config": quantization_config(run.plan.config.scheme, sorted(run.plan.kept)),
             }
             write_json(self.folder / "config.json", config)
-            write_json(self.folder / SIDECAR, sidecar_of(run.report, run.plan, run.sidecar_layers))
+            sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
+            write_json(self.folder / SIDECAR, sidecar)
+            write_text(self.folder / CARD, model_card(run.report.model, sidecar, can_generate(run.plan.adapter)))
             facts = facts_of(run.report, run.sidecar_layers, run.phases)
             self._journal.save(len(run.plan.blocks), self._writer.written, facts)
             if run.curvatures is not None:

@@ -152,8 +152,13 @@ def content_hash(data: Any) -> str:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """A JSON file, keys in the given order."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file."""
     with reporting_full_disk(path.parent):
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -55,5 +55,10 @@ def auto_class(config: dict[str, Any]) -> type[_BaseAutoModelClass]:
     return find_adapter(config).auto if has_adapter(config) else AutoModelForCausalLM
 
 
+def can_generate(adapter: Adapter) -> bool:
+    """Whether its models write text."""
+    return adapter.auto is AutoModelForCausalLM
+
+
 def _tables_of(model_type: str) -> list[Adapter]:
     return [adapter for adapter in _ADAPTERS if model_type in adapter.model_types]
