@@ -49,7 +49,7 @@ def deep_model(folder: Path, layers: int, sizes: dict[str, int], tokenizer: Path
     return folder
 
 
-def quantized(model: Path, out: Path, text: Path) -> dict[str, Any]:
+def quantized(model: Path, out: Path, text: Path, *options: str) -> dict[str, Any]:
     """The report of the whole command."""
     command = [
         sys.executable,
@@ -61,6 +61,7 @@ def quantized(model: Path, out: Path, text: Path) -> dict[str, Any]:
         "--calibration",
         str(text),
         "--json",
+        *options,
     ]
     size = ["--samples", "16", "--seq-len", "64", "--device", "cpu"]
     done = subprocess.run([*command, *size], capture_output=True, text=True, check=False)
@@ -74,3 +75,16 @@ def test_peak_does_not_grow_with_the_number_of_blocks(models: dict[int, Path], t
     few, many = (int(quantized(models[layers], tmp_path / str(layers), text_file)["peak_bytes"]) for layers in (4, 40))
     print(f"peak of 4 blocks {few / 1e6:.0f} MB, of 40 {many / 1e6:.0f} MB")
     assert abs(many - few) <= 0.1 * few
+
+
+@pytest.mark.slow
+def test_a_checkpoint_three_times_as_large_as_the_memory_it_takes(tokenizer: Path, text_file: Path, tmp_path: Path) -> None:
+    """Peak resident memory, which is what a container's limit counts: interpreter, torch and all.
+
+    A limit on the address space would say nothing: the source is mapped, and mapped files may be dropped at any time.
+    """
+    model = deep_model(tmp_path / "deep", 260, SIZES, tokenizer)
+    nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    peak = int(quantized(model, tmp_path / "out", text_file, "--method", "gptq")["peak_bytes"])
+    print(f"a checkpoint of {nbytes / 1e6:.0f} MB within {peak / 1e6:.0f} MB")
+    assert nbytes >= 3 * peak

@@ -75,7 +75,7 @@ def from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Scheme, side: S
         packed, scale = tensors[f"{layer}.weight_packed"], tensors[f"{layer}.weight_scale"]
         rows, columns = (int(size) for size in tensors[f"{layer}.weight_shape"])
         stored_zero = None if scheme.symmetric else tensors[f"{layer}.weight_zero_point"]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DuotoneError(f"{layer}: the checkpoint lacks {error}, expected a pack-quantized weight") from None
     expected = tensor_specs(layer, (rows, columns), scheme)
     for suffix, tensor in (("weight_packed", packed), ("weight_scale", scale), ("weight_zero_point", stored_zero)):

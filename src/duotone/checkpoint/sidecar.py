@@ -36,7 +36,7 @@ def layer_scales(sidecar: dict[str, Any] | None, layer: str) -> SideScales | Non
         return None
     try:
         scales = SideScales(float(entry["outer_scale"]), float(entry["input_scale"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise DuotoneError(f"{SIDECAR}: the scales of {layer} are {entry}, expected two numbers") from None
     if not (0 < scales.outer_scale < float("inf") and 0 < scales.input_scale < float("inf")):
         raise DuotoneError(f"{SIDECAR}: the scales of {layer} are {entry}, expected two positive numbers")

@@ -38,29 +38,33 @@ def read_packed(layer: str, parts: Mapping[str, Tensor], config: dict[str, Any])
     """compressed-tensors `pack-quantized`, W4A16 or W4A8."""
     group_size, symmetric = _of_compressed_tensors(config)
     _check_symmetric(layer, symmetric)
-    columns = int(parts["weight_shape"][1])
-    return _int4(layer, unpack_int4(_words(layer, parts["weight_packed"]), columns), parts["weight_scale"], group_size)
+    words, shape = _part(layer, parts, "weight_packed", 2, torch.int32), _part(layer, parts, "weight_shape", 1, torch.int64)
+    sizes = [int(size) for size in shape]
+    columns = sizes[-1]
+    if sizes != [len(words), columns] or not 0 < columns <= words.shape[1] * 8:
+        raise DuotoneError(f"{layer}: found weight_shape {sizes}, expected that of {list(words.shape)} packed words")
+    return _int4(layer, unpack_int4(words, columns), _part(layer, parts, "weight_scale", 2), group_size)
 
 
 def read_bytes(layer: str, parts: Mapping[str, Tensor], config: dict[str, Any]) -> Int4:
     """compressed-tensors `int-quantized`: llm-compressor's W4AFP8 unless it is told otherwise; a byte a weight."""
     group_size, symmetric = _of_compressed_tensors(config)
     _check_symmetric(layer, symmetric)
-    level_NK = parts["weight"]
-    if level_NK.dtype != torch.int8 or bool((level_NK < -8).any()) or bool((level_NK > 7).any()):
-        raise DuotoneError(f"{layer}: found {level_NK.dtype} weights beyond -8..7, expected 4-bit levels as int8")
-    return _int4(layer, (level_NK + _ZERO_CODE).to(torch.uint8), parts["weight_scale"], group_size)
+    level_NK = _part(layer, parts, "weight", 2, torch.int8)
+    if bool((level_NK < -8).any()) or bool((level_NK > 7).any()):
+        raise DuotoneError(f"{layer}: found weights beyond -8..7, expected 4-bit levels")
+    return _int4(layer, (level_NK + _ZERO_CODE).to(torch.uint8), _part(layer, parts, "weight_scale", 2), group_size)
 
 
 def read_gptq(layer: str, parts: Mapping[str, Tensor], config: dict[str, Any]) -> Int4:
     """GPTQ's, versions 1 and 2; what AutoRound calls auto_gptq is version 1 without g_idx."""
-    qweight = _words(layer, parts["qweight"])
-    scale_NG = parts["scales"].T
+    qweight, scale_NG = _part(layer, parts, "qweight", 2, torch.int32), _part(layer, parts, "scales", 2).T
     columns = qweight.shape[0] * 8
     group_size = int(config["group_size"]) if int(config["group_size"]) > 0 else columns
-    if "g_idx" in parts and not torch.equal(parts["g_idx"].long(), torch.arange(columns) // group_size):
+    places_K = torch.arange(columns, dtype=torch.int32) // group_size
+    if "g_idx" in parts and not torch.equal(_part(layer, parts, "g_idx", 1, torch.int32), places_K):
         raise DuotoneError(f"{layer}: its g_idx scatters the columns of a group, expected groups in place (no desc_act)")
-    zero = unpack_int4(_words(layer, parts["qzeros"]), scale_NG.shape[0]).long()
+    zero = unpack_int4(_part(layer, parts, "qzeros", 2, torch.int32), scale_NG.shape[0]).long()
     zero = zero if config.get("checkpoint_format") == "gptq_v2" else (zero + 1) % 16
     _check_zeros(layer, zero)
     return _int4(layer, unpack_int4(qweight.T.contiguous(), columns), scale_NG, group_size)
@@ -68,10 +72,10 @@ def read_gptq(layer: str, parts: Mapping[str, Tensor], config: dict[str, Any]) -
 
 def read_awq(layer: str, parts: Mapping[str, Tensor], config: dict[str, Any]) -> Int4:
     """AutoAWQ's GEMM layout: eight outputs a word, interleaved."""
-    code_KN, zero_GN = (_awq(_words(layer, parts[name])) for name in ("qweight", "qzeros"))
+    code_KN, zero_GN = (_awq(_part(layer, parts, name, 2, torch.int32)) for name in ("qweight", "qzeros"))
     _check_zeros(layer, zero_GN.long())
     group_size = int(config["group_size"]) if int(config["group_size"]) > 0 else len(code_KN)
-    return _int4(layer, code_KN.T.contiguous(), parts["scales"].T, group_size)
+    return _int4(layer, code_KN.T.contiguous(), _part(layer, parts, "scales", 2).T, group_size)
 
 
 FOREIGN: dict[str, Foreign] = {
@@ -102,9 +106,12 @@ def _int4(layer: str, codes_NK: Tensor, scale_NG: Tensor, group_size: int) -> In
     return Int4(torch.where(negative_NK, mirrored_NK, codes_NK), scale_NG.abs().contiguous(), group_size, turned)
 
 
-def _words(layer: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.int32 or tensor.dim() != 2:
-        raise DuotoneError(f"{layer}: found packed {tensor.dtype} {list(tensor.shape)}, expected a matrix of int32 words")
+def _part(layer: str, parts: Mapping[str, Tensor], name: str, dims: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a linear, of so many dimensions, and of a dtype, or floating."""
+    tensor = parts[name]
+    if tensor.dim() != dims or not tensor.numel() or (tensor.dtype != dtype if dtype else not tensor.is_floating_point()):
+        wanted = str(dtype or "floats").removeprefix("torch.")
+        raise DuotoneError(f"{layer}.{name}: found {tensor.dtype} {list(tensor.shape)}, expected {wanted} of {dims} dimensions")
     return tensor
 
 
