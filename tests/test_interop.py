@@ -109,3 +109,26 @@ def test_gaudi_variant_is_refused_by_other_readers(tiny_model: ModelMaker, text_
     )
     with pytest.raises(ValueError, match="format"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("made_for", [1, 2])
+def test_ranks_rebuild_our_weights_where_made_for_them(
+    made_for: int, tiny_model: ModelMaker, text_file: Path, tmp_path: Path
+) -> None:
+    """vLLM gives each of two ranks half of the columns of what writes to the stream, and the loader sees nothing else.
+
+    Without `--tensor-parallel 2` it rounds their scales a second time.
+    """
+    model = tiny_model(hidden_size=256, intermediate_size=512, head_dim=64)
+    settings = {"calibration": (str(text_file),), "samples": 4, "seq_len": 64, "group_size": 64, "device": "cpu"}
+    duotone.quantize(model, tmp_path / "out", tensor_parallel=made_for, **settings)
+    source, exact = open_source(tmp_path / "out"), []
+    for layer in (layer for layer in packed_layers(source) if layer.endswith(("o_proj", "down_proj"))):
+        weight = WeightReader(source).read(layer)
+        levels, scale = weight.codes.numpy().astype(np.float32) - 8, source.load([f"{layer}.weight_scale"])
+        for rank in range(2):
+            groups = np.array_split(scale[f"{layer}.weight_scale"].float().numpy(), 2, 1)[rank]
+            group, channel = load_split(groups, False)
+            theirs = fp8_weights(np.array_split(levels, 2, 1)[rank], group, 64) * channel[:, None]
+            exact.append(np.array_equal(theirs, np.array_split(dequantize(weight).numpy(), 2, 1)[rank]))
+    assert len(exact) == 8 and (all(exact) if made_for == 2 else not any(exact))

@@ -209,3 +209,15 @@ def test_loading_notes(tiny_model: ModelMaker) -> None:
         loading_notes(replace(plan, config=QuantizeConfig(group_size=32, runtime="vllm")))
     with pytest.raises(DuotoneError, match="--runtime: found 'vlm', expected one of vllm, sglang"):
         QuantizeConfig(runtime="vlm")
+
+
+@pytest.mark.parametrize(
+    ("made_for", "ranks", "exact"), [(1, 1, True), (1, 2, False), (2, 2, True), (4, 2, True), (2, 4, False)]
+)
+def test_ranks_that_round_again_are_told_of(made_for: int, ranks: int, exact: bool) -> None:
+    """Where a checkpoint is not made for so many; it loads all the same."""
+    found = judge(replace(llama(), made_for=made_for), "vllm", "h100", ranks)
+    assert found.loads and (found.advice == []) == exact
+    assert (
+        exact or f"quantize with --tensor-parallel {ranks}: each rank rounds its part of o_proj, down_proj" in found.advice[0]
+    )

@@ -16,7 +16,7 @@ from scale import scale_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGES = ("README.md", "docs/accuracy.md", "docs/scale.md", "docs/speed.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/scale.md", "docs/serving.md", "docs/speed.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -564,6 +564,36 @@ def ablation_table() -> str:
     return markdown(head, list(cells))
 
 
+def random_models_table() -> str:
+    """The distance to the original of the models of random weights that were timed."""
+    found: dict[str, dict[str, float]] = {}
+    for row in records("random_models"):
+        if row["arithmetic"] == "contract" and row["kl"] is not None and row["tool"] != "original":
+            found.setdefault(row["model"], {})[f"{row['tool']} {row['method']}"] = row["kl"]
+    tools = list(dict.fromkeys(tool for kls in found.values() for tool in kls))
+    return markdown(("model", *tools), [(model, *(f"{kls[tool]:.4f}" for tool in tools)) for model, kls in found.items()])
+
+
+def vllm_load_table() -> str:
+    """What vLLM's own loading code makes of our checkpoints, the newest row of each."""
+    newest = {(row["model"], row["ranks"]): row for row in records("vllm_load")}
+    head = ("checkpoint", "vLLM", "ranks", "fused linears, all ranks", "the contract's bits", "`duotone check`")
+    return markdown(
+        head,
+        [
+            (
+                row["model"],
+                row["vllm"],
+                str(row["ranks"]),
+                "refused: " + row["refused"] if row["refused"] else str(row["layers"]),
+                "-" if row["refused"] else str(row["equal"]),
+                row["check"],
+            )
+            for row in newest.values()
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
@@ -580,6 +610,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale_table,
     "scale-excess": excess_table,
     "out-of-domain": out_of_domain_table,
+    "vllm-load": vllm_load_table,
+    "random-models": random_models_table,
     "ablation": ablation_table,
     "linear": linear_table,
     "generate": generate_table,

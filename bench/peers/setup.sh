@@ -13,7 +13,7 @@ trap 'rm -f "$held"' EXIT
 echo "$torch" > "$held"
 
 if [ $# -eq 0 ]; then
-    echo "usage: setup.sh TOOL...   tools: $(basename -s .txt -a "$here"/requirements/*.txt | xargs)" >&2
+    echo "usage: setup.sh TOOL...   tools: $(basename -s .txt -a "$here"/requirements/*.txt | grep -v alone | xargs)" >&2
     exit 2
 fi
 for tool in "$@"; do
@@ -25,5 +25,8 @@ for tool in "$@"; do
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet setuptools==84.2.1 wheel==0.48.0 "$torch"
     "$venv/bin/python" -m pip install --quiet --constraint "$held" --requirement "$here/requirements/$tool.txt"
+    # A tool of which only some Python files are run, without all that it asks for.
+    alone="$here/requirements/$tool.alone.txt"
+    [ ! -f "$alone" ] || "$venv/bin/python" -m pip install --quiet --no-deps --requirement "$alone"
     echo "$tool: $venv"
 done

@@ -5,6 +5,7 @@ Reads config and headers, no weights.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def subject_of_plan(plan: Plan) -> Subject:
     """The checkpoint that a plan would write."""
     scheme = plan.config.scheme
     layout = "compressed-tensors" if scheme.target.channel_outer_scale else "duotone-gaudi"
-    return _subject(plan.source, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16")
+    subject = _subject(plan.source, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16")
+    return replace(subject, made_for=plan.config.tensor_parallel if plan.config.method == "dpq" else 1)
 
 
 def subject_of_checkpoint(source: SourceFolder) -> Subject:
@@ -65,7 +67,10 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
             kept[name] = why_kept(name, sidecar, quantization) or "not quantized"
     if not shapes:
         raise DuotoneError(f"{source.path}: found no quantized linear, expected some of the layout {layout}")
-    return _subject(source, layout, (group_size, symmetric), shapes, kept, str(dtype).removeprefix("torch."))
+    subject = _subject(source, layout, (group_size, symmetric), shapes, kept, str(dtype).removeprefix("torch."))
+    settings = sidecar.get("settings", {})
+    ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
+    return replace(subject, made_for=int(ranks))
 
 
 def _subject(
@@ -129,7 +134,7 @@ def loading_notes(plan: Plan) -> list[str]:
     ranks = f", {config.tensor_parallel} ranks" if config.tensor_parallel > 1 else ""
     where = f"{config.runtime} ({found.version}) on {config.gpu}{ranks}"
     if found.loads:
-        return [f"loads in {where}: {found.runs}"]
+        return [f"loads in {where}: {found.runs}", *found.advice]
     rest = f" (and {len(found.reasons) - 1} more)" if len(found.reasons) > 1 else ""
     advice = f"; {'; '.join(found.advice)}" if found.advice else ""
     raise DuotoneError(f"--runtime: would not load in {where}: {found.reasons[0]}{rest}{advice}")

@@ -72,7 +72,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
         str | None, typer.Option(help="What will serve it: refuse before the work if it would not load. See duotone check.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="With --runtime, where.")] = "h100",
-    tensor_parallel: Annotated[int, typer.Option(help="With --runtime, on how many ranks.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Ranks that will share each linear when served: scales are made for that.")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,

@@ -15,7 +15,7 @@ from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 
 #: Settings that do not change what is written.
-_NOT_OF_THE_BYTES = {"calibration", "device", "dtype", "runtime", "gpu", "tensor_parallel"}
+_NOT_OF_THE_BYTES = {"calibration", "device", "dtype", "runtime", "gpu"}
 
 
 @dataclass

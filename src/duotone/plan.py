@@ -77,6 +77,12 @@ class QuantizeConfig:
         if self.equalize is not None and not self.needs_statistics:
             able = ", ".join(name for name, method in METHODS.items() if method.needs_statistics)
             raise DuotoneError(f"--equalize: found --method {self.method}, expected one that looks at its inputs: {able}")
+        if self.tensor_parallel < 1:
+            raise DuotoneError(f"--tensor-parallel: found {self.tensor_parallel}, expected at least 1")
+        if self.tensor_parallel > 1 and self.refresh_scales:
+            raise DuotoneError(
+                "--refresh-scales: found --tensor-parallel beside it, whose ranks need scales that stay; drop one"
+            )
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)
@@ -165,6 +171,12 @@ class Plan:
     def weights(self) -> int:
         """How many values the linears to quantize have."""
         return sum(rows * columns for rows, columns in self.shapes.values())
+
+    def shards(self, layer: str) -> int:
+        """Ranks that will each have a part of this linear's columns: all that serve it, of one that writes to the stream."""
+        groups = self.config.scheme.groups(self.shapes[layer][1])
+        writes = any(layer in block.streams for block in self.blocks)
+        return self.config.tensor_parallel if writes and groups % self.config.tensor_parallel == 0 else 1
 
     @property
     def disk_bytes(self) -> int:

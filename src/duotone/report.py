@@ -141,7 +141,8 @@ def check_summary(found: list[dict[str, Any]]) -> RenderableType:
     for (name, outcome, reason), count in alike.items():
         table.add_row(name, str(count), outcome, reason)
     reasons = [Text(f"refused: {reason}", style="red") for reason in dict.fromkeys(one["reasons"])]
-    advice = [Text(f"instead: {advice}", style="green") for advice in one["advice"]]
+    word = "better" if one["runs"] else "instead"
+    advice = [Text(f"{word}: {advice}", style="green") for advice in one["advice"]]
     return Group(facts, "", table, "", *reasons, *advice)
 
 

@@ -39,7 +39,15 @@ def solve_group(
             weight[share[ranks.rank]].to(run.device, torch.float32) for weight, share in zip(weights, shares, strict=True)
         )
         problems = [
-            Problem(layer, w_NK, _of_rows(statistics, share[ranks.rank]), factor, config.scheme, config.solver)
+            Problem(
+                layer,
+                w_NK,
+                _of_rows(statistics, share[ranks.rank]),
+                factor,
+                config.scheme,
+                config.solver,
+                run.plan.shards(layer),
+            )
             for layer, w_NK, share in zip(group, values, shares, strict=True)
         ]
         solved = [METHODS[config.method].solve(problem) if len(problem.weight) else None for problem in problems]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duotone.contract import join_scale, split_scale
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
 from duotone.solver.scales import Scales, fit_scales, nearest_entry, round_to_nearest
@@ -133,6 +134,29 @@ def test_a_given_outer_scale_moves_no_step(symmetric: bool, weighted: bool) -> N
         assert torch.equal(found.group_scale, own.group_scale / share)
         assert symmetric == (found.zero_point is None)
         assert found.zero_point is None or (own.zero_point is not None and torch.equal(found.zero_point, own.zero_point))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_share_of_the_columns_rebuilds_the_scales(shards: int, weighted: bool) -> None:
+    """Ranks split the file's scale on their own columns: the same pair, however many ranks divide it."""
+    scheme, generator = Scheme(group_size=16), torch.Generator().manual_seed(shards)
+    w = torch.randn(40, 256, generator=generator) * torch.exp(torch.randn(40, 256, generator=generator))
+    w[3, 32:] *= 1e-3  # a row whose shares differ much
+    weight = torch.rand(256, generator=generator) if weighted else None
+    found = search_scales(w, scheme, weight, shards=shards)
+    joined = join_scale(found.group_scale, found.outer_scale)
+    for ranks in (ranks for ranks in (1, 2, 4) if shards % ranks == 0):
+        for share, group in zip(joined.chunk(ranks, 1), found.group_scale.chunk(ranks, 1), strict=True):
+            again, outer = split_scale(share, scheme)
+            assert torch.equal(again, group) and torch.equal(outer, found.outer_scale)
+    apart = [split_scale(share, scheme)[1] for share in join_scale(*_one_shard(w, scheme, weight)).chunk(4, 1)]
+    assert not all(torch.equal(outer, apart[0]) for outer in apart), "any scales would do: nothing was tested"
+
+
+def _one_shard(w: torch.Tensor, scheme: Scheme, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = search_scales(w, scheme, weight)
+    return scales.group_scale, scales.outer_scale
 
 
 @pytest.mark.parametrize("grown", [0.3, 1.0, 2.0])

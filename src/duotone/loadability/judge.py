@@ -58,7 +58,8 @@ def judge(subject: Subject, runtime: str, gpu: str, tensor_parallel: int = 1) ->
     route, broken = _best(here, kind)
     facts = (runtime, kind.version, gpu, tensor_parallel, subject.layout)
     if route is not None and not broken:
-        return Loadability(*facts, route.outcome, route.runs, [], _outcomes(subject, route.outcome, []), [])
+        layers, advice = _outcomes(subject, route.outcome, []), _exact_on_ranks(here, route)
+        return Loadability(*facts, route.outcome, route.runs, [], layers, advice)
     reasons = [f"{finding.found}, expected: {rule.says} [{rule.source}]" for rule, finding in broken]
     if route is None:
         why = kind.unread.get(subject.layout, f"it reads {', '.join(dict.fromkeys(r.layout for r in kind.routes))}")
@@ -96,6 +97,15 @@ def _outcomes(subject: Subject, outcome: str, broken: list[tuple[Rule, Finding]]
         reason = None if rule is None or finding is None else f"{finding.found}, expected: {rule.says}"
         found.append(LayerOutcome(linear.name, outcome, reason, None if rule is None else rule.source))
     return found + [LayerOutcome(name, "bf16", reason) for name, reason in subject.kept.items()]
+
+
+def _exact_on_ranks(here: Situation, route: Route) -> list[str]:
+    """Whether ranks that have a part of the columns rebuild the scales that were chosen (vLLM splits them at load)."""
+    cut = [linear.name.rpartition(".")[2] for fused in here.subject.fused for linear in fused if linear.cut == "columns"]
+    if not route.splits_scales or not cut or here.subject.made_for % here.ranks == 0:
+        return []
+    names = ", ".join(dict.fromkeys(cut))
+    return [f"quantize with --tensor-parallel {here.ranks}: each rank rounds its part of {names} anew, the weights move by 2 %"]
 
 
 def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]]) -> list[str]:

@@ -19,12 +19,16 @@ from duotone.loadability.rules import (
 
 @dataclass(frozen=True)
 class Route:
-    """One way to run a layout. outcome: `w4a8` as stored, `w4a16` (4-bit weights without FP8), `bf16` (unpacked at load)."""
+    """One way to run a layout. outcome: `w4a8` as stored, `w4a16` (4-bit weights without FP8), `bf16` (unpacked at load).
+
+    splits_scales: each rank makes two scales of the file's one, from its own columns.
+    """
 
     layout: str
     outcome: str
     runs: str
     rules: tuple[Rule, ...]
+    splits_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ VLLM = Runtime(
                 multiples(_CUTLASS, 128, 128),
                 *_VLLM_PARALLEL,
             ),
+            splits_scales=True,
         ),
         Route("w4a16", "w4a16", "Machete or Marlin W4A16", _MARLIN),
         Route(

@@ -31,9 +31,10 @@ class Linear:
 class Subject:
     """A checkpoint.
 
-    layout: how it is stored, a name of `FORMATS`. dtype: of config.json. fused: the quantized linears, those that runtimes put
+    layout: how it is stored, see `layout_of`. dtype: of config.json. fused: the quantized linears, those that runtimes put
     into one matrix together. split: linears left in BF16, each with the quantized ones that runtimes fuse with it. heads: of
-    queries and of keys; 0 where there are none. experts: whether the linears are a mixture's experts.
+    queries and of keys; 0 where there are none. experts: whether the linears are a mixture's experts. made_for: ranks whose
+    shares of columns rebuild the same scales.
     """
 
     layout: str
@@ -45,3 +46,4 @@ class Subject:
     kept: dict[str, str] = field(default_factory=dict)
     heads: tuple[int, int] = (0, 0)
     experts: bool = False
+    made_for: int = 1

@@ -70,7 +70,10 @@ class LayerReport:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One weight to quantize, float32 [N, K]; statistics and factor are shared by the linears that read the same input."""
+    """One weight to quantize, float32 [N, K]; statistics and factor are shared by the linears that read the same input.
+
+    shards: ranks that will each rebuild scales from their share of the columns (`search_scales`).
+    """
 
     layer: str
     weight: Tensor
@@ -78,6 +81,7 @@ class Problem:
     factor: Factor | None
     scheme: Scheme
     options: SolverOptions
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.weight).all()):
@@ -151,11 +155,11 @@ def dpq(problem: Problem) -> tuple[QuantizedWeight, LayerReport]:
     """
     scheme, factor = problem.scheme, _factor(problem)
     target = replace(problem, weight=corrected_target(problem.weight, _statistics(problem)))
-    scales = search_scales(target.weight, scheme)
+    scales = search_scales(target.weight, scheme, shards=problem.shards)
     rounded, scales = _round(target, scales)
     for _ in range(REFITS):
         outer = None if scheme.target.channel_outer_scale else scales.outer_scale
-        refitted = search_scales(rounded.wish(factor), scheme, factor.pivots(), outer)
+        refitted = search_scales(rounded.wish(factor), scheme, factor.pivots(), outer, problem.shards)
         again, refitted = _round(target, refitted)
         better_N = again.row_loss(factor) < rounded.row_loss(factor)
         rounded, scales = rounded.where(better_N, again), scales.where(better_N, refitted)

@@ -1,4 +1,6 @@
-# Shapes: N out_features, K in_features, B columns of a group, G groups along K, g = group_size.
+# Shapes: N out_features, K in_features, B columns of a group, G groups along K, g = group_size, S shards.
+# torch is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Scales searched for the error that remains after *both* roundings, instead of taken from each group's largest weight.
 
 A scale below min-max clips the largest weights of a group and rounds all others finer. For a channel-scaled target the
@@ -27,17 +29,27 @@ SCALE_TRIALS = _GRID_VALUES + 2
 
 
 def search_scales(
-    w_NK: Tensor, scheme: Scheme, column_weight_K: Tensor | None = None, outer_scale: Tensor | None = None
+    w_NK: Tensor,
+    scheme: Scheme,
+    column_weight_K: Tensor | None = None,
+    outer_scale: Tensor | None = None,
+    shards: int = 1,
 ) -> Scales:
     """Group and outer scales of least squared error, row by row; never worse than min-max by the same measure.
 
     With `column_weight_K` each column's squared error counts that often. outer_scale: a tensor's, where it is settled already.
+    shards: ranks that will each have a share of the columns and rebuild their scales from that share alone; every share of a
+    row then has a group at the peak, so that all of them rebuild these (min-max may be better; it has not).
     """
     start = fit_scales(w_NK, scheme)
     if outer_scale is not None:
         start = Scales(start.group_scale * (start.outer_scale / outer_scale), start.zero_point, outer_scale)
-    search = _search_rows if scheme.target.channel_outer_scale else _search_groups
-    return search(_Weight(w_NK, scheme.group_size, column_weight_K), start, scheme)
+    weight = _Weight(w_NK, scheme.group_size, column_weight_K)
+    return (
+        _search_rows(weight, start, scheme, shards)
+        if scheme.target.channel_outer_scale
+        else _search_groups(weight, start, scheme)
+    )
 
 
 def refresh_scale(grid: Grid, group: int, updated_BN: Tensor) -> None:
@@ -86,17 +98,19 @@ class _Weight:
         return scale_error(self.w_NK, candidates_NGC, given, scheme, self.group_size, self.column_weight_K)
 
 
-def _search_rows(weight: _Weight, start: Scales, scheme: Scheme) -> Scales:
+def _search_rows(weight: _Weight, start: Scales, scheme: Scheme, shards: int) -> Scales:
     """Canonical pairs: the outer scale of each row from a sample of the columns, then the group scales from all of them."""
     sample = weight.sample()
     best_N = torch.full_like(start.outer_scale, torch.inf)
     outer_N = start.outer_scale
     for share in _OUTER_SHARES:
         trial_N = _outer_from_row_max(start.outer_scale * scheme.peak_group_scale * share, scheme)
-        error_N = _best_groups(sample, start, trial_N, scheme)[1].sum(-1)
+        error_N = _best_groups(sample, start, trial_N, scheme, shards)[1].sum(-1)
         outer_N = torch.where(error_N < best_N, trial_N, outer_N)
         best_N = torch.minimum(error_N, best_N)
-    group_NG, error_NG = _best_groups(weight, start, outer_N, scheme)
+    group_NG, error_NG = _best_groups(weight, start, outer_N, scheme, shards)
+    if shards > 1:
+        return Scales(group_NG, start.zero_point, outer_N)
     # A sample may mislead: a row that min-max serves better keeps it.
     minmax_N = weight.error(start.group_scale.unsqueeze(-1), start, start.outer_scale, scheme)[..., 0].sum(-1)
     keep_N = minmax_N <= error_NG.sum(-1)
@@ -105,11 +119,12 @@ def _search_rows(weight: _Weight, start: Scales, scheme: Scheme) -> Scales:
 
 
 def _best_groups(
-    weight: _Weight, start: Scales, outer_N: Tensor, scheme: Scheme, lacking_N: Tensor | None = None
+    weight: _Weight, start: Scales, outer_N: Tensor, scheme: Scheme, shards: int = 1, lacking_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The E4M3 value of least error for every group under an outer scale, one of each row at the peak, and those errors.
 
-    lacking_N: the rows that must have a group at the peak, where others than these groups count too.
+    shards: equal parts of a row, each of which has one there. lacking_N: the rows that must have a group at the peak, where
+    others than these groups count too.
     """
     grid = _scale_grid(scheme).to(outer_N.device)
     at_NG = torch.searchsorted(grid, start.step / outer_N[:, None] * _GRID_FROM).clamp(max=len(grid) - 1)
@@ -120,11 +135,15 @@ def _best_groups(
     error_NG, best_NG = error_NGC[..., :-1].min(-1)
     group_NG, peak_error_NG = trial_NGC.gather(-1, best_NG.unsqueeze(-1)).squeeze(-1), error_NGC[..., -1]
     # Where no group of a row is at the peak, the one that loses least goes there; clamped rows are free (canonical form).
-    cheapest_N = (peak_error_NG - error_NG).argmin(-1)
     if lacking_N is None:
         lacking_N = outer_N > torch.tensor(scheme.smallest_outer_scale, dtype=torch.float32)
-    lacking_N = lacking_N & (group_NG.amax(-1) < scheme.peak_group_scale)
-    raised_NG = torch.zeros_like(group_NG, dtype=torch.bool).scatter_(1, cheapest_N[:, None], lacking_N[:, None])
+    loss_NSG = (peak_error_NG - error_NG).unflatten(1, (shards, -1))
+    lacking_NS1 = lacking_N[:, None, None] & (
+        group_NG.unflatten(1, (shards, -1)).amax(-1, keepdim=True) < scheme.peak_group_scale
+    )
+    raised_NG = (
+        torch.zeros_like(loss_NSG, dtype=torch.bool).scatter_(2, loss_NSG.argmin(-1, keepdim=True), lacking_NS1).flatten(1)
+    )
     return group_NG.masked_fill(raised_NG, scheme.peak_group_scale), torch.where(raised_NG, peak_error_NG, error_NG)
 
 
