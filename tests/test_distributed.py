@@ -275,7 +275,7 @@ def solved(ranks: Ranks, config: QuantizeConfig, rows: Sequence[int], stream: bo
     known: dict[str, Any] = {"stream_target": drift} if stream else {"input_drift": drift}
     statistics = Statistics(x_MK.T @ x_MK / 600, 600, **known)
     report = QuantizeReport("", "", config, None)
-    plan: Any = type("Plan", (), {"config": config})
+    plan: Any = type("Plan", (), {"config": config, "shards": staticmethod(lambda _: 1)})
     run = Run(plan, torch.device("cpu"), torch.float32, Phases(), report, ranks)
     weights = {f"l{i}.weight": normal(count, columns) for i, count in enumerate(rows)}
     return solve_group(run, tuple(f"l{i}" for i in range(len(rows))), weights, statistics), report.layers

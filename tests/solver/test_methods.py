@@ -451,7 +451,7 @@ def test_dpq_without_fp8_rounding_is_gptq_with_static_scales(
 ) -> None:
     """FP8 replaced by the identity, nothing searched: either DPQ is plain GPTQ on static scales (DPQ.md section 8)."""
     plain_dpq(monkeypatch)
-    monkeypatch.setattr(methods, "search_scales", fit_scales)
+    monkeypatch.setattr(methods, "search_scales", lambda w, scheme, **_: fit_scales(w, scheme))
     wide = _Unrounded("exact", E4M3.exponent_bits, E4M3.mantissa_bits, E4M3.has_infinity)
     scheme = Scheme(Target("wide", wide, dynamic_activations=False, channel_outer_scale=False), 16, symmetric)
     w_NK, hessian = correlated_layer(16, 64, seed=13, dtype=torch.float32)
