@@ -126,7 +126,7 @@ def _rows(bench: AccuracyBench, judge: Judge, arguments: Any, with_original: boo
     for method in arguments.methods:
         yield _our_row(bench, judge, method, said)
     for peer in arguments.peers:
-        yield from _peer_rows(bench, judge, peer, tokens, said)
+        yield from _peer_rows(bench, judge, peer, tokens, said, arguments.timeout)
 
 
 def _row(tool: str, method: str, scheme: str, calibration: Any, arithmetic: str) -> dict[str, Any]:
@@ -159,12 +159,12 @@ def _our_row(bench: AccuracyBench, judge: Judge, method: str, calibration: Any) 
 
 
 def _peer_rows(
-    bench: AccuracyBench, judge: Judge, peer: str, tokens: TokenWindows, calibration: Any
+    bench: AccuracyBench, judge: Judge, peer: str, tokens: TokenWindows, calibration: Any, timeout: float | None
 ) -> Iterator[dict[str, Any]]:
     tool, gradient, key = PEERS[peer]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        facts = run_peer(bench, peer, tokens, out)
+        facts = run_peer(bench, peer, tokens, out, timeout)
         shared = {
             "versions": provenance(0)["versions"] | {tool: facts["version"]}, "gradient": gradient,
             "quantize_seconds": facts["seconds"], "peak_bytes": facts["peak_bytes"], "refused": facts["refused"],
@@ -181,8 +181,8 @@ def _peer_rows(
             yield _row(tool, method, scheme, calibration, arithmetic) | judge.columns(model, with_tasks=False) | shared
 
 
-def run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path) -> dict[str, Any]:
-    """What the tool's script says of itself; what it printed if it said nothing."""
+def run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path, timeout: float | None = None) -> dict[str, Any]:
+    """What the tool's script says of itself; what it printed if it said nothing. timeout: seconds after which it is given up."""
     environment, _, recipe = peer.partition(":")
     python = HERE / ".venvs" / environment / "bin" / "python"
     if not python.exists():
@@ -199,9 +199,14 @@ def run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path) -
     ]
     command += ["--recipe", recipe, "--group-size", str(bench.group_size), "--seed", str(bench.seed)]
     path = os.pathsep.join((str(python.parent), os.environ.get("PATH", "")))
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=out.parent, env=os.environ | {"PATH": path, "PYTHONPATH": ""}
-    )
+    variables = os.environ | {"PATH": path, "PYTHONPATH": ""}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=out.parent, env=variables, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        refused = f"not done after {timeout:.0f} seconds"
+        return {"version": None, "seconds": None, "peak_bytes": None, "refused": refused}
     said = out / "peer.json"
     if not said.exists():
         raise DuotoneError(f"{peer}: ended with {done.returncode} and no peer.json: {done.stderr.strip()[-500:]}")
@@ -251,6 +256,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stories", help="text of short stories: the story-ending task")
     parser.add_argument("--items", type=int, default=500, help="of PIQA at most")
     parser.add_argument("--endings", type=int, default=500, help="of stories")
+    parser.add_argument("--timeout", type=float, help="seconds after which a peer is given up, as a refusal")
     parser.add_argument("--records", type=Path, default=RECORDS)
     return parser.parse_args()
 
