@@ -182,7 +182,7 @@ def _peer_rows(
 
 
 def run_peer(bench: AccuracyBench, peer: str, tokens: TokenWindows, out: Path, timeout: float | None = None) -> dict[str, Any]:
-    """What the tool's script says of itself; what it printed if it said nothing. timeout: seconds after which it is given up."""
+    """What the tool's script says of itself; what it printed if it said nothing. timeout: seconds until it is given up."""
     environment, _, recipe = peer.partition(":")
     python = HERE / ".venvs" / environment / "bin" / "python"
     if not python.exists():
