@@ -219,5 +219,6 @@ def test_ranks_that_round_again_are_told_of(made_for: int, ranks: int, exact: bo
     found = judge(replace(llama(), made_for=made_for), "vllm", "h100", ranks)
     assert found.loads and (found.advice == []) == exact
     assert (
-        exact or f"quantize with --tensor-parallel {ranks}: each rank rounds its part of o_proj, down_proj" in found.advice[0]
+        exact
+        or f"quantize by dpq with --tensor-parallel {ranks}: each rank rounds its part of o_proj, down_proj" in found.advice[0]
     )

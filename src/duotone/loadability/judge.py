@@ -105,7 +105,7 @@ def _exact_on_ranks(here: Situation, route: Route) -> list[str]:
     if not route.splits_scales or not cut or here.subject.made_for % here.ranks == 0:
         return []
     names = ", ".join(dict.fromkeys(cut))
-    return [f"quantize with --tensor-parallel {here.ranks}: each rank rounds its part of {names} anew, the weights move by 2 %"]
+    return [f"quantize by dpq with --tensor-parallel {here.ranks}: each rank rounds its part of {names} anew"]
 
 
 def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]]) -> list[str]:
