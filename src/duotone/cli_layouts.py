@@ -1,8 +1,9 @@
 """The commands about where a checkpoint loads, and in which layout: check, export, import."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,11 +51,8 @@ def export(
 ) -> None:
     """Write a quantized checkpoint in another layout: the same codes, and for each linear how exact that is."""
     from duotone.converting import export_checkpoint
-    from duotone.report import conversion_summary
 
-    with progress_bar("exporting", quiet or as_json) as tell:
-        report = export_checkpoint(model, out, layout, allow_lossy, tell)
-    print_result(dataclasses.asdict(report), conversion_summary, as_json)
+    _converted("exporting", lambda tell: export_checkpoint(model, out, layout, allow_lossy, tell), as_json, quiet)
 
 
 @layouts_app.command("import", epilog="Example: duotone import TheBloke/Llama-2-7B-GPTQ Llama-2-7B-W4AFP8")
@@ -69,8 +67,14 @@ def import_(
 ) -> None:
     """Read another tool's 4-bit checkpoint into ours: the same codes, run in FP8."""
     from duotone.converting import import_checkpoint
+
+    _converted("importing", lambda tell: import_checkpoint(model, out, allow_lossy, tell), as_json, quiet)
+
+
+def _converted(title: str, convert: Callable[[Callable[[int, int, str], None]], Any], as_json: bool, quiet: bool) -> None:
+    """Convert under a progress bar and show what became of each linear."""
     from duotone.report import conversion_summary
 
-    with progress_bar("importing", quiet or as_json) as tell:
-        report = import_checkpoint(model, out, allow_lossy, tell)
+    with progress_bar(title, quiet or as_json) as tell:
+        report = convert(tell)
     print_result(dataclasses.asdict(report), conversion_summary, as_json)
