@@ -22,7 +22,7 @@ from duotone.checkpoint.layouts import LAYOUTS
 from duotone.checkpoint.layouts.foreign import read_awq, read_gptq
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
-from duotone.converting import Conversion, export_checkpoint, import_checkpoint
+from duotone.converting import export_checkpoint, import_checkpoint
 from duotone.errors import DuotoneError
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
@@ -318,4 +318,4 @@ def test_exports_that_are_refused(ours: Path, tiny_model: ModelMaker, tmp_path: 
         export_checkpoint(ours, tmp_path / "out", "w4a16")
     with pytest.raises(DuotoneError, match="is not quantized"):
         import_checkpoint(tiny_model(), tmp_path / "none")
-    assert isinstance(Conversion("a", "b", "c").layers, list) and not (tmp_path / "none").exists()
+    assert not (tmp_path / "none").exists()
