@@ -32,12 +32,12 @@ from duotone.kernels import native
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
 from duotone.pipeline import quantize
-from duotone.plan import QuantizeConfig
 from duotone.questions import load_piqa_goals
 from duotone.qweight import QuantizedWeight, expand_groups
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER
+from duotone.settings import QuantizeConfig
 from duotone.solver import couple, drift, local_search, methods, scales, statistics, sweep
 from duotone.tasks import embedding_fidelity
 

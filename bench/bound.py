@@ -29,8 +29,8 @@ from torch import Tensor
 
 from duotone import pipeline, solving
 from duotone.bench import append_records, provenance
-from duotone.plan import QuantizeConfig
 from duotone.qweight import QuantizedWeight, dequantize
+from duotone.settings import QuantizeConfig
 from duotone.solver import couple as coupling
 from duotone.solver.drift import corrected_target
 from duotone.solver.methods import LayerReport, Problem

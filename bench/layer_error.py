@@ -17,9 +17,10 @@ from duotone.checkpoint.source import open_source
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
 from duotone.phases import Phases
-from duotone.plan import QuantizeConfig, make_plan
+from duotone.plan import make_plan
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Scheme
+from duotone.settings import QuantizeConfig
 from duotone.solver import methods
 from duotone.solver.methods import Problem, SolverOptions, shared_factor
 from duotone.solver.scales import fit_scales

@@ -21,7 +21,7 @@ import duotone.checkpoint.journal
 import duotone.checkpoint.writer
 import duotone.pipeline
 from duotone.errors import DuotoneError
-from duotone.plan import QuantizeConfig
+from duotone.settings import QuantizeConfig
 
 
 def die_at(moment: int) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from duotone.errors import DuotoneError, ToldError
 from duotone.pipeline import quantize
-from duotone.plan import QuantizeConfig
 from duotone.ranks import Ranks, joined
+from duotone.settings import QuantizeConfig
 
 QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu"}
 

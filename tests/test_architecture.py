@@ -21,6 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("transforms",),
     ("calibrate", "runtime"),
     ("loadability",),
+    ("settings",),
     ("plan", "inspection"),
     ("checking", "explanation", "converting"),
     ("outcome", "estimate"),

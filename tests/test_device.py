@@ -8,7 +8,7 @@ import torch
 from duotone import device
 from duotone.device import calibration_dtype, has_bf16_units, is_x86, resolve_dtype
 from duotone.errors import DuotoneError
-from duotone.plan import QuantizeConfig
+from duotone.settings import QuantizeConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LARGE = 2**39 + 1

@@ -24,11 +24,11 @@ from duotone.checkpoint.staging import staging_of
 from duotone.errors import UnfinishedError
 from duotone.outcome import QuantizeReport
 from duotone.phases import Phases
-from duotone.plan import QuantizeConfig
 from duotone.qweight import QuantizedWeight
 from duotone.ranks import ALONE, Ranks
 from duotone.run import Run
 from duotone.scheme import HOPPER, TARGETS, Scheme
+from duotone.settings import QuantizeConfig
 from duotone.solver.statistics import Statistics
 from duotone.solving import row_shares, solve_group
 from tests.several import QUICK, options_of

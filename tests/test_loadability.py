@@ -11,7 +11,8 @@ from duotone.checking import check, loading_notes, subject_of_checkpoint, subjec
 from duotone.checkpoint.source import open_source
 from duotone.errors import DuotoneError
 from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
-from duotone.plan import QuantizeConfig, make_plan
+from duotone.plan import make_plan
+from duotone.settings import QuantizeConfig
 
 ModelMaker = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[1]

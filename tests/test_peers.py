@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
 from duotone.pipeline import quantize
-from duotone.plan import QuantizeConfig
 from duotone.qweight import dequantize
 from duotone.runtime.load import load
+from duotone.settings import QuantizeConfig
 from tests.oracles import vllm_split
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench" / "peers"))

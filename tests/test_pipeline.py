@@ -24,10 +24,11 @@ from duotone.errors import DuotoneError
 from duotone.estimate import estimate
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
-from duotone.plan import QuantizeConfig, make_plan
+from duotone.plan import make_plan
 from duotone.qweight import QuantizedWeight, dequantize, fp8_values
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
+from duotone.settings import QuantizeConfig
 from duotone.solver.couple import couple
 from duotone.solver.methods import METHODS, LayerReport, Problem
 from tests.calibrate.test_curvature import deviation, in_one_pass

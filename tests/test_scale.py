@@ -9,7 +9,8 @@ import torch
 
 from duotone.checkpoint.source import open_source
 from duotone.floors import Ceiling, Work, measured_ceiling, phase_work
-from duotone.plan import QuantizeConfig, make_plan
+from duotone.plan import make_plan
+from duotone.settings import QuantizeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -44,8 +44,8 @@ def quantize(
     beside it.
     """
     from duotone.pipeline import quantize as run
-    from duotone.plan import QuantizeConfig
     from duotone.ranks import joined
+    from duotone.settings import QuantizeConfig
 
     with joined() as ranks:
         return run(

@@ -18,8 +18,9 @@ from duotone.inspection import why_kept
 from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
 from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.skeleton import build_skeleton, find_linears
-from duotone.plan import Plan, QuantizeConfig, make_plan
+from duotone.plan import Plan, make_plan
 from duotone.runtime.load import config_dtype
+from duotone.settings import QuantizeConfig
 
 #: How the packed weight of a linear is called in the layouts that are known.
 _PACKED = (".weight_packed", ".qweight", ".weight_scale")

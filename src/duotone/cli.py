@@ -95,7 +95,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
     from duotone.ranks import joined
 
     with joined() as ranks:  # around the checks too: of several processes only one tells what is wrong
-        from duotone.plan import QuantizeConfig
+        from duotone.settings import QuantizeConfig
 
         config = QuantizeConfig(
             method=method,

@@ -28,8 +28,8 @@ def check(  # noqa: PLR0913 - every option of the command
     """Say where a checkpoint will load and what each linear becomes there, before or after quantizing. Exit code 1: nowhere."""
     del quiet  # reads headers only: there is no progress to hide
     from duotone.checking import check as run
-    from duotone.plan import QuantizeConfig
     from duotone.report import check_summary
+    from duotone.settings import QuantizeConfig
 
     config = QuantizeConfig(target=target, group_size=group_size, symmetric=not asymmetric, ignore=tuple(ignore or ()))
     found = run(model, runtime or (), gpu or (), tensor_parallel, config)

@@ -10,7 +10,8 @@ import torch
 from duotone.calibrate.data import TokenWindows
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
-from duotone.plan import Plan, QuantizeConfig
+from duotone.plan import Plan
+from duotone.settings import QuantizeConfig
 from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 

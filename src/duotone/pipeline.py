@@ -31,10 +31,11 @@ from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of
 from duotone.output import made_output
 from duotone.phases import Phases, peak_resident_bytes, return_memory
-from duotone.plan import BlockPlan, Plan, QuantizeConfig, make_plan
+from duotone.plan import BlockPlan, Plan, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.ranks import ALONE, Ranks
 from duotone.run import Progress, Run
+from duotone.settings import QuantizeConfig
 from duotone.solver.drift import bias_shift
 from duotone.solver.statistics import Statistics
 from duotone.solving import solve_group

@@ -26,8 +26,9 @@ from duotone.checkpoint.source import open_source
 from duotone.errors import DuotoneError
 from duotone.models.skeleton import build_skeleton, fill, release
 from duotone.phases import Phases
-from duotone.plan import Plan, QuantizeConfig, make_plan
+from duotone.plan import Plan, make_plan
 from duotone.runtime.load import load
+from duotone.settings import QuantizeConfig
 from duotone.solver import couple as couple_module
 from duotone.solver.couple import row_parts
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duotone.errors import DuotoneError
-from duotone.plan import QuantizeConfig
+from duotone.settings import QuantizeConfig
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 from duotone.transforms.equalization import LARGEST, channel_scales, equalize, rescaled
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from duotone.checkpoint.source import Source, open_source
 from duotone.errors import DuotoneError
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill
-from duotone.plan import QuantizeConfig, make_plan
+from duotone.plan import make_plan
+from duotone.settings import QuantizeConfig
 from duotone.transforms.rotated import RotatedSource
 
 ModelMaker = Callable[..., Path]

@@ -17,10 +17,11 @@ from duotone.contract import static_activation_scale
 from duotone.inspection import inspect_model
 from duotone.models.skeleton import find_linears
 from duotone.models.text import TEXT_ADAPTERS
-from duotone.plan import QuantizeConfig, make_plan
+from duotone.plan import make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.runtime.load import load
 from duotone.scheme import TARGETS
+from duotone.settings import QuantizeConfig
 from duotone.solver.methods import Problem
 from tests.calibrate.test_curvature import deviation, in_one_pass
 from tests.test_pipeline import QUICK, calibration_tokens, folder_hashes, linears_of, plain_model, spied
