@@ -16,7 +16,8 @@ from duotone.checkpoint.source import Source, SourceFolder, open_source
 from duotone.errors import DuotoneError
 from duotone.inspection import why_kept
 from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
-from duotone.models.adapter import find_adapter, has_adapter
+from duotone.models.anatomy import Anatomy, anatomy_of
+from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.plan import Plan, make_plan
 from duotone.runtime.load import config_dtype
@@ -50,7 +51,9 @@ def subject_of_plan(plan: Plan) -> Subject:
     """The checkpoint that a plan would write."""
     scheme = plan.config.scheme
     layout = "compressed-tensors" if scheme.target.channel_outer_scale else "duotone-gaudi"
-    subject = _subject(plan.source, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16")
+    subject = _subject(
+        plan.source, plan.anatomy, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16"
+    )
     return replace(subject, made_for=plan.config.tensor_parallel if plan.config.method == "dpq" else 1)
 
 
@@ -61,14 +64,24 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
     dtype = config_dtype(source.config)
     sidecar = read_sidecar(source.path) or {}
     shapes, kept = {}, {}
-    for name, linear in find_linears(build_skeleton(source.config, dtype)).items():
-        if any(f"{name}{suffix}" in source.tensors for suffix in _PACKED):
+    model = build_skeleton(source.config, dtype)
+    named = named_source(source, model)
+    for name, linear in find_linears(model).items():
+        if any(f"{name}{suffix}" in named.tensors for suffix in _PACKED):
             shapes[name] = (linear.out_features, linear.in_features)
         else:
-            kept[name] = why_kept(name, sidecar, quantization) or "not quantized"
+            kept[name] = why_kept(named.written_as(name), sidecar, quantization) or "not quantized"
     if not shapes:
         raise DuotoneError(f"{source.path}: found no quantized linear, expected some of the layout {layout}")
-    subject = _subject(source, layout, (group_size, symmetric), shapes, kept, str(dtype).removeprefix("torch."))
+    subject = _subject(
+        source,
+        anatomy_of(source.config, model),
+        layout,
+        (group_size, symmetric),
+        shapes,
+        kept,
+        str(dtype).removeprefix("torch."),
+    )
     settings = sidecar.get("settings", {})
     ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
     return replace(subject, made_for=int(ranks))
@@ -76,6 +89,7 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
 
 def _subject(
     source: Source,
+    anatomy: Anatomy,
     layout: str,
     grid: tuple[int, bool],
     shapes: Mapping[str, tuple[int, int]],
@@ -88,36 +102,25 @@ def _subject(
     heads = queries, int(config.get("num_key_value_heads") or queries)
     fused: list[tuple[Linear, ...]] = []
     split: dict[str, tuple[str, ...]] = {}
-    for names in _groups(config, [*shapes, *kept]):
+    for names in _groups(anatomy, [*shapes, *kept]):
         partners = tuple(name for name in names if name in shapes)
         if partners:
             split |= {name: partners for name in names if name in kept}
-            fused.append(tuple(_linear(config, name, shapes[name], names.index(name), len(names), heads) for name in partners))
+            fused.append(tuple(_linear(anatomy, name, shapes[name], names.index(name), len(names), heads) for name in partners))
     return Subject(layout, *grid, dtype, tuple(fused), split, kept, heads)
 
 
-def _groups(config: dict[str, Any], linears: list[str]) -> list[tuple[str, ...]]:
-    """Full names of linears that read the same input; single ones where the architecture has no table."""
-    if not has_adapter(config):
-        return [(name,) for name in linears]
-    adapter, found, known = find_adapter(config), list[tuple[str, ...]](), set(linears)
-    blocks = sorted({int(index) for name in linears if (index := _block_of(name, adapter.blocks)) is not None})
-    for index in blocks:
-        for group in adapter.shared_inputs:
-            names = tuple(f"{adapter.blocks}.{index}.{path}" for path in group)
-            found.append(tuple(name for name in names if name in known))
+def _groups(anatomy: Anatomy, linears: list[str]) -> list[tuple[str, ...]]:
+    """Full names of linears that read the same input; single ones outside the blocks."""
+    known = set(linears)
+    found = [tuple(name for name in group if name in known) for block in anatomy.blocks for group in block.shared_inputs]
     inside = {name for names in found for name in names}
     return [names for names in found if names] + [(name,) for name in linears if name not in inside]
 
 
-def _block_of(name: str, blocks: str) -> str | None:
-    index = name.removeprefix(f"{blocks}.").partition(".")[0] if name.startswith(f"{blocks}.") else ""
-    return index if index.isdigit() else None
-
-
-def _linear(config: dict[str, Any], name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:
+def _linear(anatomy: Anatomy, name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:
     """Queries, keys and values are three that read one input, and are made of heads."""
-    writes = has_adapter(config) and any(name.endswith(f".{writer}") for writer, _ in find_adapter(config).streams)
+    writes = any(name in block.streams for block in anatomy.blocks)
     units = (heads[0] if place == 0 else heads[1]) if of == 3 else 0
     return Linear(name, *shape, "columns" if writes else "rows", units)
 

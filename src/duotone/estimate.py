@@ -52,7 +52,7 @@ def estimate(plan: Plan) -> Estimate:
         sum(n * k for g in block.shared_inputs for n, k in (plan.shapes[x] for x in g)) for block in plan.blocks
     )
     largest = 4 * max(n * k for n, k in plan.shapes.values())
-    outside_bytes = 4 * sum(spec.nbytes // 2 for name, spec in plan.outputs.items() if name in plan.outside)
+    outside_bytes = 4 * sum(plan.source.tensors[name].nbytes // 2 for name in plan.outside)
     # Windows wait inside a block: about six states of the hidden width each, and the widest linear's input.
     hidden, widest = int(plan.source.config.get("hidden_size", 0)), max(k for _, k in plan.shapes.values())
     prefixes = 2 if config.method_facts.drift else 1

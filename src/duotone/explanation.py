@@ -12,6 +12,7 @@ from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.inspection import LayerFacts, inspect_source, why_kept
 from duotone.kernels.dispatch import Verdict, explain
+from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.runtime.load import config_dtype
 
@@ -68,7 +69,9 @@ def explain_model(model: str | Path, device: str = "auto") -> Explanation:
     facts = {layer.layer: layer for layer in inspect_source(source).layers}
     sidecar, quantization = read_sidecar(source.path) or {}, source.config.get("quantization_config")
     dtype = config_dtype(source.config)
-    linears = find_linears(build_skeleton(source.config, dtype))
+    skeleton = build_skeleton(source.config, dtype)
+    named = named_source(source, skeleton)
+    linears = {named.written_as(f"{name}.weight").removesuffix(".weight"): it for name, it in find_linears(skeleton).items()}
     stray = [name for name, fact in facts.items() if fact.is_quantized and name not in linears]
     if stray:
         raise DuotoneError(f"{source.path}: holds a packed weight {stray[0]!r}, found no such linear in this architecture")

@@ -63,6 +63,8 @@ def notes_of(plan: Plan, windows: TokenWindows | None) -> list[str]:
     notes = list(plan.transforms) + (list(windows.notes) if windows is not None else [])
     if windows is not None and plan.seq_len < plan.config.seq_len:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
+    if plan.anatomy.traced:
+        notes.append("no table of this architecture: the linears that read one input were found by tracing a forward pass")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
     return notes + loading_notes(plan)
@@ -73,6 +75,7 @@ def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, A
     layers = {layer: dict(entry) for layer, entry in scales.items()}
     for layer in report.layers:
         layers[layer.layer] |= {k: v for k, v in dataclasses.asdict(layer).items() if k not in {"layer", "method"}}
+    layers = {plan.written_layer(layer): entry for layer, entry in layers.items()}
     settings = {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in _NOT_OF_THE_BYTES}
     return {
         "format_version": FORMAT_VERSION,
@@ -82,6 +85,6 @@ def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, A
         "bits_per_weight": report.bits_per_weight,
         "quantized_macs_share": report.quantized_macs_share,
         "layers": layers,
-        "kept": plan.kept,
+        "kept": {plan.written_layer(layer): reason for layer, reason in plan.kept.items()},
         "notes": report.notes,
     }

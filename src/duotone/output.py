@@ -17,7 +17,6 @@ from duotone.checkpoint.sidecar import SIDECAR
 from duotone.checkpoint.source import load_finite
 from duotone.checkpoint.staging import output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json, write_text
-from duotone.models.adapter import can_generate
 from duotone.outcome import sidecar_of
 from duotone.plan import BlockPlan
 from duotone.qweight import QuantizedWeight
@@ -66,13 +65,19 @@ class Output:
         """Pack a block's weights, copy its other tensors, and put all of them on disk."""
         if self._writer is None:
             return
+        source = self._run.plan.source
         with self._run.phases("write"):
             for layer, weight in weights.items():
-                self._writer.write(to_tensors(layer, weight))
+                parts = to_tensors(layer, weight)
+                self._writer.write({source.written_as(name): part for name, part in parts.items()})
                 self._run.sidecar_layers[layer] = dict(side_scales(weight))
             packed = {f"{layer}.weight" for layer in weights}
             self._writer.write(
-                {name: tensor.to("cpu", torch.bfloat16) for name, tensor in changed.items() if name not in packed}
+                {
+                    source.written_as(name): tensor.to("cpu", torch.bfloat16)
+                    for name, tensor in changed.items()
+                    if name not in packed
+                }
             )
             replaced = packed | changed.keys()
             self._copy_through(self._writer, tuple(name for name in block.tensors if name not in replaced))
@@ -87,12 +92,12 @@ class Output:
             config = {key: value for key, value in run.plan.source.config.items() if key != "torch_dtype"}
             config |= {
                 "dtype": "bfloat16",
-                "quantization_config": quantization_config(run.plan.config.scheme, sorted(run.plan.kept)),
+                "quantization_config": quantization_config(run.plan.config.scheme, run.plan.ignored),
             }
             write_json(self.folder / "config.json", config)
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
             write_json(self.folder / SIDECAR, sidecar)
-            write_text(self.folder / CARD, model_card(run.report.model, sidecar, can_generate(run.plan.adapter)))
+            write_text(self.folder / CARD, model_card(run.report.model, sidecar, run.plan.generates))
             facts = facts_of(run.report, run.sidecar_layers, run.phases)
             self._journal.save(len(run.plan.blocks), self._writer.written, facts)
             if run.curvatures is not None:
@@ -102,8 +107,9 @@ class Output:
         """Copy tensors that are not quantized, floats as BF16, one at a time."""
         plan = self._run.plan
         for name in names:
-            tensor = load_finite(plan.source, (name,))[name]
-            writer.write({name: tensor.to(torch.bfloat16) if plan.outputs[name].dtype == "BF16" else tensor})
+            tensor, written = load_finite(plan.source, (name,))[name], plan.source.written_as(name)
+            tensor = plan.source.as_stored(name, tensor)
+            writer.write({written: tensor.to(torch.bfloat16) if plan.outputs[written].dtype == "BF16" else tensor})
 
 
 @contextmanager

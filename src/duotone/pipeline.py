@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
 from duotone.calibrate.offload import Offload
-from duotone.calibrate.stream import BlockStream, start_stream
+from duotone.calibrate.stream import BlockStream, Observer, start_stream
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.source import load_finite, open_source
@@ -26,7 +26,8 @@ from duotone.contract import static_activation_scale
 from duotone.device import calibration_dtype, resolve_device
 from duotone.errors import DuotoneError
 from duotone.floors import phase_work
-from duotone.models.skeleton import build_skeleton, fill, is_parameter, release
+from duotone.models.experts import FEW_TOKENS, Experts
+from duotone.models.skeleton import build_skeleton, expected_tensors, fill, is_parameter, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of
 from duotone.output import made_output
@@ -129,7 +130,10 @@ def _quantize_block(
     ahead = _observe_ahead(run, index, block, module, stream)
     with stream.enter(index, module, block.stops, block.streams, original) as observer:
         for group in block.shared_inputs:
-            statistics = observer.observe(group[0], method.needs_statistics and method.sequential) or ahead.pop(group[0], None)
+            if group[0] in block.banks:
+                _look_at_routing(run, observer, block, block.banks[group[0]], module)
+            wanted, expert = method.needs_statistics and method.sequential, group[0] in block.experts
+            statistics = observer.observe(group[0], wanted, expert) or ahead.pop(group[0], None)
             s_K: Tensor | None = None
             if statistics is not None and run.plan.config.equalize is not None and group[0] in block.norms:
                 done = equalize(originals, *block.norms[group[0]], group, statistics, run.plan.config.equalize)
@@ -154,6 +158,16 @@ def _quantize_block(
     return weights, changed
 
 
+def _look_at_routing(run: Run, observer: Observer, block: BlockPlan, bank: str, module: nn.Module) -> None:
+    """See that no expert goes without tokens to calibrate on."""
+    experts = module.get_submodule(bank.removeprefix(block.prefix))
+    assert isinstance(experts, Experts)
+    starved = observer.show_starved(bank, experts)
+    note = f"{bank}: {starved} of {experts.count} experts got fewer than {FEW_TOKENS} calibration tokens and were shown all"
+    if starved and note not in run.report.notes:
+        run.report.notes.append(note)
+
+
 def _corrected_bias(layer: str, originals: dict[str, Tensor], v_NK: Tensor, statistics: Statistics) -> Tensor:
     """The bias that keeps the mean output the original's, in the BF16 it is stored in."""
     w_NK = originals[f"{layer}.weight"].to(v_NK.device, torch.float32)
@@ -173,7 +187,11 @@ def _observe_ahead(run: Run, index: int, block: BlockPlan, module: nn.Module, st
     if method.sequential or not method.needs_statistics:
         return {}
     with stream.enter(index, module, block.stops, {}) as observer:
-        found = {group[0]: observer.observe(group[0]) for group in block.shared_inputs}
+        found: dict[str, Statistics | None] = {}
+        for group in block.shared_inputs:
+            if group[0] in block.banks:
+                _look_at_routing(run, observer, block, block.banks[group[0]], module)
+            found[group[0]] = observer.observe(group[0], expert=group[0] in block.experts)
     return {name: statistics for name, statistics in found.items() if statistics is not None}
 
 
@@ -192,14 +210,16 @@ def _with_input_scales(
 def _open_stream(run: Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
     """Load what lies before the first block and compute the hidden states at its entrance."""
     check_tokens(windows.tokens, skeleton, run.plan.source.path)
-    heads = {f"{layer}.{leaf}" for layer, _ in run.plan.adapter.keep for leaf in ("weight", "bias")}
-    names = [name for name in run.plan.outside if name not in heads and is_parameter(skeleton, name)]
+    heads = {f"{layer}.{leaf}" for layer in run.plan.anatomy.keep for leaf in ("weight", "bias")}
+    known = expected_tensors(skeleton)
+    names = [name for name in run.plan.outside if name not in heads and name in known]
     with run.phases("read"):
         fill(skeleton, load_finite(run.plan.source, tuple(names)), run.dtype, run.device)
         skeleton.tie_weights()
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
-        stream = start_stream(skeleton, blocks, windows.tokens, run.phases, run.ranks, run.offload)
+        shared = (run.phases, run.ranks, run.offload)
+        stream = start_stream(skeleton, blocks, windows.tokens, *shared, run.plan.anatomy.gives)
     if run.plan.config.method_facts.drift:
         stream.carry_original()
     return stream

@@ -10,8 +10,10 @@ from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import Source, SourceFolder
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, normed_stream
-from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
-from duotone.models.table import Adapter, NormedStream
+from duotone.models.anatomy import Anatomy, anatomy_of
+from duotone.models.names import named_source
+from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others
+from duotone.models.table import NormedStream
 from duotone.scheme import Scheme, matches
 from duotone.settings import QuantizeConfig
 from duotone.transforms.rotated import rotate
@@ -21,8 +23,9 @@ from duotone.transforms.rotated import rotate
 class BlockPlan:
     """One block: its path, the full names of linears to quantize grouped by shared input, and every tensor it holds.
 
-    streams: for linears that write to the residual stream, the module, by its path in the block, that reads it before.
-    norms: for the first linear of each group to equalize, the norm in front of it and every linear that reads it.
+    path: "" when the whole model is one block. streams: for linears that write to the residual stream, the module, by its path
+    in the block, that reads it before. norms: for the first linear of each group to equalize, the norm in front of it and every
+    linear that reads it. banks: for the first linear of each bank of experts, the bank. experts: all linears of such banks.
     """
 
     path: str
@@ -30,11 +33,26 @@ class BlockPlan:
     tensors: tuple[str, ...]
     streams: dict[str, str]
     norms: dict[str, tuple[str, tuple[str, ...]]]
+    banks: dict[str, str]
+    experts: frozenset[str]
 
     @property
     def stops(self) -> dict[str, str]:
-        """The first linear of each group, where what all of the group read can be seen, with its path in the block."""
-        return {group[0]: group[0].removeprefix(f"{self.path}.") for group in self.shared_inputs}
+        """The first linear of each group, where what all of the group read can be seen, with its path in the block.
+
+        In front of a bank of experts also the module that sees which token goes where, under the bank's name.
+        """
+        names: dict[str, str] = {}
+        for group in self.shared_inputs:
+            if group[0] in self.banks:
+                names[self.banks[group[0]]] = f"{self.banks[group[0]]}.routing"
+            names[group[0]] = group[0]
+        return {name: path.removeprefix(self.prefix) for name, path in names.items()}
+
+    @property
+    def prefix(self) -> str:
+        """What the full names of all that is in the block begin with."""
+        return f"{self.path}." if self.path else ""
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,13 @@ class Plan:
 
     kept: linears left in BF16 with their reason. quantized_macs_share: of all linears' multiply-accumulates, the share that
     will run quantized. outputs: every tensor of the new checkpoint, in order. converted: those whose floats become BF16.
-    transforms: what is done to the model before it is quantized, a line each. source: the model behind its rotation, if any.
+    transforms: what is done to the model before it is quantized, a line each. source: the model under its modules' names, and
+    behind its rotation, if any. generates: whether the model writes text.
     """
 
     config: QuantizeConfig
     source: Source
-    adapter: Adapter
+    anatomy: Anatomy
     blocks: tuple[BlockPlan, ...]
     outside: tuple[str, ...]
     kept: dict[str, str]
@@ -57,11 +76,21 @@ class Plan:
     outputs: dict[str, TensorSpec]
     converted: tuple[str, ...]
     transforms: tuple[str, ...] = ()
+    generates: bool = False
 
     @property
     def layers(self) -> list[str]:
         """Full names of all linears to quantize, in order."""
         return [layer for block in self.blocks for group in block.shared_inputs for layer in group]
+
+    @property
+    def ignored(self) -> list[str]:
+        """Linears left in BF16 as a config names them: by the folder's names and, where those are others, by the modules'."""
+        return sorted({*self.kept, *(self.written_layer(name) for name in self.kept)})
+
+    def written_layer(self, layer: str) -> str:
+        """A linear's name in the new folder."""
+        return self.source.written_as(f"{layer}.weight").removesuffix(".weight")
 
     @property
     def weights(self) -> int:
@@ -95,27 +124,26 @@ class Plan:
 
 def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
     """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
-    source: Source = folder
-    found = source.config.get("quantization_config")
+    found = folder.config.get("quantization_config")
     if found is not None:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-        raise DuotoneError(f"{source.path}: is already quantized ({method}), expected original weights")
-    adapter = find_adapter(source.config)
-    model = build_skeleton(source.config, torch.float32)
-    linears = find_linears(model)
-    kept = _kept_linears(adapter, list(linears), config)
+        raise DuotoneError(f"{folder.path}: is already quantized ({method}), expected original weights")
+    model = build_skeleton(folder.config, torch.float32)
+    source = named_source(folder, model)
+    anatomy = anatomy_of(source.config, model)
+    linears, others = find_linears(model), find_others(model)
+    kept = _kept_linears(anatomy, list(linears), config) | {name: reason for name, (reason, _) in others.items()}
     wanted = expected_tensors(model)
     _check_source(source, wanted)
     residual = normed_stream(source.config, "--equalize") if config.equalize is not None else None
     blocks: list[BlockPlan] = []
-    for index in range(len(model.get_submodule(adapter.blocks))):  # pyright: ignore[reportArgumentType]
-        path = f"{adapter.blocks}.{index}"
-        groups = (tuple(f"{path}.{name}" for name in group) for group in adapter.shared_inputs)
-        groups = (tuple(name for name in group if name in linears and name not in kept) for group in groups)
-        tensors = tuple(name for name in wanted if name.startswith(f"{path}."))
+    for part in anatomy.blocks:
+        groups = (tuple(name for name in group if name not in kept) for group in part.shared_inputs)
         groups = tuple(group for group in groups if group)
-        streams = {f"{path}.{writer}": reader for writer, reader in adapter.streams if (f"{path}.{writer}",) in groups}
-        blocks.append(BlockPlan(path, groups, tensors, streams, _norms_before(path, groups, residual)))
+        tensors = tuple(name for name in wanted if name.startswith(part.prefix))
+        streams = {writer: reader for writer, reader in part.streams.items() if (writer,) in groups}
+        norms = _norms_before(part.path, groups, residual)
+        blocks.append(BlockPlan(part.path, groups, tensors, streams, norms, *_experts_of(part.experts, groups)))
     shapes = {
         layer: (linears[layer].out_features, linears[layer].in_features)
         for block in blocks
@@ -127,6 +155,7 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
     transforms: list[str] = []
     if config.rotate:
         stream, paths = normed_stream(source.config, "--rotate"), [block.path for block in blocks]
+        adapter = find_adapter(source.config)
         rotated = rotate(source, adapter, stream, paths, wanted, model.config.num_attention_heads, config.seed)
         source, transforms = rotated, [*rotated.notes]
     if config.equalize is not None:
@@ -137,9 +166,10 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
     in_blocks = {name for block in blocks for name in block.tensors}
     outside = tuple(name for name in source.tensors if name not in in_blocks)
     outputs, converted = _outputs(source, blocks, outside, shapes, config.scheme)
-    share = sum(n * k for n, k in shapes.values()) / sum(linear.weight.numel() for linear in linears.values())
-    facts = (kept, shapes, share, outputs, converted, tuple(transforms))
-    return Plan(config, source, adapter, tuple(blocks), outside, *facts)
+    all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
+    share = sum(n * k for n, k in shapes.values()) / all_weights
+    facts = (kept, shapes, share, outputs, converted, tuple(transforms), model.can_generate())
+    return Plan(config, source, anatomy, tuple(blocks), outside, *facts)
 
 
 def _norms_before(
@@ -153,22 +183,32 @@ def _norms_before(
     return found
 
 
-def _kept_linears(adapter: Adapter, linears: list[str], config: QuantizeConfig) -> dict[str, str]:
+def _experts_of(banks: tuple[str, ...], groups: tuple[tuple[str, ...], ...]) -> tuple[dict[str, str], frozenset[str]]:
+    """For the first linear of each bank, the bank; and all linears of banks."""
+    first: dict[str, str] = {}
+    inside: set[str] = set()
+    for bank in banks:
+        members = [name for group in groups for name in group if name.startswith(f"{bank}.")]
+        first |= {members[0]: bank} if members else {}
+        inside.update(members)
+    return first, frozenset(inside)
+
+
+def _kept_linears(anatomy: Anatomy, linears: list[str], config: QuantizeConfig) -> dict[str, str]:
     """Linears that stay BF16, each with its reason. Raises DuotoneError for a rule that matches nothing, or under strict."""
     for rule in config.ignore:
         if not any(matches(name, rule) for name in linears):
             raise DuotoneError(f"--ignore {rule}: matches no linear of this model; names look like {linears[0]!r}")
-    known = {name for group in adapter.shared_inputs for name in group}
-    usual = dict(adapter.keep)
+    known = {name for block in anatomy.blocks for group in block.shared_inputs for name in group}
     kept: dict[str, str] = {}
     for name in linears:
         rule = next((rule for rule in config.ignore if matches(name, rule)), None)
-        inside = name.removeprefix(f"{adapter.blocks}.").partition(".")[2] if name.startswith(f"{adapter.blocks}.") else None
         if rule is not None:
             kept[name] = f"ignored by the rule {rule}"
-        elif name in usual:
-            kept[name] = usual[name]
-        elif inside not in known:
+        elif name in anatomy.keep:
+            kept[name] = anatomy.keep[name]
+        elif name not in known:
+            inside = any(name.startswith(block.prefix) for block in anatomy.blocks)
             kept[name] = "not in the architecture's table" if inside else "outside the blocks"
             if config.strict:
                 raise DuotoneError(f"{name}: must stay BF16 ({kept[name]}), which --strict forbids; name it with --ignore")
@@ -196,16 +236,18 @@ def _outputs(
     shapes: dict[str, tuple[int, int]],
     scheme: Scheme,
 ) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
-    """Specs of all tensors to write, and the names of those whose float dtype becomes BF16."""
+    """Specs of all tensors by the names they are written under, and the names of those whose float dtype becomes BF16."""
     outputs: dict[str, TensorSpec] = {}
     converted: list[str] = []
     for name in (*outside, *(name for block in blocks for name in block.tensors)):
         layer = name.removesuffix(".weight")
         spec = source.tensors[name]
         if layer in shapes:
-            outputs |= tensor_specs(layer, shapes[layer], scheme)
+            parts = tensor_specs(layer, shapes[layer], scheme)
+            outputs |= {source.written_as(part): part_spec for part, part_spec in parts.items()}
             continue
         if spec.is_float and spec.dtype != "BF16":
             converted.append(name)
-        outputs[name] = TensorSpec("BF16" if spec.is_float else spec.dtype, spec.shape)
+        shape = source.as_stored(name, torch.empty(spec.shape, device="meta")).shape
+        outputs[source.written_as(name)] = TensorSpec("BF16" if spec.is_float else spec.dtype, tuple(shape))
     return outputs, tuple(converted)

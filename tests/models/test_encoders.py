@@ -26,7 +26,7 @@ from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
 from duotone.inspection import inspect_model
-from duotone.models.adapter import auto_class, find_adapter
+from duotone.models.adapter import find_adapter, model_class
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
 from duotone.outcome import QuantizeReport
@@ -262,7 +262,7 @@ def test_causal_models_are_built_as_before() -> None:
     """Decoders, and model types without a table, are causal language models whatever `architectures` says."""
     for model_type in ("llama", "mistral", "qwen2", "qwen3", "gpt2"):
         for named in (["SomethingElse"], None):
-            assert auto_class({"model_type": model_type, "architectures": named}) is AutoModelForCausalLM
+            assert model_class({"model_type": model_type, "architectures": named}) is AutoModelForCausalLM
 
 
 def test_pooler_can_be_named_by_a_rule_and_nothing_else_is_lost(tmp_path: Path, words_file: Path) -> None:

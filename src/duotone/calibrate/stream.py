@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import UnfinishedError
+from duotone.models.experts import FEW_TOKENS, Experts
 from duotone.phases import Phases
 from duotone.ranks import ALONE, Ranks
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
@@ -46,14 +47,16 @@ class Observer:
     absmax: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def observe(self, name: str, statistics: bool = True) -> Statistics | None:
+    def observe(self, name: str, statistics: bool = True, expert: bool = False) -> Statistics | None:
         """Walk on to the linear `name`; second moments of what it reads there, and its drift when the original walks along.
 
-        Without `statistics` only the largest input magnitudes are taken.
+        Without `statistics` only the largest input magnitudes are taken. expert: the original may send it other tokens, so that
+        there is nothing to compare with, and batches may send it none.
         """
         sums: StatisticsAccumulator | None = None
-        original: Iterator[Arrival | None] = _nothing() if self.original is None else self.original.until(name)
-        arrivals = self.quantized.until(name)
+        alone = expert or self.original is None
+        original: Iterator[Arrival | None] = _nothing() if alone or self.original is None else self.original.until(name)
+        arrivals = self.quantized.until(name, optional=expert)
         while True:
             with self.phases("forward"):
                 at, meant = next(arrivals, None), next(original, None)
@@ -67,6 +70,20 @@ class Observer:
                     sums.add(at.x, *self._meant(name, at, meant))
         self._pool(name, sums)
         return None if sums is None else sums.finish(name)
+
+    def show_starved(self, bank: str, experts: Experts) -> int:
+        """Walk on to a bank of experts and see which of them get too few tokens to calibrate on: these will be shown all.
+
+        Returns how many they are.
+        """
+        counts = torch.zeros(experts.count, dtype=torch.int64)
+        with self.phases("forward"):
+            for arrival in self.quantized.until(bank):
+                counts += experts.tokens_of(arrival.x).cpu()
+        if self.ranks.size > 1:
+            self.ranks.sum_(counts)
+        experts.shown_all = frozenset((counts < FEW_TOKENS).nonzero()[:, 0].tolist())
+        return len(experts.shown_all)
 
     def _pool(self, name: str, sums: StatisticsAccumulator | None) -> None:
         """What all processes have seen, in the place of what this one has."""
@@ -187,7 +204,7 @@ class BlockStream:
 
 def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
     """How many batches may wait inside a block: each holds about six states of the hidden width and the widest input."""
-    widest = max((int(linear.get_parameter("weight").shape[1]) for linear in linears), default=0)
+    widest = max((linear.in_features for linear in linears if isinstance(linear, nn.Linear)), default=0)
     states = hidden[0]
     held_bytes = states.element_size() * states.numel() // states.shape[-1] * (6 * states.shape[-1] + widest)
     return int(WAITING_BYTES // held_bytes)
@@ -201,23 +218,25 @@ def start_stream(
     phases: Phases,
     ranks: Ranks = ALONE,
     offload: Offload | None = None,
+    gives: int | None = None,
 ) -> BlockStream:
     """Run the model up to its first block for every batch of windows, recording what each block would be called with.
 
     tokens: int64 [windows, T], of which each process takes its share. Blocks may lie on meta: none of them runs.
+    gives: how many things a block gives, if it gives a tuple.
     """
     tokens = tokens[ranks.shares(len(tokens))[ranks.rank]]
     stream = BlockStream([], [{} for _ in blocks], phases, model.device, ranks=ranks, offload=offload)
     entered: list[Tensor] = []
 
-    def pretend(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+    def pretend(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
             if index == 0:
                 entered.extend(stream.kept([hidden_states]))
             stream.arguments[index][len(hidden_states)] = (positional, named)
             if index == len(blocks) - 1:
                 raise _AllCaptured
-            return hidden_states
+            return hidden_states if gives is None else (hidden_states, *(None,) * (gives - 1))
 
         return forward
 

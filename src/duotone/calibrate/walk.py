@@ -55,10 +55,10 @@ class _Batch:
 class BlockWalk:
     """A context: all batches walk one block together, from stop to stop.
 
-    stops: linears to stop before, in the order the block runs them. marks: for some stops, the module whose input is the
-    residual stream that the linear's output is added to. behind: the stops to make once the linear has run. waiting: how many
-    batches may wait inside the block, holding their activations; the others walk from its start to every stop again, which
-    takes time and gives the same numbers. None: all.
+    stops: modules to stop before, in the order the block runs them; those of an expert no token of a batch may come to. marks:
+    for some stops, the module whose input is the residual stream that the linear's output is added to. behind: the stops to
+    make once the linear has run. waiting: how many batches may wait inside the block, holding their activations; the others
+    walk from its start to every stop again, which takes time and gives the same numbers. None: all.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class BlockWalk:
         behind: Collection[str] = (),
     ) -> None:
         self._block, self.stops, self._marks, self._behind = block, stops, marks, behind
+        self._place = {name: place for place, name in enumerate(stops)}
         allowed = len(calls) if waiting is None else waiting
         self._batches = [_Batch(waits=i < allowed) for i in range(len(calls))]
         self._calls = list(calls)
@@ -93,17 +94,27 @@ class BlockWalk:
             self._unwind(batch)
 
     @torch.no_grad()
-    def until(self, name: str) -> Iterator[Arrival]:
-        """Let every batch walk on to the stop `name`. Raises DuotoneError naming it when the forward never comes there."""
+    def until(self, name: str, optional: bool = False) -> Iterator[Arrival]:
+        """Let every batch walk on to the stop `name`. optional: one that passes by without coming there is left out.
+
+        Raises DuotoneError naming the stop when another's forward never comes there.
+        """
         for batch, call in zip(self._batches, self._calls, strict=True):
-            while batch.waiting_at != name:
-                if batch.task is not None and batch.task.dead:
-                    raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
+            while batch.waiting_at != name and not self._is_past(batch, name):
                 self._go(batch, call)
-            assert batch.x is not None
-            yield Arrival(batch.x, batch.passed.get(name), batch.linear_output)
+            if batch.waiting_at == name:
+                assert batch.x is not None
+                yield Arrival(batch.x, batch.passed.get(name), batch.linear_output)
+            elif not optional:
+                raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
             if not batch.waits:
                 self._unwind(batch)
+
+    def _is_past(self, batch: _Batch, name: str) -> bool:
+        """Does a batch wait behind a stop, or has it come to the end?"""
+        if batch.waiting_at is None:
+            return batch.task is not None and batch.task.dead
+        return self._place[batch.waiting_at] > self._place[name]
 
     @torch.no_grad()
     def finish(self) -> Iterator[Tensor]:

@@ -51,6 +51,14 @@ class Source(Protocol):
         """Tensors by name, on the CPU. Raises DuotoneError naming a missing tensor or a bad file."""
         ...
 
+    def written_as(self, name: str) -> str:
+        """The name that a tensor, or a part of the quantized weight that takes its place, has in a new folder."""
+        ...
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that `load` gave, in the form in which a new folder holds it."""
+        ...
+
 
 @dataclass(frozen=True)
 class SourceFolder:
@@ -78,6 +86,14 @@ class SourceFolder:
             except (SafetensorError, OSError) as error:
                 raise DuotoneError(f"{self.path / file}: cannot be read as safetensors ({error})") from None
         return loaded
+
+    def written_as(self, name: str) -> str:
+        """The same name."""
+        return name
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
+        """The same tensor."""
+        return tensor
 
     @property
     def weight_bytes(self) -> int:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from duotone.errors import DuotoneError
 from duotone.models.table import Adapter, NormedStream
@@ -50,14 +52,15 @@ def has_adapter(config: dict[str, Any]) -> bool:
     return bool(_tables_of(config["model_type"]))
 
 
-def auto_class(config: dict[str, Any]) -> type[_BaseAutoModelClass]:
-    """The transformers class that builds a model: its table's. A model_type without a table may still be a language model."""
-    return find_adapter(config).auto if has_adapter(config) else AutoModelForCausalLM
-
-
-def can_generate(adapter: Adapter) -> bool:
-    """Whether its models write text."""
-    return adapter.auto is AutoModelForCausalLM
+def model_class(config: dict[str, Any]) -> type[_BaseAutoModelClass] | type[PreTrainedModel]:
+    """The transformers class that builds a model: its table's, else the one that config.json names, else a language model."""
+    if has_adapter(config):
+        return find_adapter(config).auto
+    for name in config.get("architectures") or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            return kind
+    return AutoModelForCausalLM if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
 
 
 def _tables_of(model_type: str) -> list[Adapter]:

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 from duotone.errors import DuotoneError
-from duotone.models.adapter import auto_class
+from duotone.models.adapter import model_class
+from duotone.models.experts import unfuse
 
+#: Set on linears whose weight the checkpoint holds as [K, N].
+STORED_TRANSPOSED = "stored_transposed"
 #: What transformers raises, from its validators or from torch, for a config that describes no model.
 _BAD_CONFIG = (
     ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, StrictDataclassError,
@@ -23,20 +28,45 @@ _BAD_CONFIG = (
 
 def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config, parameters on meta. Raises DuotoneError when transformers cannot build it."""
-    auto = auto_class(config)
+    auto = model_class(config)
     plain = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
     try:
         model_config = AutoConfig.for_model(**plain)
         with _parameters_on_meta(), _empty_on_meta():
-            model = auto.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+            model = _make(auto, model_config, dtype)
         if any(buffer.is_meta for buffer in model.buffers()):  # made with torch.empty and filled
             with _parameters_on_meta():
-                model = auto.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+                model = _make(auto, model_config, dtype)
     except _BAD_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
+    _straighten(model)
+    unfuse(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _straighten(model: nn.Module) -> None:
+    """Put a linear in the place of all that is one by another name: Conv1D, which holds its weight transposed, and Falcon's."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Conv1D | FalconLinear):
+            columns, rows = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+            place = {"dtype": module.weight.dtype, "device": module.weight.device}
+            linear = nn.Linear(columns, rows, module.bias is not None, **place)
+            setattr(linear, STORED_TRANSPOSED, isinstance(module, Conv1D))
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, linear)
+
+
+def _make(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with torch's own attention, where its class knows it."""
+    make = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+    try:
+        return make(config, dtype=dtype, attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return make(config, dtype=dtype, attn_implementation="eager")
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
@@ -83,8 +113,24 @@ def is_parameter(model: nn.Module, name: str) -> bool:
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear of the model by full name, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Every linear of the model by full name, in module order; not those of a kind of its own, such as routers."""
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def find_others(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """What multiplies as a linear does and cannot be quantized as one: why, and how many weights it has, by name."""
+    found: dict[str, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            found[name] = f"a linear of a kind of its own, {type(module).__name__}", module.weight.numel()
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
+            found[name] = "a convolution", module.weight.numel()
+        elif not isinstance(module, nn.Embedding):
+            wide = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3 and len(parameter) > 1]
+            if wide and min(min(parameter.shape[1:]) for parameter in wide) > 1:
+                weights = sum(parameter.numel() for parameter in wide)
+                found[name] = f"a bank of matrices of a kind that is not known, {type(module).__name__}", weights
+    return found
 
 
 def check_causal(model: PreTrainedModel, purpose: str) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from duotone.checkpoint.reader import WeightReader, packed_layers
-from duotone.checkpoint.source import SourceFolder, open_source
+from duotone.checkpoint.source import Source, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, has_adapter
+from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
 from duotone.runtime import attention, decoder
 from duotone.runtime.linear import QuantizedLinear, share_call
@@ -28,10 +29,11 @@ def load(
     decoder.py); without, it is transformers' code.
     Raises DuotoneError when a file is missing or damaged, or a tensor does not fit the architecture.
     """
-    source = open_source(Path(path))
+    folder = open_source(Path(path))
     place = resolve_device(device)
-    dtype = dtype or config_dtype(source.config)
-    model = build_skeleton(source.config, dtype)
+    dtype = dtype or config_dtype(folder.config)
+    model = build_skeleton(folder.config, dtype)
+    source = named_source(folder, model)
     if source.config.get("quantization_config") is not None:
         _place_quantized(model, source, place)
         _share_calls(model, source.config)
@@ -68,7 +70,7 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _place_quantized(model: PreTrainedModel, source: SourceFolder, place: torch.device) -> None:
+def _place_quantized(model: PreTrainedModel, source: Source, place: torch.device) -> None:
     """Put a QuantizedLinear in the place of every linear the checkpoint holds packed."""
     reader, linears = WeightReader(source), find_linears(model)
     for layer in packed_layers(source):

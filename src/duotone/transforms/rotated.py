@@ -61,6 +61,14 @@ class RotatedSource:
         """Tensors by name on the CPU, those that change in float32. Raises DuotoneError as `Source` does, and for NaN."""
         return {name: self._load(name) for name in names}
 
+    def written_as(self, name: str) -> str:
+        """As the folder has it."""
+        return self.original.written_as(name)
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """As the folder has it."""
+        return self.original.as_stored(name, tensor)
+
     def _load(self, name: str) -> Tensor:
         fold = self.folds.get(name)
         if fold is None:

@@ -1,0 +1,133 @@
+# Shapes: E experts, T tokens, A experts a token goes to, H hidden width, I width inside an expert.
+"""Banks of experts, which transformers keeps in 3-D tensors, as the linears they are.
+
+A linear can be observed, solved, written and multiplied by itself, and files name each expert's by itself too: that is what
+vLLM reads. Which tokens go where is the router's business, which stays as it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Fewest tokens that say something of an expert: with fewer it is shown all of them.
+FEW_TOKENS = 128
+
+
+class Experts(nn.Module):
+    """A bank of experts: children "0", "1", ... each with `gate_proj` (if gated), `up_proj` and `down_proj`.
+
+    gated, interleaved, transposed: how the checkpoint may hold them in one tensor: with a gate, its rows between those of `up`
+    instead of before them, as [E, in, out] instead of [E, out, in].
+
+    shown_all: experts that are run on every token, so that a calibration that sends them few sees them at work; what the bank
+    gives is the same.
+    """
+
+    def __init__(self, bank: nn.Module) -> None:
+        super().__init__()
+        self._bank: tuple[Any] = (bank,)  # not a child: its activation function and its settings are used, its tensors are gone
+        self.gated = bool(getattr(bank, "has_gate", True))
+        self.interleaved = not getattr(bank, "is_concatenated", True)
+        self.transposed = _is_transposed(bank)
+        first, _ = _parameters(bank)
+        biased = _is_biased(bank)
+        count, rows, columns = first.mT.shape if self.transposed else first.shape
+        width = rows // 2 if self.gated else rows
+        for index in range(count):
+            expert: Any = nn.Module()
+            if self.gated:
+                expert.gate_proj = nn.Linear(columns, width, biased, dtype=first.dtype, device=first.device)
+            expert.up_proj = nn.Linear(columns, width, biased, dtype=first.dtype, device=first.device)
+            expert.down_proj = nn.Linear(width, columns, biased, dtype=first.dtype, device=first.device)
+            self.add_module(str(index), expert)
+        self.count = count
+        self.shown_all: frozenset[int] = frozenset()
+        self.routing = nn.Identity()
+        for name, _ in list(bank.named_parameters(recurse=False)):
+            delattr(bank, name)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
+        """hidden_states [T, H], top_k_index and top_k_weights [T, A] -> [T, H]; or [E * T, H], dealt out, -> as many."""
+        if top_k_index is None or top_k_weights is None:
+            return self._dealt(hidden_states)
+        chosen_TA = self.routing(top_k_index)
+        out_TH = torch.zeros_like(hidden_states)
+        for index in range(self.count):
+            token, place = torch.where(chosen_TA == index)
+            if index in self.shown_all:
+                answer = self._run(index, hidden_states.clone())[token]  # each expert's own: they do not read one tensor
+            elif len(token):
+                answer = self._run(index, hidden_states[token])
+            else:
+                continue
+            out_TH.index_add_(0, token, (answer * top_k_weights[token, place, None]).to(out_TH.dtype))
+        return out_TH
+
+    def _dealt(self, hidden_states: Tensor) -> Tensor:
+        """Llama 4's way: every expert gets all tokens, those that are not its own scaled to zero, which it maps to zero."""
+        states_ETH = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        used_ET = states_ETH.any(-1)
+        self.routing(used_ET)
+        out_ETH = torch.zeros_like(states_ETH)
+        for index in range(self.count):
+            token = torch.arange(states_ETH.shape[1]) if index in self.shown_all else used_ET[index].nonzero()[:, 0]
+            if len(token):
+                out_ETH[index, token] = self._run(index, states_ETH[index, token])
+        return out_ETH.view_as(hidden_states)
+
+    def _run(self, index: int, x_TH: Tensor) -> Tensor:
+        expert: Any = self.get_submodule(str(index))
+        (bank,) = self._bank
+        if not self.gated:
+            return expert.down_proj(bank.act_fn(expert.up_proj(x_TH)))
+        gate_TI, up_TI = expert.gate_proj(x_TH), expert.up_proj(x_TH)
+        if not hasattr(bank, "_apply_gate"):
+            return expert.down_proj(bank.act_fn(gate_TI) * up_TI)
+        both = torch.stack((gate_TI, up_TI), -1).flatten(-2) if self.interleaved else torch.cat((gate_TI, up_TI), -1)
+        return expert.down_proj(bank._apply_gate(both))
+
+    def tokens_of(self, routed: Tensor) -> Tensor:
+        """How many tokens each expert gets [E], of what `routing` was given."""
+        if routed.dtype == torch.bool:
+            return routed.sum(1)
+        chosen = routed.flatten()
+        return torch.bincount(chosen[(chosen >= 0) & (chosen < self.count)], minlength=self.count)
+
+
+def _is_bank(module: nn.Module) -> bool:
+    """Is this one of transformers' banks of experts, in the form that `Experts` takes?"""
+    found = dict(module.named_parameters(recurse=False))
+    up = found.get("gate_up_proj", found.get("up_proj"))
+    return up is not None and up.ndim == 3 and "down_proj" in found and found["down_proj"].ndim == 3
+
+
+def _is_transposed(bank: nn.Module) -> bool:
+    """Does the bank hold [E, in, out] instead of [E, out, in]? Its own word where it has one, else its two shapes' word."""
+    if hasattr(bank, "is_transposed"):
+        return bool(bank.is_transposed)
+    first, down = _parameters(bank)
+    gated = bool(getattr(bank, "has_gate", True))
+    return first.shape[1] == down.shape[2] and first.shape[2] == (2 if gated else 1) * down.shape[1]
+
+
+def unfuse(model: nn.Module) -> None:
+    """Put `Experts` in the place of every bank."""
+    for path, bank in [(name, module) for name, module in model.named_modules() if _is_bank(module)]:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Experts(bank))
+
+
+def find_experts(module: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """Every bank of experts below a module, with its path there."""
+    return ((name, found) for name, found in module.named_modules() if isinstance(found, Experts))
+
+
+def _parameters(bank: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    found = dict(bank.named_parameters(recurse=False))
+    return found["gate_up_proj"] if "gate_up_proj" in found else found["up_proj"], found["down_proj"]
+
+
+def _is_biased(bank: nn.Module) -> bool:
+    return any(name.endswith("_bias") for name, _ in bank.named_parameters(recurse=False))

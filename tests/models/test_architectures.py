@@ -1,0 +1,212 @@
+"""Architectures by the dozen: the same numbers as transformers under our names, and all their linears in the contract."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import duotone
+from duotone.checkpoint.reader import WeightReader
+from duotone.checkpoint.source import open_source
+from duotone.contract import quantize_activations
+from duotone.errors import DuotoneError
+from duotone.models.adapter import find_adapter, has_adapter
+from duotone.models.anatomy import _from_table, _from_trace
+from duotone.models.names import named_source
+from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
+from duotone.plan import make_plan
+from duotone.qweight import fp8_values
+from duotone.runtime.load import load
+from duotone.settings import QuantizeConfig
+
+GPT = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+LATENT = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4, "kv_lora_rank": 128,
+    "q_lora_rank": 128, "head_dim": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+}  # fmt: skip
+SEPARATE = ["self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"]
+GATED = [*SEPARATE, "mlp.gate_proj mlp.up_proj", "mlp.down_proj"]
+FUSED = ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+#: By model_type: what differs from the tiny Llama, the groups of a block's linears (None: a bank's are tested by themselves)
+#: and which of them write to the residual stream.
+DENSE: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "llama": ({}, GATED, ["self_attn.o_proj", "mlp.down_proj"]),
+    "qwen3": ({}, GATED, ["self_attn.o_proj", "mlp.down_proj"]),
+    "gemma": ({}, GATED, ["self_attn.o_proj", "mlp.down_proj"]),
+    "gemma2": ({}, GATED, []),
+    "gemma3_text": ({}, GATED, []),
+    "olmo2": ({}, GATED, []),
+    "phi3": ({}, ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+             ["self_attn.o_proj", "mlp.down_proj"]),
+    "phi": ({}, ["self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1", "self_attn.dense", "mlp.fc2"], []),
+    "gpt_neox": ({}, [name.replace("self_attention", "attention") for name in FUSED], []),
+    "gpt2": (GPT, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+    "falcon": ({"head_dim": None}, [f"{FUSED[0]} {FUSED[2]}", FUSED[1], FUSED[3]], []),
+    "bloom": ({"n_layer": 2, "n_head": 4}, FUSED, [FUSED[1], FUSED[3]]),
+    "starcoder2": ({}, [*SEPARATE, "mlp.c_fc", "mlp.c_proj"], ["self_attn.o_proj", "mlp.c_proj"]),
+    "cohere": ({}, [f"{SEPARATE[0]} mlp.gate_proj mlp.up_proj", "self_attn.o_proj", "mlp.down_proj"], ["self_attn.o_proj"]),
+    "opt": ({"ffn_dim": 256, "word_embed_proj_dim": 128},
+            [SEPARATE[0], "self_attn.out_proj", "fc1", "fc2"], ["self_attn.out_proj", "fc2"]),
+}  # fmt: skip
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 128},
+    "qwen3_moe": MOE,
+    "olmoe": MOE,
+    "deepseek_v2": LATENT | {"n_group": 1},
+    "deepseek_v3": LATENT,
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 128},
+}
+IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def skeleton(tiny_model: Callable[..., Path], model_type: str, **sizes: object) -> Any:
+    return build_skeleton(open_source(tiny_model(model_type, **sizes)).config, torch.float32)
+
+
+def test_tables_say_what_tracing_finds(tiny_model: Callable[..., Path]) -> None:
+    """Each table of a decoder against a forward pass of it."""
+    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        config = open_source(tiny_model(model_type)).config
+        model = build_skeleton(config, torch.float32)
+        by_table, traced = _from_table(find_adapter(config), model), _from_trace(model)
+        assert by_table.blocks == traced.blocks
+        assert by_table.keep == traced.keep
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_groups_of_dense_decoders(tiny_model: Callable[..., Path], model_type: str) -> None:
+    """What tracing finds is what the architecture's paper says: who reads one input, who writes to the stream."""
+    sizes, groups, writers = DENSE[model_type]
+    for block in _from_trace(skeleton(tiny_model, model_type, **sizes)).blocks:
+        inside = [" ".join(name.removeprefix(block.prefix) for name in group) for group in block.shared_inputs]
+        assert inside == groups
+        assert [name.removeprefix(block.prefix) for name in block.streams] == writers
+
+
+@pytest.mark.parametrize("model_type", [*DENSE, *EXPERTS])
+def test_loads_as_transformers_does(tiny_model: Callable[..., Path], model_type: str) -> None:
+    """Logits equal transformers' own bit for bit, whatever the names on disk and the form that experts lie in."""
+    folder = tiny_model(model_type, **(DENSE[model_type][0] if model_type in DENSE else EXPERTS[model_type]))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(logits(load(folder, torch.float32)), logits(theirs))
+
+
+def run_by_hand(model: Any, reader: WeightReader, layers: list[str]) -> None:
+    """Put the contract, written out in float64, in the place of a float model's linears."""
+    for layer in layers:
+        weight, linear = reader.read(layer), model.get_submodule(layer)
+
+        def forward(x: torch.Tensor, weight=weight, linear=linear) -> torch.Tensor:
+            x8, scale = quantize_activations(x, weight.scheme.target, weight.input_scale)
+            y = (x8.double() @ fp8_values(weight).double().T) * weight.outer_scale.double() * scale.double()
+            return (y if linear.bias is None else y + linear.bias.double()).float()
+
+        linear.forward = forward
+
+
+@pytest.mark.parametrize("model_type", [*(set(DENSE) - {"llama", "qwen3"}), *EXPERTS])
+def test_runs_what_was_written(tmp_path: Path, tiny_model: Callable[..., Path], model_type: str) -> None:
+    """A quantized checkpoint, loaded, is the original with the contract in every linear but those listed."""
+    folder = tiny_model(model_type, **(DENSE[model_type][0] if model_type in DENSE else EXPERTS[model_type]))
+    report = duotone.quantize(folder, tmp_path / "out", method="rtn", device="cpu")
+    by_hand, found = load(folder, torch.float32), load(tmp_path / "out", torch.float32)
+    layers = [layer.layer for layer in report.layers]
+    assert {*layers, *report.kept} >= set(find_linears(by_hand))
+    assert not set(layers) & set(report.kept)
+    source = open_source(tmp_path / "out")
+    run_by_hand(by_hand, WeightReader(named_source(source, build_skeleton(source.config, torch.float32))), layers)
+    expected = logits(by_hand)
+    # A sum that falls on another side of an FP8 rounding moves an activation by 1/16; of tiny models a few do.
+    assert ((logits(found) - expected).norm() / expected.norm()).item() < 0.02
+    assert report.bits_per_weight < 4.4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [("falcon", "dpq"), ("gpt2", "dpq"), ("qwen3_moe", "gptq"), ("gpt_oss", "dpq"), ("llama4_text", "dpq")],
+)
+def test_calibrates_by_tracing(
+    tmp_path: Path, tiny_model: Callable[..., Path], text_file: Path, model_type: str, method: str
+) -> None:
+    """`dpq` walks through blocks nobody wrote a table for, and makes every layer's outputs better than rounding does."""
+    folder = tiny_model(model_type, **(DENSE[model_type][0] if model_type in DENSE else EXPERTS[model_type]))
+    settings = {"calibration": (str(text_file),), "samples": 8, "seq_len": 64, "device": "cpu", "method": method}
+    report = duotone.quantize(folder, tmp_path / "out", **settings)
+    assert any("tracing" in note for note in report.notes)
+    assert all(layer.tokens > 0 and layer.output_error is not None for layer in report.layers)
+    rounded = duotone.quantize(folder, tmp_path / "rtn", method="rtn", device="cpu")
+    better = [ours.output_error < 1.2 * theirs.weight_error for ours, theirs in zip(report.layers, rounded.layers, strict=True)]
+    assert sum(better) > 0.9 * len(better)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])
+def test_every_expert_is_shown_tokens(
+    tiny_model: Callable[..., Path], text_file: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Experts that the router sends few calibration tokens see all of them; the note says how many these were."""
+    folder = tiny_model(model_type, **EXPERTS[model_type])
+    report = duotone.quantize(
+        folder, tmp_path / "out", calibration=(str(text_file),), samples=2, seq_len=64, device="cpu", method="dpq"
+    )
+    tokens = {layer.tokens for layer in report.layers if ".experts." in layer.layer}
+    assert 128 in tokens
+    assert any("were shown all" in note for note in report.notes)
+
+
+def test_names_on_disk_are_the_folder_s(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """Mixtral's experts keep the names that vLLM reads; GPT-OSS's, in one tensor so far, get one each."""
+    for model_type, name in (
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.3.w2.weight_packed"),
+        ("gpt_oss", "model.layers.0.mlp.experts.3.gate_proj.weight_packed"),
+        ("gpt2", "transformer.h.0.attn.c_attn.weight_packed"),
+    ):
+        folder = tiny_model(model_type, **(EXPERTS.get(model_type) or DENSE[model_type][0]))
+        duotone.quantize(folder, tmp_path / model_type, method="rtn", device="cpu")
+        with safe_open(tmp_path / model_type / "model.safetensors", "pt") as file:
+            assert name in set(file.keys())
+
+
+def test_left_alone_is_stored_as_it_was(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """A GPT-2 linear that is ignored stays transposed on disk, and loads."""
+    folder = tiny_model("gpt2", **GPT)
+    duotone.quantize(folder, tmp_path / "out", method="rtn", device="cpu", ignore=("re:.*c_fc",))
+    before, after = (open_source(path).load(["transformer.h.1.mlp.c_fc.weight"]) for path in (folder, tmp_path / "out"))
+    assert torch.equal(*(tensors["transformer.h.1.mlp.c_fc.weight"].bfloat16() for tensors in (before, after)))
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def test_cuts_are_whole(tiny_model: Callable[..., Path]) -> None:
+    """Every tensor the modules want is found in the folder, with its shape, in whichever form it lies there."""
+    for model_type, sizes in EXPERTS.items():
+        source = open_source(tiny_model(model_type, **sizes))
+        model = build_skeleton(source.config, torch.float32)
+        named = named_source(source, model)
+        for name, shape in expected_tensors(model).items():
+            assert named.tensors[name].shape == shape
+            assert named.load([name])[name].shape == shape
+
+
+def test_no_table_no_blocks_no_guess(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass that cannot be traced ends in a sentence that says what to write."""
+    folder = tiny_model("gpt2", **GPT)
+    assert not has_adapter(open_source(folder).config)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("duotone.models.anatomy.trace", broken)
+    with pytest.raises(DuotoneError, match=r"no such thing.*write a table"):
+        make_plan(open_source(folder), QuantizeConfig(method="rtn"))
