@@ -12,7 +12,7 @@ import torch
 
 from duotone.bench import append_records, provenance
 from duotone.calibrate.data import draw_windows
-from duotone.calibrate.stream import start_stream
+from duotone.calibrate.stream import start_stream, token_batches
 from duotone.checkpoint.source import open_source
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer
@@ -56,7 +56,9 @@ def layer_statistics(folder: Path, texts: list[str], samples: int, seq_len: int)
     model = load(folder, torch.float32, "cpu")
     windows = draw_windows(load_tokenizer(folder), texts, seq_len, samples, seed=0)
     linears = find_linears(model)
-    stream = start_stream(model, [model.get_submodule(block.path) for block in plan.blocks], windows.tokens, Phases())
+    stream = start_stream(
+        model, [model.get_submodule(block.path) for block in plan.blocks], token_batches(windows.tokens), Phases()
+    )
     found = []
     for index, block in enumerate(plan.blocks):
         module = model.get_submodule(block.path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
 from duotone.calibrate.offload import Offload
-from duotone.calibrate.stream import BlockStream, Observer, start_stream
+from duotone.calibrate.stream import BlockStream, Observer, start_stream, token_batches
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.source import load_finite, open_source
@@ -150,7 +150,8 @@ def _quantize_block(
                 # The walk has passed the norm already, and keeps its old weight.
                 _set(linear, "weight", values if s_K is None else values / s_K)
             weights |= solved
-        stream.leave(observer)
+        if index + 1 < len(run.plan.blocks):
+            stream.leave(observer)
     release(module)
     return_memory()
     if not run.plan.config.scheme.target.dynamic_activations:
@@ -219,7 +220,8 @@ def _open_stream(run: Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
         shared = (run.phases, run.ranks, run.offload)
-        stream = start_stream(skeleton, blocks, windows.tokens, *shared, run.plan.anatomy.gives)
+        batches = token_batches(windows.tokens, run.ranks, run.plan.seq_len // 2 if run.plan.anatomy.writes_another else 0)
+        stream = start_stream(skeleton, blocks, batches, *shared, run.plan.anatomy.gives)
     if run.plan.config.method_facts.drift:
         stream.carry_original()
     return stream

@@ -21,7 +21,7 @@ from transformers import (
 from duotone.calibrate import curvature as curvature_module
 from duotone.calibrate import stream as stream_module
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.stream import BlockStream, start_stream
+from duotone.calibrate.stream import BlockStream, start_stream, token_batches
 from duotone.checkpoint.source import open_source
 from duotone.errors import DuotoneError
 from duotone.models.skeleton import build_skeleton, fill, release
@@ -140,7 +140,7 @@ def test_equals_one_pass_through_the_model(
     folder = tiny_model(model_type, initializer_range=0.15, **SIZES)
     backward, plan = filled(folder)
     tokens = torch.randint(0, 256, (7, 16), generator=torch.Generator().manual_seed(0))
-    stream = start_stream(backward.model, backward.blocks, tokens, Phases())
+    stream = start_stream(backward.model, backward.blocks, token_batches(tokens), Phases())
     entrance, kept = stream.hidden, [states.clone() for states in stream.hidden]
     found, told = measured(backward, stream, tokens, seed=3)
     assert [len(states) for states in kept] == [3, 3, 1]
@@ -183,7 +183,7 @@ def test_encoders(tmp_path: Path, model_class: type[PreTrainedModel], monkeypatc
     monkeypatch.setattr(stream_module, "_BATCH_TOKENS", 48)
     backward, plan = filled(small_encoder(model_class, tmp_path / "model"))
     tokens = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(0))
-    stream = start_stream(backward.model, backward.blocks, tokens, Phases())
+    stream = start_stream(backward.model, backward.blocks, token_batches(tokens), Phases())
     found, _ = measured(backward, stream, tokens, seed=1)
     untouched(backward)
     groups = [group for block in plan.blocks for group in block.shared_inputs]
@@ -239,7 +239,7 @@ def test_many_draws_approach_the_fisher_information() -> None:
             g_TN = torch.cat(filled_in, -1)[0]
             expected[group[0]] = expected[group[0]] + float(logp.detach().exp()) * (g_TN.T @ g_TN) / 3
     tokens = window.expand(4000, 3)
-    stream = start_stream(model, list(model.model.layers), tokens, Phases())
+    stream = start_stream(model, list(model.model.layers), token_batches(tokens), Phases())
     found, _ = measured(resident(model, groups), stream, tokens)
     for name, meant in expected.items():
         assert (found[name][0] - meant).norm() < 0.05 * meant.norm()
@@ -250,7 +250,7 @@ def test_callers_need_not_think_of_gradients(grad: bool) -> None:
     """Recorded or not around it: the same curvature, and no graph is kept on the way."""
     groups = [("model.layers.0.mlp.down_proj",)]
     model, tokens = one_block(6), torch.arange(6).view(2, 3)
-    stream = start_stream(model, list(model.model.layers), tokens, Phases())
+    stream = start_stream(model, list(model.model.layers), token_batches(tokens), Phases())
     around: AbstractContextManager[object] = nullcontext() if grad else torch.no_grad()
     expected, _ = measured(resident(model, groups), stream, tokens)
     with around:
@@ -267,7 +267,7 @@ def test_a_linear_that_the_loss_does_not_feel_is_named(tiny_model: ModelMaker) -
     groups = [block.shared_inputs for block in plan.blocks]
     groups[1] = (*groups[1], ("model.layers.1.spare",))
     tokens = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
-    stream = start_stream(backward.model, backward.blocks, tokens, Phases())
+    stream = start_stream(backward.model, backward.blocks, token_batches(tokens), Phases())
     broken = Backward(backward.model, backward.blocks, groups, backward.load, backward.release)
     with pytest.raises(DuotoneError, match=r"^model\.layers\.1\.spare: the loss has no gradient in its output"):
         measured(broken, stream, tokens)
@@ -278,7 +278,7 @@ def test_a_failing_model_gets_its_blocks_back(tiny_model: ModelMaker, monkeypatc
     """What fails behind the blocks leaves their own forward in its place, and no weights in the last one."""
     backward, _ = filled(tiny_model(**SIZES))
     tokens = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
-    stream = start_stream(backward.model, backward.blocks, tokens, Phases())
+    stream = start_stream(backward.model, backward.blocks, token_batches(tokens), Phases())
 
     def fail(*_: object, **__: object) -> Tensor:
         raise MemoryError
@@ -293,7 +293,7 @@ def test_no_infinite_curvature(tmp_path: Path) -> None:
     """Gradients too large for float32's squares are refused by the name of the linear whose output they are of."""
     backward, _ = filled(small_encoder(BertModel, tmp_path / "model"))
     tokens = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
-    stream = start_stream(backward.model, backward.blocks, tokens, Phases())
+    stream = start_stream(backward.model, backward.blocks, token_batches(tokens), Phases())
 
     def load_huge(index: int) -> None:
         backward.load(index)
@@ -312,6 +312,8 @@ def test_a_large_vocabulary_is_taken_in_steps(tiny_model: ModelMaker, monkeypatc
     folder = tiny_model(initializer_range=0.15, **SIZES)
     backward, plan = filled(folder)
     tokens = torch.randint(0, 256, (7, 16), generator=torch.Generator().manual_seed(0))
-    found, _ = measured(backward, start_stream(backward.model, backward.blocks, tokens, Phases()), tokens, seed=3)
+    found, _ = measured(
+        backward, start_stream(backward.model, backward.blocks, token_batches(tokens), Phases()), tokens, seed=3
+    )
     groups = [group for block in plan.blocks for group in block.shared_inputs]
     assert deviation(found, in_one_pass(load(folder, torch.float32, "cpu"), groups, tokens.split([2, 1, 2, 1, 1]), 3)) <= 1e-4

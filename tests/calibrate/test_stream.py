@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from duotone.calibrate import stream as stream_module
-from duotone.calibrate.stream import BlockStream, start_stream
+from duotone.calibrate.stream import BlockStream, start_stream, token_batches
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
 from duotone.phases import Phases
@@ -43,7 +43,7 @@ def test_hidden_states_and_second_moments(tiny_model: ModelMaker, model_type: st
     for handle in handles:
         handle.remove()
     phases = Phases()
-    stream = start_stream(model, blocks, tokens, phases)
+    stream = start_stream(model, blocks, token_batches(tokens), phases)
     torch.testing.assert_close(torch.cat(stream.hidden), whole[0])
     for i, block in enumerate(blocks):
         with stream.enter(i, block, names, {}) as observer:
@@ -67,7 +67,7 @@ def test_largest_inputs_alone(tiny_model: ModelMaker) -> None:
     """For static activation scales of a method that needs no Hessian: no second moments are taken."""
     model = load(tiny_model(), torch.float32, "cpu")
     phases = Phases()
-    stream = start_stream(model, list(model.model.layers), torch.arange(32).view(2, 16), phases)
+    stream = start_stream(model, list(model.model.layers), token_batches(torch.arange(32).view(2, 16)), phases)
     with stream.enter(0, model.model.layers[0], {"down": "mlp.down_proj"}, {}) as observer:
         assert observer.observe("down", statistics=False) is None
         assert observer.absmax["down"].amax() > 0
@@ -79,7 +79,7 @@ def test_a_linear_that_never_runs_is_named(tiny_model: ModelMaker) -> None:
     model = load(tiny_model(), torch.float32, "cpu")
     block = model.model.layers[0]
     block.spare = nn.Linear(4, 4)
-    stream = start_stream(model, list(model.model.layers), torch.zeros(1, 8, dtype=torch.int64), Phases())
+    stream = start_stream(model, list(model.model.layers), token_batches(torch.zeros(1, 8, dtype=torch.int64)), Phases())
     before = stream.hidden
     with (
         pytest.raises(DuotoneError, match=r"^model\.layers\.0\.spare: the forward pass never reached it"),
@@ -95,7 +95,7 @@ def test_blocks_keep_their_forward(tiny_model: ModelMaker) -> None:
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     with torch.no_grad():
         before = model(tokens).logits
-        start_stream(model, list(model.model.layers), tokens, Phases())
+        start_stream(model, list(model.model.layers), token_batches(tokens), Phases())
         assert torch.equal(model(tokens).logits, before)
 
 
@@ -202,7 +202,7 @@ def test_every_group_sees_the_groups_before_it(
     references = [hooked(replaced_copy(model, model_type, groups), watched, tokens) for groups in range(len(firsts) + 1)]
 
     walking = copy.deepcopy(model)
-    stream = start_stream(walking, list(walking.get_submodule(adapter.blocks)), tokens, Phases())
+    stream = start_stream(walking, list(walking.get_submodule(adapter.blocks)), token_batches(tokens), Phases())
     assert [len(hidden) for hidden in stream.hidden] == [3, 3, 1]
     stream.carry_original()
     widths = [walking.get_submodule(name).weight.shape[1] for name in firsts]
@@ -241,7 +241,7 @@ def close(found: Tensor, expected: Tensor, loose: bool = False) -> None:
 def test_without_the_original_there_is_no_drift(tiny_model: ModelMaker) -> None:
     """A stream that carries no original hands out no drift, even if the block's original weights are there."""
     model = a_model(tiny_model, "llama")
-    stream = start_stream(model, list(model.model.layers), torch.arange(32).view(2, 16), Phases())
+    stream = start_stream(model, list(model.model.layers), token_batches(torch.arange(32).view(2, 16)), Phases())
     block = model.model.layers[0]
     with stream.enter(0, block, {"o": "self_attn.o_proj"}, {"o": "input_layernorm"}, copy.deepcopy(block)) as observer:
         statistics = observer.observe("o")

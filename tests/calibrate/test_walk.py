@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from duotone.calibrate import stream as stream_module
-from duotone.calibrate.stream import start_stream
+from duotone.calibrate.stream import start_stream, token_batches
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
@@ -43,8 +43,8 @@ def first_block(
     adapter = find_adapter({"model_type": model_type})
     blocks = list(model.get_submodule(adapter.blocks))
     tokens = torch.randint(0, 256, (7, 16), generator=torch.Generator().manual_seed(0))
-    stream = start_stream(model, blocks, tokens, Phases())
-    calls = [Call(hidden, *stream.arguments[0][len(hidden)]) for hidden in stream.hidden]
+    stream = start_stream(model, blocks, token_batches(tokens), Phases())
+    calls = [Call(hidden, *stream.arguments[0][i]) for i, hidden in enumerate(stream.hidden)]
     assert [len(call.hidden) for call in calls] == [3, 3, 1]
     return blocks[0], calls, adapter
 

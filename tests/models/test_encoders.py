@@ -20,7 +20,7 @@ from transformers import (
 
 import duotone
 from duotone.calibrate.data import draw_windows
-from duotone.calibrate.stream import start_stream
+from duotone.calibrate.stream import start_stream, token_batches
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations
@@ -179,7 +179,7 @@ def test_stream_equals_the_model(tmp_path: Path) -> None:
     with torch.no_grad():
         whole = model(tokens, output_hidden_states=True).hidden_states
     handle.remove()
-    stream = start_stream(model, blocks, tokens, Phases())
+    stream = start_stream(model, blocks, token_batches(tokens), Phases())
     assert len(stream.hidden) == 2  # a full batch and a short one
     for i, block in enumerate(blocks):
         torch.testing.assert_close(torch.cat(stream.hidden), whole[i], rtol=1e-4, atol=1e-5)

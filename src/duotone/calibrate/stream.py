@@ -28,6 +28,10 @@ _BATCH_TOKENS = 4096
 WAITING_BYTES = 2 * 1024**3
 
 
+#: What a block is called with beside its first argument, by position and by name.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class _AllCaptured(Exception):
     """Ends the model's forward at its last block: what follows has no weights loaded."""
 
@@ -119,8 +123,8 @@ class BlockStream:
     """
 
     hidden: list[Tensor]
-    #: by block, then by batch size: what follows the hidden states, by position and by name
-    arguments: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]
+    #: by block, then by batch: what follows the hidden states, by position and by name
+    arguments: list[list[Arguments]]
     phases: Phases
     device: torch.device
     original: list[Tensor] | None = None
@@ -185,8 +189,8 @@ class BlockStream:
 
     def calls(self, index: int, hidden: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
         """What a block is called with for each batch of hidden states: these, and what follows by position and by name."""
-        for states in hidden:
-            yield states.to(self.device), *self.arguments[index][len(states)]
+        for states, arguments in zip(hidden, self.arguments[index], strict=True):
+            yield states.to(self.device), *arguments
 
     def _walk(
         self,
@@ -210,30 +214,42 @@ def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
     return int(WAITING_BYTES // held_bytes)
 
 
+def token_batches(tokens: Tensor, ranks: Ranks = ALONE, cut: int = 0) -> list[dict[str, Tensor]]:
+    """Token windows int64 [windows, T] as the inputs of forward passes; of several processes, this one's share.
+
+    cut: for a model that reads one text and writes another, how many tokens of a window it reads; the others it writes.
+    """
+    share = tokens[ranks.shares(len(tokens))[ranks.rank]]
+    batches = share.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+    if not cut:
+        return [{"input_ids": batch} for batch in batches]
+    return [{"input_ids": batch[:, :cut], "decoder_input_ids": batch[:, cut:]} for batch in batches]
+
+
 @torch.no_grad()
 def start_stream(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
-    tokens: Tensor,
+    batches: Sequence[Mapping[str, Tensor]],
     phases: Phases,
     ranks: Ranks = ALONE,
     offload: Offload | None = None,
     gives: int | None = None,
 ) -> BlockStream:
-    """Run the model up to its first block for every batch of windows, recording what each block would be called with.
+    """Run the model up to its first block for every batch, recording what each block would be called with.
 
-    tokens: int64 [windows, T], of which each process takes its share. Blocks may lie on meta: none of them runs.
-    gives: how many things a block gives, if it gives a tuple.
+    batches: this process's inputs of forward passes, by name. Blocks may lie on meta: none of them runs. gives: how many things
+    a block gives, if it gives a tuple. A block that is the model itself is called with its first input by position.
     """
-    tokens = tokens[ranks.shares(len(tokens))[ranks.rank]]
-    stream = BlockStream([], [{} for _ in blocks], phases, model.device, ranks=ranks, offload=offload)
+    stream = BlockStream([], [[] for _ in blocks], phases, model.device, ranks=ranks, offload=offload)
     entered: list[Tensor] = []
 
     def pretend(index: int) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
+        def forward(*positional: Any, **named: Any) -> Tensor | tuple[Tensor | None, ...]:
+            hidden_states = positional[0] if positional else named.pop(next(iter(named)))
             if index == 0:
                 entered.extend(stream.kept([hidden_states]))
-            stream.arguments[index][len(hidden_states)] = (positional, named)
+            stream.arguments[index].append(_known((positional[1:], named), stream.arguments[index]))
             if index == len(blocks) - 1:
                 raise _AllCaptured
             return hidden_states if gives is None else (hidden_states, *(None,) * (gives - 1))
@@ -243,9 +259,10 @@ def start_stream(
     for index, block in enumerate(blocks):
         block.forward = pretend(index)
     try:
-        for batch in tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
+        options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        for batch in batches:
             try:
-                model(input_ids=batch.to(model.device), use_cache=False)
+                model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
             except _AllCaptured:
                 continue
     finally:
@@ -253,3 +270,18 @@ def start_stream(
             del block.forward
     stream.hidden = entered
     return stream
+
+
+def _known(arguments: Arguments, before: Sequence[Arguments]) -> Arguments:
+    """The arguments of an earlier batch if they are the same, as masks and positions mostly are; else these."""
+    return next((known for known in (*before[-1:], *before[:1]) if _same(known, arguments)), arguments)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)

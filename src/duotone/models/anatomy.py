@@ -48,12 +48,14 @@ class Anatomy:
     """Blocks in running order; keep: linears to leave in BF16 unless asked for, each with its reason.
 
     traced: by nobody's table. gives: how many things a block gives, hidden states first; None: these alone, in no tuple.
+    writes_another: whether the model reads one text and writes another, as T5 does.
     """
 
     blocks: tuple[Block, ...]
     keep: Mapping[str, str]
     traced: bool
     gives: int | None = None
+    writes_another: bool = False
 
     @property
     def whole(self) -> bool:
@@ -113,7 +115,11 @@ def _from_trace(model: PreTrainedModel) -> Anatomy:
     often = [name for name, calls in found.calls.items() if len(calls) > 1]
     keep |= {name: f"runs {len(found.calls[name])} times in one forward pass" for name in often}
     blocks = tuple(_block_of_trace(path, model, found, body) for path in paths)
-    return Anatomy(blocks, keep, traced=True, gives=found.given.get(paths[0]))
+    return Anatomy(blocks, keep, traced=True, gives=found.given.get(paths[0]), writes_another=_two_texts(model))
+
+
+def _two_texts(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.main_input_name == "input_ids"
 
 
 def _few(linear: nn.Linear) -> str:
