@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from duotone.bench import append_records, provenance
-from duotone.calibrate.data import draw_windows
-from duotone.calibrate.stream import start_stream, token_batches
+from duotone.calibrate.data import draw_windows, token_batches
+from duotone.calibrate.stream import start_stream
 from duotone.checkpoint.source import open_source
 from duotone.models.skeleton import find_linears
 from duotone.models.tokenizer import load_tokenizer

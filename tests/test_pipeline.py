@@ -334,7 +334,7 @@ def test_batches_that_walk_anew_give_the_same_bytes(
     tiny_model: ModelMaker, text_file: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory for batches that wait inside a block costs time only."""
-    monkeypatch.setattr(stream, "_BATCH_TOKENS", 192)
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 192)
     for name, memory in (("wait", stream.WAITING_BYTES), ("anew", 0)):
         monkeypatch.setattr(stream, "WAITING_BYTES", memory)
         duotone.quantize(tiny_model("qwen2"), tmp_path / name, method=method, calibration=(str(text_file),), **QUICK)

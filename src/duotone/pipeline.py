@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
 from duotone.calibrate.offload import Offload
-from duotone.calibrate.stream import BlockStream, Observer, start_stream, token_batches
+from duotone.calibrate.stream import BlockStream, Observer, start_stream
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.source import load_finite, open_source
@@ -75,7 +75,7 @@ def quantize(
         plan = make_plan(open_source(folder), config)
         windows = _calibration_windows(plan) if config.needs_calibration else None
         _check_shared(config, windows, ranks)
-        tokens = windows.tokens.numel() if windows is not None else 0
+        tokens = windows.positions if windows is not None else 0
         dtype = calibration_dtype(config.dtype, device, tokens * plan.weights, config.high_effort)
     report = QuantizeReport(
         str(model), str(out), config, calibration_facts(windows, dtype), kept=plan.kept, notes=notes_of(plan, windows)
@@ -220,7 +220,8 @@ def _open_stream(run: Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
         shared = (run.phases, run.ranks, run.offload)
-        batches = token_batches(windows.tokens, run.ranks, run.plan.seq_len // 2 if run.plan.anatomy.writes_another else 0)
+        written = run.plan.seq_len // 2 if run.plan.anatomy.writes_another else 0
+        batches = windows.batches(run.ranks.shares(len(windows))[run.ranks.rank], written)
         stream = start_stream(skeleton, blocks, batches, *shared, run.plan.anatomy.gives)
     if run.plan.config.method_facts.drift:
         stream.carry_original()
@@ -260,7 +261,7 @@ def _check_shared(config: QuantizeConfig, windows: TokenWindows | None, ranks: R
     """Raise DuotoneError for what several processes cannot share."""
     if ranks.size > 1 and config.high_effort:
         raise DuotoneError(f"--effort high: found {ranks.size} processes, expected one: it cannot be shared yet")
-    if windows is not None and len(windows.tokens) < ranks.size:
+    if windows is not None and len(windows) < ranks.size:
         raise DuotoneError(
-            f"--samples: found {len(windows.tokens)} calibration windows for {ranks.size} processes, expected one for each"
+            f"--samples: found {len(windows)} calibration windows for {ranks.size} processes, expected one for each"
         )

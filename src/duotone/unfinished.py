@@ -33,7 +33,9 @@ def run_settings(
     }
     text = {}
     if windows is not None:
-        text = {"tokens": content_hash(windows.tokens.contiguous().numpy().data), "windows": list(windows.tokens.shape)}
+        for name, tensor in windows.tensors.items():
+            text[name] = content_hash(tensor.contiguous().numpy().data)
+            text[f"shape of {name}"] = list(tensor.shape)
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "calibration dtype": str(dtype).removeprefix("torch."),

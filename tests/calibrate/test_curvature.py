@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from duotone.calibrate import curvature as curvature_module
-from duotone.calibrate import stream as stream_module
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.stream import BlockStream, start_stream, token_batches
+from duotone.calibrate.data import token_batches
+from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.source import open_source
 from duotone.errors import DuotoneError
 from duotone.models.skeleton import build_skeleton, fill, release
@@ -135,7 +135,7 @@ def test_equals_one_pass_through_the_model(
     tiny_model: ModelMaker, model_type: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three batches, one short, the same labels: joint second moments of each group's outputs, its parts if it is cut."""
-    monkeypatch.setattr(stream_module, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 48)
     monkeypatch.setattr(couple_module, "MAX_ROWS", rows)
     folder = tiny_model(model_type, initializer_range=0.15, **SIZES)
     backward, plan = filled(folder)
@@ -180,7 +180,7 @@ def small_encoder(model_class: type[PreTrainedModel], folder: Path) -> Path:
 @pytest.mark.parametrize("model_class", [BertModel, BertForSequenceClassification])
 def test_encoders(tmp_path: Path, model_class: type[PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without logits random projections of the last hidden states stand for labels; a classifier has one label a window."""
-    monkeypatch.setattr(stream_module, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 48)
     backward, plan = filled(small_encoder(model_class, tmp_path / "model"))
     tokens = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(0))
     stream = start_stream(backward.model, backward.blocks, token_batches(tokens), Phases())
@@ -307,7 +307,7 @@ def test_no_infinite_curvature(tmp_path: Path) -> None:
 
 def test_a_large_vocabulary_is_taken_in_steps(tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of three windows, the head two windows at a time: the labels are those of such steps, all else is the same."""
-    monkeypatch.setattr(stream_module, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 48)
     monkeypatch.setattr(curvature_module, "_HEAD_VALUES", 2 * 16 * 260 + 5)
     folder = tiny_model(initializer_range=0.15, **SIZES)
     backward, plan = filled(folder)

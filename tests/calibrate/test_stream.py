@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from duotone.calibrate import stream as stream_module
-from duotone.calibrate.stream import BlockStream, start_stream, token_batches
+from duotone.calibrate.data import token_batches
+from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
 from duotone.phases import Phases
@@ -192,7 +193,7 @@ def test_every_group_sees_the_groups_before_it(
     output is added to the residual stream as it is, R^T X with R what the stream behind it is off by. Three batches, one short;
     the memory for those that wait inside a block is enough for all, or for some, or for none.
     """
-    monkeypatch.setattr(stream_module, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 48)
     model, adapter = a_model(tiny_model, model_type), find_adapter({"model_type": model_type})
     tokens = torch.randint(0, 256, (7, 16), generator=torch.Generator().manual_seed(0))
     firsts = [f"{adapter.blocks}.{i}.{group[0]}" for i in range(2) for group in adapter.shared_inputs]

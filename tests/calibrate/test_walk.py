@@ -14,8 +14,8 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from duotone.calibrate import stream as stream_module
-from duotone.calibrate.stream import start_stream, token_batches
+from duotone.calibrate.data import token_batches
+from duotone.calibrate.stream import start_stream
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter
@@ -33,7 +33,7 @@ def first_block(
     tiny_model: ModelMaker, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[nn.Module, list[Call], Adapter]:
     """The first block of a random model, called with three batches of 3, 3 and 1 windows as the model calls it."""
-    monkeypatch.setattr(stream_module, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 48)
     if model_type == "bert":
         torch.manual_seed(0)
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 import duotone
-from duotone.calibrate.data import draw_windows
-from duotone.calibrate.stream import start_stream, token_batches
+from duotone.calibrate.data import draw_windows, token_batches
+from duotone.calibrate.stream import start_stream
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations

@@ -18,6 +18,8 @@ from duotone.errors import DuotoneError
 DEFAULT_DATASET = "HuggingFaceH4/ultrachat_200k:train_sft"
 #: A model folder may bring its own calibration text under this name.
 OWN_TEXT = "calibration.txt"
+#: Tokens of one forward pass: enough to fill the machine, small beside the weights of a block.
+BATCH_POSITIONS = 4096
 #: Characters read from a hub data set for each window asked for and each token of it; English has about four a token.
 _CHARACTERS_PER_TOKEN = 8
 
@@ -34,6 +36,35 @@ class TokenWindows:
     sha256: str
     text_bytes: int
     notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """How many windows."""
+        return len(self.tokens)
+
+    @property
+    def positions(self) -> int:
+        """Tokens in all."""
+        return self.tokens.numel()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the calibration's numbers depend on."""
+        return {"tokens": self.tokens}
+
+    def batches(self, share: slice = slice(None), written: int = 0) -> list[dict[str, Tensor]]:
+        """The inputs of forward passes through those windows, by name.
+
+        written: for a model that reads one text and writes another, how many tokens of a window, its last, it writes.
+        """
+        return token_batches(self.tokens[share], written)
+
+
+def token_batches(tokens: Tensor, written: int = 0) -> list[dict[str, Tensor]]:
+    """Token windows int64 [windows, T] as inputs of forward passes; the last `written` of a window are the decoder's."""
+    batches = tokens.split(max(1, BATCH_POSITIONS // tokens.shape[1]))
+    if not written:
+        return [{"input_ids": batch} for batch in batches]
+    return [{"input_ids": batch[:, :-written], "decoder_input_ids": batch[:, -written:]} for batch in batches]
 
 
 def calibration_sources(given: Sequence[str], model: Path) -> tuple[str, ...]:

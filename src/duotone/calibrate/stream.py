@@ -22,8 +22,6 @@ from duotone.phases import Phases
 from duotone.ranks import ALONE, Ranks
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
-#: Tokens of one forward pass: enough to fill the machine, small beside the weights of a block.
-_BATCH_TOKENS = 4096
 #: Activations of batches that wait inside a block, of each of the two prefixes. Beyond it batches walk anew to every stop.
 WAITING_BYTES = 2 * 1024**3
 
@@ -212,18 +210,6 @@ def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
     states = hidden[0]
     held_bytes = states.element_size() * states.numel() // states.shape[-1] * (6 * states.shape[-1] + widest)
     return int(WAITING_BYTES // held_bytes)
-
-
-def token_batches(tokens: Tensor, ranks: Ranks = ALONE, cut: int = 0) -> list[dict[str, Tensor]]:
-    """Token windows int64 [windows, T] as the inputs of forward passes; of several processes, this one's share.
-
-    cut: for a model that reads one text and writes another, how many tokens of a window it reads; the others it writes.
-    """
-    share = tokens[ranks.shares(len(tokens))[ranks.rank]]
-    batches = share.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-    if not cut:
-        return [{"input_ids": batch} for batch in batches]
-    return [{"input_ids": batch[:, :cut], "decoder_input_ids": batch[:, cut:]} for batch in batches]
 
 
 @torch.no_grad()
