@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from duotone.calibrate.data import TokenWindows
+from duotone.calibrate.samples import Samples
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
 from duotone.plan import Plan
@@ -48,7 +48,7 @@ class QuantizeReport:
         return dataclasses.asdict(self)
 
 
-def calibration_facts(windows: TokenWindows | None, dtype: torch.dtype) -> dict[str, Any] | None:
+def calibration_facts(windows: Samples | None, dtype: torch.dtype) -> dict[str, Any] | None:
     """The text that was calibrated on: file names without folders, counts, a hash of the tokens, the forward's dtype."""
     if windows is None:
         return None
@@ -58,7 +58,7 @@ def calibration_facts(windows: TokenWindows | None, dtype: torch.dtype) -> dict[
     return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def notes_of(plan: Plan, windows: TokenWindows | None) -> list[str]:
+def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
     """What the user should know about this run before it starts. Raises DuotoneError where `--runtime` would not load it."""
     notes = list(plan.transforms) + (list(windows.notes) if windows is not None else [])
     if windows is not None and plan.seq_len < plan.config.seq_len:

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.data import TokenWindows, calibration_sources, draw_windows
+from duotone.calibrate.data import calibration_sources, draw_windows
 from duotone.calibrate.offload import Offload
+from duotone.calibrate.samples import Samples, are_tensors, read_samples
 from duotone.calibrate.stream import BlockStream, Observer, start_stream
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.scratch import Scratch
@@ -73,7 +75,8 @@ def quantize(
             check_output(out)
         device = ranks.place(resolve_device(config.device), config.device)
         plan = make_plan(open_source(folder), config)
-        windows = _calibration_windows(plan) if config.needs_calibration else None
+        windows = _calibration_samples(plan) if config.needs_calibration else None
+        _check_effort(plan, windows)
         _check_shared(config, windows, ranks)
         tokens = windows.positions if windows is not None else 0
         dtype = calibration_dtype(config.dtype, device, tokens * plan.weights, config.high_effort)
@@ -126,6 +129,8 @@ def _quantize_block(
         return weights, changed
     fill(skeleton, originals, run.dtype, run.device)
     module, method = skeleton.get_submodule(block.path), run.plan.config.method_facts
+    if isinstance(module, PreTrainedModel):  # the whole model is the block
+        module.tie_weights()
     original = copy.deepcopy(module) if method.drift else None
     ahead = _observe_ahead(run, index, block, module, stream)
     with stream.enter(index, module, block.stops, block.streams, original) as observer:
@@ -208,9 +213,10 @@ def _with_input_scales(
     return scaled
 
 
-def _open_stream(run: Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
+def _open_stream(run: Run, skeleton: Any, windows: Samples) -> BlockStream:
     """Load what lies before the first block and compute the hidden states at its entrance."""
-    check_tokens(windows.tokens, skeleton, run.plan.source.path)
+    if "tokens" in windows.tensors:
+        check_tokens(windows.tensors["tokens"], skeleton, run.plan.source.path)
     heads = {f"{layer}.{leaf}" for layer in run.plan.anatomy.keep for leaf in ("weight", "bias")}
     known = expected_tensors(skeleton)
     names = [name for name in run.plan.outside if name not in heads and name in known]
@@ -222,15 +228,13 @@ def _open_stream(run: Run, skeleton: Any, windows: TokenWindows) -> BlockStream:
         shared = (run.phases, run.ranks, run.offload)
         written = run.plan.seq_len // 2 if run.plan.anatomy.writes_another else 0
         batches = windows.batches(run.ranks.shares(len(windows))[run.ranks.rank], written)
-        stream = start_stream(skeleton, blocks, batches, *shared, run.plan.anatomy.gives)
+        stream = start_stream(skeleton, blocks, batches, *shared, run.plan.anatomy.gives, run.device)
     if run.plan.config.method_facts.drift:
         stream.carry_original()
     return stream
 
 
-def _measure_curvature(
-    run: Run, skeleton: Any, stream: BlockStream, windows: TokenWindows, tell: Callable[[int], None]
-) -> None:
+def _measure_curvature(run: Run, skeleton: Any, stream: BlockStream, windows: Samples, tell: Callable[[int], None]) -> None:
     """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
     plan, dtype = run.plan, run.dtype
     assert run.curvatures is not None
@@ -247,17 +251,31 @@ def _measure_curvature(
     backward = Backward(
         skeleton, blocks, [block.shared_inputs for block in plan.blocks], load, lambda index: release(blocks[index])
     )
-    measure_curvature(backward, stream, windows.tokens, plan.config.seed, run.curvatures.write, tell)
+    measure_curvature(backward, stream, windows.tensors["tokens"], plan.config.seed, run.curvatures.write, tell)
     release(skeleton, heads)
 
 
-def _calibration_windows(plan: Plan) -> TokenWindows:
+def _calibration_samples(plan: Plan) -> Samples:
     config, folder = plan.config, plan.source.path
+    if are_tensors(config.calibration):
+        return read_samples(config.calibration, plan.anatomy.inputs, config.samples, config.seed)
+    if plan.anatomy.inputs[0] != "input_ids":
+        raise DuotoneError(
+            f"{folder}: the model reads {plan.anatomy.inputs[0]}, expected --calibration FILE.safetensors of them"
+        )
     sources = calibration_sources(config.calibration, folder)
     return draw_windows(load_tokenizer(folder), sources, plan.seq_len, config.samples, config.seed)
 
 
-def _check_shared(config: QuantizeConfig, windows: TokenWindows | None, ranks: Ranks) -> None:
+def _check_effort(plan: Plan, windows: Samples | None) -> None:
+    """Raise DuotoneError where the curvature of the loss cannot be had."""
+    if plan.config.high_effort and (plan.anatomy.whole or windows is None or "tokens" not in windows.tensors):
+        raise DuotoneError(
+            f"--effort high: {plan.source.path} is no stack of blocks that reads tokens, expected one; leave --effort out"
+        )
+
+
+def _check_shared(config: QuantizeConfig, windows: Samples | None, ranks: Ranks) -> None:
     """Raise DuotoneError for what several processes cannot share."""
     if ranks.size > 1 and config.high_effort:
         raise DuotoneError(f"--effort high: found {ranks.size} processes, expected one: it cannot be shared yet")

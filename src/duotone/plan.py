@@ -134,7 +134,8 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
     linears, others = find_linears(model), find_others(model)
     kept = _kept_linears(anatomy, list(linears), config) | {name: reason for name, (reason, _) in others.items()}
     wanted = expected_tensors(model)
-    _check_source(source, wanted)
+    buffers = {name for name, _ in model.named_buffers()}
+    _check_source(source, wanted, buffers)
     residual = normed_stream(source.config, "--equalize") if config.equalize is not None else None
     blocks: list[BlockPlan] = []
     for part in anatomy.blocks:
@@ -163,9 +164,9 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
         transforms.append(
             f"equalized: channels between {count} norms and the linears that read them, exponent {config.equalize}"
         )
-    in_blocks = {name for block in blocks for name in block.tensors}
+    in_blocks = dict.fromkeys(name for block in blocks for name in block.tensors)
     outside = tuple(name for name in source.tensors if name not in in_blocks)
-    outputs, converted = _outputs(source, blocks, outside, shapes, config.scheme)
+    outputs, converted = _outputs(source, (*outside, *in_blocks), shapes, buffers, config.scheme)
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
     facts = (kept, shapes, share, outputs, converted, tuple(transforms), model.can_generate())
@@ -215,8 +216,8 @@ def _kept_linears(anatomy: Anatomy, linears: list[str], config: QuantizeConfig) 
     return kept
 
 
-def _check_source(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Every tensor the architecture needs is there, with its shape, as floats."""
+def _check_source(source: Source, shapes: dict[str, tuple[int, ...]], buffers: set[str]) -> None:
+    """Every tensor the architecture needs is there, with its shape; parameters are floats."""
     for name, shape in shapes.items():
         spec = source.tensors.get(name)
         if spec is None:
@@ -225,29 +226,30 @@ def _check_source(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
             raise DuotoneError(
                 f"{source.path / spec.file}: {name} has shape {list(spec.shape)}, expected {list(shape)} from config.json"
             )
-        if not spec.is_float:
+        if not spec.is_float and name not in buffers:
             raise DuotoneError(f"{source.path / spec.file}: {name} is {spec.dtype}, expected BF16, F16 or F32 weights")
 
 
 def _outputs(
     source: Source,
-    blocks: list[BlockPlan],
-    outside: tuple[str, ...],
+    names: tuple[str, ...],
     shapes: dict[str, tuple[int, int]],
+    buffers: set[str],
     scheme: Scheme,
 ) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
     """Specs of all tensors by the names they are written under, and the names of those whose float dtype becomes BF16."""
     outputs: dict[str, TensorSpec] = {}
     converted: list[str] = []
-    for name in (*outside, *(name for block in blocks for name in block.tensors)):
+    for name in names:
         layer = name.removesuffix(".weight")
         spec = source.tensors[name]
         if layer in shapes:
             parts = tensor_specs(layer, shapes[layer], scheme)
             outputs |= {source.written_as(part): part_spec for part, part_spec in parts.items()}
             continue
-        if spec.is_float and spec.dtype != "BF16":
+        narrows = spec.is_float and name not in buffers
+        if narrows and spec.dtype != "BF16":
             converted.append(name)
         shape = source.as_stored(name, torch.empty(spec.shape, device="meta")).shape
-        outputs[source.written_as(name)] = TensorSpec("BF16" if spec.is_float else spec.dtype, tuple(shape))
+        outputs[source.written_as(name)] = TensorSpec("BF16" if narrows else spec.dtype, tuple(shape))
     return outputs, tuple(converted)

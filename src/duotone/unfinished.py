@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from duotone.calibrate.data import TokenWindows
+from duotone.calibrate.samples import Samples
 from duotone.checkpoint.hub import companions
 from duotone.checkpoint.journal import Record, differences, model_digests
 from duotone.checkpoint.writer import content_hash
@@ -22,7 +22,7 @@ from duotone.version import VERSION
 
 
 def run_settings(
-    plan: Plan, device: torch.device, dtype: torch.dtype, windows: TokenWindows | None, ranks: Ranks
+    plan: Plan, device: torch.device, dtype: torch.dtype, windows: Samples | None, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
     """All that the bytes of a checkpoint depend on, by topic and name: a run goes on only where these are what they were.
 

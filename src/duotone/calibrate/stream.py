@@ -221,13 +221,16 @@ def start_stream(
     ranks: Ranks = ALONE,
     offload: Offload | None = None,
     gives: int | None = None,
+    device: torch.device | None = None,
 ) -> BlockStream:
     """Run the model up to its first block for every batch, recording what each block would be called with.
 
     batches: this process's inputs of forward passes, by name. Blocks may lie on meta: none of them runs. gives: how many things
-    a block gives, if it gives a tuple. A block that is the model itself is called with its first input by position.
+    a block gives, if it gives a tuple. A block that is the model itself is called with its first input by position. device: of
+    the inputs, the model's own by default.
     """
-    stream = BlockStream([], [[] for _ in blocks], phases, model.device, ranks=ranks, offload=offload)
+    place = device or model.device
+    stream = BlockStream([], [[] for _ in blocks], phases, place, ranks=ranks, offload=offload)
     entered: list[Tensor] = []
 
     def pretend(index: int) -> Callable[..., Any]:
@@ -248,7 +251,7 @@ def start_stream(
         options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
         for batch in batches:
             try:
-                model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
+                model(**{name: tensor.to(place) for name, tensor in batch.items()}, **options)
             except _AllCaptured:
                 continue
     finally:

@@ -1,5 +1,6 @@
 """Where a model's blocks are, which of their linears read the same input, which are left alone: by table, or found out."""
 
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Anatomy:
     """Blocks in running order; keep: linears to leave in BF16 unless asked for, each with its reason.
 
     traced: by nobody's table. gives: how many things a block gives, hidden states first; None: these alone, in no tuple.
-    writes_another: whether the model reads one text and writes another, as T5 does.
+    writes_another: whether the model reads one text and writes another, as T5 does. inputs: the names of the forward's inputs,
+    the main one first.
     """
 
     blocks: tuple[Block, ...]
@@ -56,6 +58,7 @@ class Anatomy:
     traced: bool
     gives: int | None = None
     writes_another: bool = False
+    inputs: tuple[str, ...] = ("input_ids",)
 
     @property
     def whole(self) -> bool:
@@ -115,11 +118,17 @@ def _from_trace(model: PreTrainedModel) -> Anatomy:
     often = [name for name, calls in found.calls.items() if len(calls) > 1]
     keep |= {name: f"runs {len(found.calls[name])} times in one forward pass" for name in often}
     blocks = tuple(_block_of_trace(path, model, found, body) for path in paths)
-    return Anatomy(blocks, keep, traced=True, gives=found.given.get(paths[0]), writes_another=_two_texts(model))
+    facts = found.given.get(paths[0]), _two_texts(model), _input_names(model)
+    return Anatomy(blocks, keep, True, *facts)
 
 
 def _two_texts(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False)) and model.main_input_name == "input_ids"
+
+
+def _input_names(model: PreTrainedModel) -> tuple[str, ...]:
+    names = [name for name in inspect.signature(model.forward).parameters if name not in {"args", "kwargs", "labels"}]
+    return (model.main_input_name, *(name for name in names if name != model.main_input_name))
 
 
 def _few(linear: nn.Linear) -> str:

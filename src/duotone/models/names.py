@@ -6,6 +6,7 @@ weights transposed. transformers knows how to rename them; here its rules are ap
 when it is loaded. What is written goes back under the folder's own names, so that other runtimes find it.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import Source
+from duotone.models.convolutions import UnfoldedConv2d
 from duotone.models.experts import Experts, find_experts
 from duotone.models.skeleton import STORED_TRANSPOSED, expected_tensors
 
@@ -32,13 +34,15 @@ _EXPERT = re.compile(r"\.(\d+)\.")
 class Cut:
     """Where a tensor comes from. stored: the folder's tensor. expert: which of its first dimension, if it is a bank's.
 
-    rows: of [N, K] those that are meant, from, to and step; None: all. transposed: it lies as [K, N].
+    rows: of [N, K] those that are meant, from, to and step; None: all. transposed: it lies as [K, N]. shape: in which it lies,
+    if it is a convolution's.
     """
 
     stored: str
     expert: int | None = None
     rows: tuple[int, int, int] | None = None
     transposed: bool = False
+    shape: tuple[int, ...] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part that is meant, [N, K] or [N]."""
@@ -46,6 +50,8 @@ class Cut:
             tensor = tensor[self.expert]
         if self.transposed:
             tensor = tensor.mT
+        if self.shape is not None:
+            tensor = tensor.flatten(1)
         return tensor if self.rows is None else tensor[slice(*self.rows)]
 
 
@@ -93,6 +99,8 @@ class NamedSource:
     def as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor in the form in which a new folder holds it when it is not quantized."""
         cut = self.cuts.get(name)
+        if cut is not None and cut.shape is not None:
+            return tensor.view(cut.shape)
         return tensor.mT.contiguous() if cut is not None and cut.transposed and cut.expert is None else tensor
 
 
@@ -100,21 +108,26 @@ def named_source(source: Source, model: PreTrainedModel) -> Source:
     """A folder under the names of a model's modules; the folder itself when it has them already."""
     wanted, banks = expected_tensors(model), dict(find_experts(model))
     bank_tensors = {f"{path}.{leaf}{end}" for path in banks for leaf in _BANK_TENSORS for end in ("", "_bias")}
-    known = dict.fromkeys([*wanted, *(name for name, _ in model.named_buffers()), *bank_tensors], True)
+    inside = {path: f"{path}.linear" for path, module in model.named_modules() if isinstance(module, UnfoldedConv2d)}
+    aliases = {f"{path}.{leaf}": f"{linear}.{leaf}" for path, linear in inside.items() for leaf in ("weight", "bias")}
+    known = dict.fromkeys([*wanted, *aliases, *(name for name, _ in model.named_buffers()), *bank_tensors], True)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     cuts: dict[str, Cut] = {}
     for stored in source.tensors:
         name, end = _split(stored)
-        if name in known and name not in bank_tensors:
-            continue
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        renamed, pattern = name, None
+        if name not in known or name in bank_tensors:
+            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        renamed = aliases.get(renamed, renamed)
         bank, _, leaf = renamed.rpartition(".")
         if bank in banks:
             found = _of_bank(stored, bank, banks[bank], leaf, name, _place(pattern, converters))
         else:
-            found = {renamed: Cut(stored)} if renamed in known and renamed != name else {}
+            shape = source.tensors[stored].shape
+            is_conv = not end and renamed in aliases.values() and leaf == "weight"
+            found = {renamed: Cut(stored, shape=shape if is_conv else None)} if renamed in known and renamed != name else {}
         cuts |= {f"{key.removesuffix('.weight')}{end}" if end else key: cut for key, cut in found.items()}
     for path, linear in model.named_modules():
         if getattr(linear, STORED_TRANSPOSED, False):
@@ -165,6 +178,8 @@ def _spec(source: Source, cut: Cut) -> TensorSpec:
     """Dtype and shape of what is cut out."""
     spec = source.tensors[cut.stored]
     shape = spec.shape if cut.expert is None else spec.shape[1:]
+    if cut.shape is not None:
+        shape = shape[0], math.prod(shape[1:])
     if cut.transposed:
         shape = (*shape[:-2], *shape[:-3:-1])
     if cut.rows is not None:

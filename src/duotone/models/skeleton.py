@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from duotone.errors import DuotoneError
 from duotone.models.adapter import model_class
+from duotone.models.convolutions import unfold, why_not
 from duotone.models.experts import unfuse
 
 #: Set on linears whose weight the checkpoint holds as [K, N].
@@ -42,6 +43,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
     _straighten(model)
     unfuse(model)
+    unfold(model)
     model.requires_grad_(False)
     return model.eval()
 
@@ -124,7 +126,7 @@ def find_others(model: nn.Module) -> dict[str, tuple[str, int]]:
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             found[name] = f"a linear of a kind of its own, {type(module).__name__}", module.weight.numel()
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
-            found[name] = "a convolution", module.weight.numel()
+            found[name] = why_not(module), module.weight.numel()
         elif not isinstance(module, nn.Embedding):
             wide = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3 and len(parameter) > 1]
             if wide and min(min(parameter.shape[1:]) for parameter in wide) > 1:

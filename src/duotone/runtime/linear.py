@@ -21,6 +21,9 @@ from duotone.scheme import Scheme
 class QuantizedLinear(nn.Module):
     """A W4A8 linear: x [..., K] -> [..., N] in x's dtype, bias added after the rounding to it."""
 
+    #: Forwards that ask for a weight's dtype, as T5's does, take None for a linear that casts by itself.
+    weight = None
+
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device | None = None) -> None:
         """device: where it is to run, the weight's own by default; its backend may not follow it to another kind."""
         super().__init__()

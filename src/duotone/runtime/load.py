@@ -13,6 +13,7 @@ from duotone.checkpoint.source import Source, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, has_adapter
+from duotone.models.anatomy import anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
 from duotone.runtime import attention, decoder
@@ -35,8 +36,11 @@ def load(
     model = build_skeleton(folder.config, dtype)
     source = named_source(folder, model)
     if source.config.get("quantization_config") is not None:
+        anatomy = anatomy_of(source.config, model)
         _place_quantized(model, source, place)
-        _share_calls(model, source.config)
+        for block in anatomy.blocks:
+            for group in block.shared_inputs:
+                share_call([model.get_submodule(layer) for layer in group])
     wanted = expected_tensors(model)
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
@@ -82,13 +86,6 @@ def _place_quantized(model: PreTrainedModel, source: Source, place: torch.device
             raise DuotoneError(f"{layer}: found shape {list(weight.shape)}, expected {list(shape)} from config.json")
         parent, _, leaf = layer.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, _empty_bias(linears[layer]), place))
-
-
-def _share_calls(model: PreTrainedModel, config: dict[str, Any]) -> None:
-    """One call for the linears of each input, as the architecture's table knows them."""
-    for block in _blocks(model, config) or ():
-        for paths in find_adapter(config).shared_inputs:
-            share_call([block.get_submodule(path) for path in paths])
 
 
 def _shorten(model: PreTrainedModel, blocks: nn.ModuleList, dtype: torch.dtype, place: torch.device) -> None:

@@ -1,0 +1,92 @@
+"""Calibration samples that are tensors already: a model's inputs by name, out of a file or out of Python."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from duotone.calibrate.data import TokenWindows
+from duotone.errors import DuotoneError
+
+#: Numbers of one forward pass's inputs: pictures of 224 x 224 in threes and fours, small ones by the hundred.
+_BATCH_NUMBERS = 2**19
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSamples:
+    """Samples by input name, each tensor [count, ...], and the files they came from. sha256: of those files."""
+
+    tensors: dict[str, Tensor]
+    sources: tuple[str, ...]
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def positions(self) -> int:
+        """Samples; how many positions a linear sees of each is the model's affair."""
+        return len(self)
+
+    def batches(self, share: slice = slice(None), written: int = 0) -> list[dict[str, Tensor]]:  # noqa: ARG002 - texts only
+        """The inputs of forward passes through those samples."""
+        one = sum(tensor[0].numel() for tensor in self.tensors.values())
+        cut = {name: tensor[share].split(max(1, _BATCH_NUMBERS // one)) for name, tensor in self.tensors.items()}
+        return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
+
+
+#: What can be calibrated on.
+Samples = TokenWindows | TensorSamples
+
+
+def are_tensors(sources: Sequence[str]) -> bool:
+    """Do these name files of tensors? Raises DuotoneError where some do and some do not."""
+    found = [source for source in sources if source.endswith(".safetensors")]
+    if found and len(found) < len(sources):
+        raise DuotoneError(f"--calibration: found {found[0]} beside other kinds, expected .safetensors files alone, or none")
+    return bool(found)
+
+
+def read_samples(sources: Sequence[str], inputs: Sequence[str], count: int, seed: int) -> TensorSamples:
+    """`count` samples from .safetensors files of a model's inputs, drawn by `seed` and kept in order.
+
+    inputs: the names that the model's forward takes. Raises DuotoneError naming a file that cannot be read, an input that the
+    model does not have, or tensors that do not belong together.
+    """
+    digest, parts = hashlib.sha256(), list[dict[str, Tensor]]()
+    for source in sources:
+        try:
+            digest.update(Path(source).read_bytes())
+            with safe_open(source, framework="pt") as file:
+                parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise DuotoneError(f"{source}: cannot be read as safetensors ({error})") from None
+        _check_part(source, parts[-1], parts[0], inputs)
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    whole = len(next(iter(tensors.values())))
+    notes = (f"{Path(sources[0]).name}: holds {whole} samples, {count} were asked for",) if whole < count else ()
+    chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    names = sorted(tensors, key=list(inputs).index)  # a whole model is called with its first input by position
+    return TensorSamples({name: tensors[name][chosen] for name in names}, tuple(sources), digest.hexdigest(), notes)
+
+
+def _check_part(source: str, part: Mapping[str, Tensor], first: Mapping[str, Tensor], inputs: Sequence[str]) -> None:
+    unknown = sorted(set(part) - set(inputs))
+    if unknown or not part:
+        raise DuotoneError(f"{source}: found tensors {sorted(part)}, expected inputs of the model: {', '.join(inputs[:8])}")
+    counts = {name: tensor.shape[:1] for name, tensor in part.items()}
+    if len(set(counts.values())) > 1 or () in {tuple(size) for size in counts.values()}:
+        sizes: dict[str, Any] = {name: list(tensor.shape) for name, tensor in part.items()}
+        raise DuotoneError(f"{source}: found shapes {sizes}, expected the same first dimension, one a sample")
+    if part.keys() != first.keys():
+        raise DuotoneError(f"{source}: found tensors {sorted(part)}, expected {sorted(first)} as in the file before")
+    for name, tensor in part.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DuotoneError(f"{source}: {name} holds NaN or infinite values")
