@@ -93,6 +93,11 @@ TABLE = {
     ("sglang", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("tensorrt-llm", "compressed-tensors"): {},
     ("tensorrt-llm", "modelopt"): dict.fromkeys(("h100", "h200", "b200", "l40s"), "w4a8"),
+    ("sglang", "sglang-w4afp8"): dict.fromkeys(("h100", "h200", "b200"), "w8a8"),
+    ("gaudi-inc", "gaudi-inc"): dict.fromkeys(("gaudi2", "gaudi3"), "w4a8"),
+    ("gaudi-inc", "gptq"): dict.fromkeys(("gaudi2", "gaudi3"), "w4a16"),
+    ("gaudi-inc", "duotone-gaudi"): {},
+    ("llama.cpp", "gguf"): dict.fromkeys(GPUS, "w4a16"),
     ("transformers", "compressed-tensors"): dict.fromkeys(GPUS, "bf16"),
     ("duotone", "compressed-tensors"): dict.fromkeys(GPUS, "w4a8"),
     ("duotone", "duotone-gaudi"): dict.fromkeys(GPUS, "w4a8"),
@@ -111,6 +116,30 @@ def test_where_it_does_not_load_something_else_is_advised(gpu: str, layout: str 
     """An export that the same runtime loads there, if there is one."""
     exports = [advice for advice in judge(llama(), "vllm", gpu).advice if "export" in advice]
     assert exports == [] if layout is None else f"--format {layout} loads there" in exports[0]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "gpu", "layout", "export"),
+    [
+        ("gaudi-inc", "gaudi2", "duotone-gaudi", "gaudi-inc"),
+        ("tensorrt-llm", "h100", "duotone-gaudi", "modelopt"),
+        ("llama.cpp", "cpu", "compressed-tensors", "gguf"),
+        ("vllm", "h100", "duotone-gaudi", "compressed-tensors"),
+        ("sglang", "b200", "compressed-tensors", "w4a16"),
+    ],
+)
+def test_of_ours_some_export_loads(runtime: str, gpu: str, layout: str, export: str) -> None:
+    """The first of the list that the runtime takes there."""
+    assert f"duotone export --format {export} loads there" in judge(llama(layout), runtime, gpu).advice[-1]
+
+
+def test_gaudi_wants_whole_words_and_groups() -> None:
+    """Neural Compressor packs 32 outputs for Gaudi, of each rank's share of what is fused."""
+    odd = replace(llama("gaudi-inc"), fused=((Linear("a", 40, 128, "rows"),),))
+    (reason,) = judge(odd, "gaudi-inc", "gaudi2").reasons
+    assert "a is 40 x 128, expected: out_features of a rank is a multiple of 32" in reason and "HPUWeightOnlyLinear" in reason
+    short = replace(llama("gaudi-inc"), fused=((Linear("a", 64, 192, "rows"),),))
+    assert "group_size divides in_features" in judge(short, "gaudi-inc", "gaudi2").reasons[0]
 
 
 def test_every_rule_has_a_source() -> None:
@@ -177,6 +206,7 @@ CONFIGS = {
     },
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "checkpoint_format": "gptq"},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "ignore": ["lm_head"]},
+    "gaudi-inc": {"quant_method": "neural-compressor-dpq", "bits": 4, "group_size": 128, "sym": True},
 }  # fmt: skip
 CONFIGS["int-quantized"] = json.loads(json.dumps(CONFIGS["compressed-tensors"]).replace("pack-quantized", "int-quantized"))
 CONFIGS["w4a16"] = json.loads(json.dumps(CONFIGS["compressed-tensors"]))

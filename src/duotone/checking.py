@@ -24,7 +24,7 @@ from duotone.runtime.load import config_dtype
 from duotone.settings import QuantizeConfig
 
 #: How the packed weight of a linear is called in the layouts that are known.
-_PACKED = (".weight_packed", ".qweight", ".weight_scale")
+_PACKED = (".weight_packed", ".qweight", ".weight_scale", ".weight_scale_inv")
 
 
 def check(

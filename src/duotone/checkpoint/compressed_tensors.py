@@ -181,6 +181,10 @@ def layout_of(config: dict[str, Any]) -> tuple[str, int, bool]:
             return "gptq", int(config["group_size"]), bool(config.get("sym", True))
         if method == "awq":
             return "awq", int(config["group_size"]), not config.get("zero_point", True)
+        if method == "neural-compressor-dpq":
+            return "gaudi-inc", int(config["group_size"]), bool(config.get("sym", True))
+        if method == "w4afp8":
+            return "sglang-w4afp8", int(config.get("group_size", 128)), True
         if method == "modelopt" and config.get("quant_algo") == "W4A8_AWQ":
             return "modelopt", int(config.get("group_size", 128)), True
         if method == _METHOD:

@@ -7,13 +7,15 @@ from duotone.loadability.rules import GPUS, Finding, Gpu, Rule, Situation
 from duotone.loadability.runtimes import RUNTIMES, Route, Runtime
 from duotone.loadability.subject import Subject
 
-#: Layouts that `duotone export` makes of a checkpoint for the target hopper.
-EXPORTED = ("w4a16", "gptq", "dense-bf16")
+#: Layouts that `duotone export` makes of a checkpoint of ours, as they are advised: those that run as W4A8 first.
+EXPORTED = ("compressed-tensors", "modelopt", "gaudi-inc", "w4a16", "gptq", "gguf", "sglang-w4afp8", "dense-bf16")
+#: Ours.
+_OWN = ("compressed-tensors", "duotone-gaudi")
 
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """One linear: `w4a8`, `w4a16`, `bf16`, or `refused`; why, and where the rule was read."""
+    """One linear: `w4a8`, `w4a16`, `w8a8` (FP8 blocks), `bf16`, or `refused`; why, and where the rule was read."""
 
     layer: str
     outcome: str
@@ -111,8 +113,8 @@ def _exact_on_ranks(here: Situation, route: Route) -> list[str]:
 def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]]) -> list[str]:
     """Layouts that would load here, and options of `quantize` that would mend what is broken."""
     found: list[str] = []
-    if here.subject.layout == "compressed-tensors":
-        for layout in EXPORTED:
+    if here.subject.layout in _OWN:
+        for layout in (layout for layout in EXPORTED if layout != here.subject.layout):
             other = replace(here, subject=replace(here.subject, layout=layout))
             route, wrong = _best(other, runtime)
             if route is not None and not wrong:

@@ -20,7 +20,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("h100", "nvidia", 90), Gpu("h200", "nvidia", 90), Gpu("b200", "nvidia", 100), Gpu("l40s", "nvidia", 89),
-        Gpu("a100", "nvidia", 80), Gpu("mi300x", "amd"), Gpu("gaudi3", "intel"), Gpu("cpu", "cpu"),
+        Gpu("a100", "nvidia", 80), Gpu("mi300x", "amd"), Gpu("gaudi2", "intel"), Gpu("gaudi3", "intel"), Gpu("cpu", "cpu"),
     )
 }  # fmt: skip
 

@@ -19,7 +19,9 @@ from duotone.loadability.rules import (
 
 @dataclass(frozen=True)
 class Route:
-    """One way to run a layout. outcome: `w4a8` as stored, `w4a16` (4-bit weights without FP8), `bf16` (unpacked at load).
+    """One way to run a layout.
+
+    outcome: `w4a8` as stored, `w4a16` (4-bit weights without FP8), `w8a8` (stored as FP8), `bf16` (unpacked at load).
 
     splits_scales: each rank makes two scales of the file's one, from its own columns.
     """
@@ -118,6 +120,7 @@ VLLM = Runtime(
         "duotone-gaudi": "the format of target gaudi is Duotone's own",
         "int-quantized": "weights are one INT8 byte each, its W4A8 scheme reads weight_packed",
         "modelopt": f"it has no W4A8_AWQ ({_VLLM_LAYERS}/modelopt.py)",
+        "gaudi-inc": "its readers of GPTQ would lose the factor scale_bf16_to_fp8",
     },
 )
 
@@ -146,6 +149,18 @@ SGLANG = Runtime(
             ),
         ),
         Route("w4a16", "w4a16", "Marlin W4A16", _SGLANG_ROUTE),
+        Route(
+            "sglang-w4afp8",
+            "w8a8",
+            "FP8 in blocks of 128 x 128 (of a mixture the experts stay INT4)",
+            (
+                capability(f"{_SGLANG}/w4afp8.py W4AFp8Config.get_min_capability", least=90),
+                multiples(f"{_SGLANG}/fp8.py Fp8LinearMethod.validate_block_quant_shapes", 128, 128),
+                symmetric(f"{_SGLANG}/w4afp8.py W4AFp8MoEMethod.create_weights"),
+                heads("sglang 0.5.23 srt/layers/linear.py QKVParallelLinear.__init__"),
+                whole_fusions(f"{_SGLANG}/w4afp8.py W4AFp8Config.from_config"),
+            ),
+        ),
         Route("dense-bf16", "bf16", "BF16", (vendor("sglang 0.5.23 srt/utils/common.py", "nvidia", "amd", "cpu"),)),
     ),
     {
@@ -171,7 +186,9 @@ TENSORRT_LLM = Runtime(
         ),
         Route("dense-bf16", "bf16", "BF16", (vendor("TensorRT-LLM 1.2.1", "nvidia"),)),
     ),
-    dict.fromkeys(("compressed-tensors", "w4a16", "int-quantized", "duotone-gaudi"), "it reads ModelOpt's layouts"),
+    dict.fromkeys(
+        ("compressed-tensors", "w4a16", "int-quantized", "duotone-gaudi", "gaudi-inc"), "it reads ModelOpt's layouts"
+    ),
 )
 
 _CT = "compressed-tensors 0.19.0 compressors/quantized_compressors"
@@ -192,6 +209,58 @@ TRANSFORMERS = Runtime(
     {"duotone-gaudi": "the format of target gaudi is Duotone's own", "gptq": "it needs GPTQModel for this layout"},
 )
 
+_INC = "neural_compressor_pt 3.10 torch/algorithms"
+_HPU = f"{_INC}/weight_only/modules.py HPUWeightOnlyLinear"
+GAUDI_INC = Runtime(
+    "gaudi-inc",
+    "Neural Compressor 3.10",
+    (
+        Route(
+            "gaudi-inc",
+            "w4a8",
+            "convert_from_uint4 to FP8 and an FP8 product, static activations that the tool measures there",
+            (
+                vendor(f"{_INC}/mixed_low_precision/modules.py HPUMixedPrecisionLinear.forward", "intel"),
+                multiples(f"{_HPU}.__init__ (qweight [K, N / 32 * 4])", 32, 1),
+                groups_stay_whole(f"{_HPU}.is_g_idx_ordered"),
+            ),
+        ),
+        Route(
+            "gptq",
+            "w4a16",
+            "convert_from_uint4 to BF16",
+            (
+                vendor(f"{_HPU}.forward", "intel"),
+                multiples(f"{_HPU}.__init__ (qweight [K, N / 32 * 4])", 32, 1),
+                groups_stay_whole(f"{_HPU}.is_g_idx_ordered"),
+            ),
+        ),
+    ),
+    {
+        "compressed-tensors": "its loader takes GPTQ's tensors (torch/algorithms/weight_only/save_load.py)",
+        "duotone-gaudi": "the format of target gaudi is Duotone's own",
+    },
+)
+
+_LLAMA_CPP = "llama-cpp-python 0.3.36 ggml/src/ggml-common.h block_q4_0"
+LLAMA_CPP = Runtime(
+    "llama.cpp",
+    "of llama-cpp-python 0.3.36",
+    (
+        Route(
+            "gguf",
+            "w4a16",
+            "Q4_0, activations in Q8_0 blocks of 32",
+            (
+                symmetric(_LLAMA_CPP),
+                group_size(_LLAMA_CPP, *(32 * blocks for blocks in range(1, 9))),
+                multiples(_LLAMA_CPP, 1, 32),
+            ),
+        ),
+    ),
+    dict.fromkeys(("compressed-tensors", "duotone-gaudi", "w4a16", "gptq", "modelopt"), "it reads GGUF files"),
+)
+
 DUOTONE = Runtime(
     "duotone",
     "this one",
@@ -205,4 +274,4 @@ DUOTONE = Runtime(
     {},
 )
 
-RUNTIMES = {runtime.name: runtime for runtime in (VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS, DUOTONE)}
+RUNTIMES = {runtime.name: runtime for runtime in (VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS, GAUDI_INC, LLAMA_CPP, DUOTONE)}
