@@ -18,7 +18,8 @@ from torch import Tensor
 
 import duotone
 from duotone.checking import check
-from duotone.checkpoint.layouts import LAYOUTS
+from duotone.checkpoint.headers import TORCH_NAMES
+from duotone.checkpoint.layouts import LAYOUTS, Shared
 from duotone.checkpoint.layouts.foreign import read_awq, read_gptq
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import open_source
@@ -61,7 +62,7 @@ def plain_product(weight: QuantizedWeight) -> np.ndarray:
 
 
 @given(
-    rows=st.sampled_from([8, 24]),
+    rows=st.sampled_from([8, 24, 32]),
     columns=st.sampled_from([32, 40, 64, 96]),
     target=st.sampled_from([HOPPER, GAUDI]),
     symmetric=st.booleans(),
@@ -73,20 +74,32 @@ def test_what_a_layout_holds(rows: int, columns: int, target: Target, symmetric:
     """Tensors are as planned; what runtimes multiply is code times scale, or the contract's weight in BF16."""
     scheme, layout = Scheme(target, 32, symmetric), LAYOUTS[name]
     weight = a_weight(rows, columns, scheme, seed)
-    if layout.refuses is not None and (reason := layout.refuses(scheme, (rows, columns))) is not None:
-        assert name == "gptq" and (not symmetric or columns % 32) and "expected" in reason
+    if layout.refuses is not None and (reason := layout.refuses("a", (rows, columns), scheme)) is not None:
+        wholes = {"gptq": (8, 32), "modelopt": (2, 32), "gaudi-inc": (32, 32), "sglang-w4afp8": (128, 128), "gguf": (1, 32)}
+        fits = not any(size % whole for size, whole in zip((rows, columns), wholes[name], strict=True))
+        assert not fits or not (symmetric or name == "gaudi-inc"), reason
+        assert "expected" in reason
         return
-    tensors, specs = layout.to_tensors("a", weight), layout.specs("a", (rows, columns), scheme)
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
-    assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == {
-        k: (kinds[s.dtype], s.shape) for k, s in specs.items()
+    shared = Shared(input_scale=0.25) if layout.static else Shared()
+    tensors, specs = layout.to_tensors("a", weight, shared), layout.specs("a", (rows, columns), scheme)
+    assert {k: (TORCH_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()} == {
+        k: (s.dtype, s.shape) for k, s in specs.items()
     }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     found = layout.values("a", tensors, scheme)
     if name == "dense-bf16":
         assert torch.equal(found, dequantize(weight).to(torch.bfloat16).float())
+    elif NATIVE.get(name) is target:
+        assert torch.equal(found, dequantize(weight))
+    elif name in NATIVE:  # another grid of FP8: half a step of each, and of the smallest one
+        step = 2**-9 * float(weight.outer_scale.max() if weight.scheme.target is GAUDI else found.abs().max() / 112)
+        assert bool(((found - dequantize(weight)).abs() <= 2**-3 * dequantize(weight).abs() + 2 * step).all())
     else:
         assert np.array_equal(found.double().numpy(), plain_product(weight))
+
+
+#: Layouts that run in FP8, with the target whose weights they hold bit for bit.
+NATIVE = {"compressed-tensors": HOPPER, "modelopt": GAUDI, "gaudi-inc": GAUDI}
 
 
 def test_gptq_bit_by_bit() -> None:
@@ -302,7 +315,7 @@ def test_a_negative_scale_turns_the_codes(tmp_path: Path) -> None:
 def test_exports_that_are_refused(ours: Path, tiny_model: ModelMaker, tmp_path: Path) -> None:
     """A format nobody knows, what is not ours, zero points for GPTQ, a folder in use: one sentence, nothing written."""
     for model, layout, words in (
-        (ours, "onnx", "--format: found 'onnx', expected one of w4a16, gptq, dense-bf16"),
+        (ours, "onnx", "--format: found 'onnx', expected one of compressed-tensors, w4a16, gptq"),
         (tiny_model(), "w4a16", "quant_method None"),
         (PEERS / "gptqmodel", "w4a16", "quant_method 'gptq'"),
     ):

@@ -10,13 +10,19 @@ import typer
 from duotone.cli_options import Json, Model, Quiet, print_result, progress_bar
 
 layouts_app = typer.Typer()
+_FORMATS = (
+    "compressed-tensors (vLLM on Hopper), w4a16 (vLLM elsewhere), gptq, modelopt (TensorRT-LLM), sglang-w4afp8, gaudi-inc "
+    "(Neural Compressor), dense-bf16, or gguf (llama.cpp)."
+)
+_RUNTIMES = "vllm, sglang, tensorrt-llm, transformers, gaudi-inc, llama.cpp, duotone; all."
+_GPUS = "h100, h200, b200, l40s, a100, mi300x, gaudi2, gaudi3, cpu; all."
 
 
 @layouts_app.command(epilog="Example: duotone check Llama-W4AFP8 --runtime vllm --gpu h100 --tensor-parallel 2")
 def check(  # noqa: PLR0913 - every option of the command
     model: Model,
-    runtime: Annotated[list[str] | None, typer.Option(help="vllm, sglang, tensorrt-llm, transformers, duotone; all.")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="h100, h200, b200, l40s, a100, mi300x, gaudi3, cpu; all.")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help=_RUNTIMES)] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help=_GPUS)] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each linear.")] = 1,
     group_size: Annotated[int, typer.Option(help="Of a model that is not quantized yet: how it would be.")] = 128,
     target: Annotated[str, typer.Option(help="The same.")] = "hopper",
@@ -39,20 +45,27 @@ def check(  # noqa: PLR0913 - every option of the command
 
 
 @layouts_app.command(epilog="Example: duotone export Llama-W4AFP8 Llama-W4A16 --format w4a16")
-def export(
+def export(  # noqa: PLR0913 - every option of the command
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
-    layout: Annotated[str, typer.Option("--format", help="w4a16 (vLLM beyond Hopper), gptq, or dense-bf16.")],
+    layout: Annotated[str, typer.Option("--format", help=_FORMATS)],
     allow_lossy: Annotated[
         bool, typer.Option("--allow-lossy", help="Also what the layout holds only approximately, with its error.")
     ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to find static activation scales with, for modelopt and SGLang's experts; repeatable."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of that text.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a quantized checkpoint in another layout: the same codes, and for each linear how exact that is."""
-    from duotone.converting import export_checkpoint
+    from duotone.converting import Calibration, export_checkpoint
 
-    _converted("exporting", lambda tell: export_checkpoint(model, out, layout, allow_lossy, tell), as_json, quiet)
+    found = Calibration(tuple(calibration or ()), samples, seq_len)
+    _converted("exporting", lambda tell: export_checkpoint(model, out, layout, allow_lossy, tell, found), as_json, quiet)
 
 
 @layouts_app.command("import", epilog="Example: duotone import TheBloke/Llama-2-7B-GPTQ Llama-2-7B-W4AFP8")

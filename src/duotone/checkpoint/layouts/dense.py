@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.headers import TensorSpec
-from duotone.checkpoint.layouts.layout import Layout
+from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import Scheme
 
@@ -16,8 +16,9 @@ def specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tenso
     return {f"{layer}.weight": TensorSpec("BF16", shape)}
 
 
-def to_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+def to_tensors(layer: str, weight: QuantizedWeight, shared: Shared = ALONE) -> dict[str, Tensor]:
     """FP8 value times outer scale, rounded to BF16: exact where the outer scale is a power of two (`gaudi`)."""
+    del shared
     return {f"{layer}.weight": dequantize(weight).to(torch.bfloat16)}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.headers import TensorSpec
-from duotone.checkpoint.layouts.layout import Layout, product_scale, products
+from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared, product_scale, products
 from duotone.checkpoint.packing import pack_int4, unpack_int4
 from duotone.qweight import QuantizedWeight
 from duotone.scheme import Scheme
@@ -33,8 +33,9 @@ def specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tenso
     }
 
 
-def to_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+def to_tensors(layer: str, weight: QuantizedWeight, shared: Shared = ALONE) -> dict[str, Tensor]:
     """The file's tensors. A BF16 scale is an FP16 one unless it is below 2^-14 or above 65504."""
+    del shared
     (rows, columns), group_size = weight.shape, weight.scheme.group_size
     zeros_GN = torch.full((weight.scheme.groups(columns), rows), _STORED_ZERO, dtype=torch.uint8)
     return {
@@ -60,8 +61,9 @@ def config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
     return found | ({"dynamic": rules} if rules else {})
 
 
-def refuses(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+def refuses(layer: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
     """Its readers want whole groups, whole words of zero points, and none that differ."""
+    del layer
     rows, columns = shape
     if not scheme.symmetric:
         return "weights have zero points, expected none: vLLM reads symmetric GPTQ files only"
@@ -72,4 +74,4 @@ def refuses(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-GPTQ = Layout("gptq", specs, to_tensors, values, config, refuses, "quantize_config.json")
+GPTQ = Layout("gptq", specs, to_tensors, values, config, refuses, ("quantize_config.json", dict))

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from duotone.checkpoint.compressed_tensors import quantization_config, tensor_specs
 from duotone.checkpoint.compressed_tensors import to_tensors as packed_tensors
-from duotone.checkpoint.layouts.layout import Layout, product_scale, products
+from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared, product_scale, products
 from duotone.checkpoint.packing import unpack_int4
 from duotone.qweight import QuantizedWeight
 from duotone.scheme import HOPPER, Scheme
 
 
-def to_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+def to_tensors(layer: str, weight: QuantizedWeight, shared: Shared = ALONE) -> dict[str, Tensor]:
     """The file's tensors; `gaudi`'s group scales are multiplied by the tensor's power of two, which is exact."""
+    del shared
     return packed_tensors(layer, weight) | {f"{layer}.weight_scale": product_scale(weight)}
 
 
