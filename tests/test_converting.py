@@ -234,16 +234,33 @@ def test_import_of_what_the_tools_wrote(name: str, tmp_path: Path) -> None:
         assert bool(torch.isfinite(duotone.load(tmp_path / "out", device="cpu")(torch.arange(8)[None]).logits).all())
 
 
-LAYOUT_OF = {"llmcompressor-packed": "compressed-tensors", "llmcompressor-bytes": "int-quantized", "modelopt": "modelopt"}
+def test_import_of_awq_by_the_tool_that_wrote_both(tmp_path: Path) -> None:
+    """AutoRound saved the same weights in AutoAWQ's layout and in GPTQ's: both become the same codes and scales."""
+    reports = [import_checkpoint(PEERS / name, tmp_path / name, allow_lossy=True) for name in ("autoround-awq", "autoround")]
+    assert [sorted(map(repr, report.layers)) for report in reports][0] == sorted(map(repr, reports[1].layers))
+    awq, gptq = (load_file(tmp_path / name / "model.safetensors") for name in ("autoround-awq", "autoround"))
+    packed = [name for name in gptq if ".weight_" in name]
+    assert len(packed) == 3 * 7 and all(torch.equal(awq[name], gptq[name]) for name in packed)
+    assert awq.keys() == gptq.keys() and all(tensor.dtype is not torch.float16 for tensor in awq.values())
+    with pytest.raises(DuotoneError, match=r"values of -8 under a negative scale become 7.*--allow-lossy"):
+        import_checkpoint(PEERS / "autoround-awq", tmp_path / "none")
+    with torch.no_grad():
+        assert bool(torch.isfinite(duotone.load(tmp_path / "autoround-awq", device="cpu")(torch.arange(8)[None]).logits).all())
 
 
-@pytest.mark.parametrize("name", ["llmcompressor-packed", "llmcompressor-bytes", "gptqmodel", "autoround", "modelopt"])
+LAYOUT_OF = {
+    "llmcompressor-packed": "compressed-tensors", "llmcompressor-bytes": "int-quantized", "modelopt": "modelopt",
+    "autoround-awq": "awq",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LAYOUT_OF, "gptqmodel", "autoround"])
 def test_check_of_what_the_tools_wrote(name: str) -> None:
     """Each is known for what it is, its seven linears found; what vLLM reads on an H100 is what FORMATS.md says."""
     (found,) = check(PEERS / name, ["vllm"], ["h100"])
     assert found.layout == LAYOUT_OF.get(name, "gptq")
     assert sum(layer.outcome != "bf16" for layer in found.layers) == 7
-    expected = {"compressed-tensors": "w4a8", "gptq": "w4a16"}
+    expected = {"compressed-tensors": "w4a8", "gptq": "w4a16", "awq": "w4a16"}
     assert found.outcome == expected.get(found.layout, "refused")
 
 

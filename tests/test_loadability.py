@@ -89,6 +89,7 @@ TABLE = {
     ("vllm", "compressed-tensors"): {"h100": "w4a8", "h200": "w4a8"},
     ("vllm", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("vllm", "gptq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
+    ("vllm", "awq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("sglang", "compressed-tensors"): {},
     ("sglang", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("tensorrt-llm", "compressed-tensors"): {},

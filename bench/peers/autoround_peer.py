@@ -22,6 +22,7 @@ STEP_TOKENS = 2048
 RECIPES: dict[str, dict[str, Any]] = {  # without lr: 1/iters, AutoRound's own
     "w4a16-200": {"iters": 200},
     "w4a16-light": {"iters": 50, "lr": 5e-3},  # what its command auto-round-light sets
+    "w4a16-awq": {"iters": 200},  # the same, saved in AutoAWQ's layout
     TWO_LEVEL: {
         "iters": 200, "data_type": TWO_LEVEL, "bits": 4, "sym": True,
         "act_bits": 8, "act_data_type": "fp8_sym", "act_dynamic": False, "act_group_size": 0,
@@ -43,6 +44,7 @@ def quantize(job: Job) -> None:
     batch = max(8, STEP_TOKENS // tokens.shape[1])
     settings |= {"dataset": list(tokens.split(batch)), "batch_size": batch, "nsamples": len(tokens), "seqlen": tokens.shape[1]}
     model, tokenizer = job.load_model("auto"), AutoTokenizer.from_pretrained(job.model)
+    layout = "auto_awq" if job.recipe == "w4a16-awq" else "auto_gptq"
     try:
         with job.refusable():
             tool = AutoRound(model, tokenizer, **settings, seed=job.seed, device_map="cpu")
@@ -50,7 +52,7 @@ def quantize(job: Job) -> None:
             if job.recipe == TWO_LEVEL:
                 model, _ = tool.quantize()
             else:
-                _, folder = tool.quantize_and_save(str(job.out), format="auto_gptq")  # writes block by block: not separable
+                _, folder = tool.quantize_and_save(str(job.out), format=layout)  # writes block by block: not separable
     except SystemExit as end:
         raise Refusal("AutoRound ended the process, see its log") from end
     if job.recipe == TWO_LEVEL:

@@ -107,6 +107,17 @@ VLLM = Runtime(
             (symmetric(f"{_VLLM} {_VLLM_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP"), *_MARLIN),
         ),
         Route(
+            "awq",
+            "w4a16",
+            "AWQ's own kernels, Marlin where the file has zero points",
+            (
+                capability(f"{_VLLM} {_VLLM_LAYERS}/auto_awq.py AutoAWQConfig.get_min_capability", least=75),
+                multiples(f"{_VLLM} {_VLLM_LAYERS}/auto_awq.py BaseAWQLinearMethod.create_weights", 8, 1),
+                groups_stay_whole(f"{_VLLM} {_VLLM_LAYERS}/auto_awq.py BaseAWQLinearMethod.create_weights"),
+                *_VLLM_PARALLEL,
+            ),
+        ),
+        Route(
             "dense-bf16",
             "bf16",
             "BF16",
