@@ -237,7 +237,8 @@ def test_import_of_what_the_tools_wrote(name: str, tmp_path: Path) -> None:
 def test_import_of_awq_by_the_tool_that_wrote_both(tmp_path: Path) -> None:
     """AutoRound saved the same weights in AutoAWQ's layout and in GPTQ's: both become the same codes and scales."""
     reports = [import_checkpoint(PEERS / name, tmp_path / name, allow_lossy=True) for name in ("autoround-awq", "autoround")]
-    assert [sorted(map(repr, report.layers)) for report in reports][0] == sorted(map(repr, reports[1].layers))
+    ours = [sorted(map(repr, report.layers)) for report in reports]
+    assert ours[0] == ours[1]
     awq, gptq = (load_file(tmp_path / name / "model.safetensors") for name in ("autoround-awq", "autoround"))
     packed = [name for name in gptq if ".weight_" in name]
     assert len(packed) == 3 * 7 and all(torch.equal(awq[name], gptq[name]) for name in packed)
