@@ -349,6 +349,13 @@ def test_how_text_is_cut_has_a_name(tmp_path: Path, cut: dict, name: str | None)
     assert (notes == []) == (name is not None)
 
 
+@pytest.mark.parametrize("vocab", [{"a": 8}, {"a": "b"}, ["a"], None])
+def test_a_damaged_vocabulary(tmp_path: Path, vocab: object) -> None:
+    """A token beyond the embedding, and what is no token."""
+    with pytest.raises(DuotoneError, match=r"tokenizer\.json: its tokens are damaged .* number below 8"):
+        vocabulary(tmp_path, {"model": {"type": "BPE", "vocab": vocab, "merges": []}})
+
+
 def test_other_vocabularies_are_left_out(tmp_path: Path) -> None:
     """No tokenizer, or none of BPE: tokens go by number, and a note says so."""
     for tokenizer, words in ((None, "found no tokenizer.json"), ({"model": {"type": "WordPiece"}}, "is 'WordPiece'")):

@@ -4,6 +4,7 @@
 The container, its keys and its names are the `gguf` package's (llama.cpp's own writer); docs/formats/gguf.md has the rest.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from duotone.checkpoint.headers import TensorSpec
@@ -40,36 +41,36 @@ def write_gguf(
 
     Raises DuotoneError, before anything is written, without the package, and for what llama.cpp has no place for.
     """
-    gguf, config = _package(), source.config
-    name, turns = ARCHITECTURES.get(config["model_type"], ("", False))
+    gguf, model_type = _package(), source.config["model_type"]
+    name, turns = ARCHITECTURES.get(model_type, ("", False))
     if not name:
         known = ", ".join(ARCHITECTURES)
-        raise DuotoneError(f"--format gguf: config.json: found model_type {config['model_type']!r}, expected one of {known}")
-    architecture = getattr(gguf.MODEL_ARCH, name)
-    factors = _rope_factors(config)
-    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    plan = dict(_planned(source, packed, names))
+        raise DuotoneError(f"--format gguf: config.json: found model_type {model_type!r}, expected one of {known}")
+    config = _settings(source.config)
+    architecture, factors = getattr(gguf.MODEL_ARCH, name), _rope_factors(config)
+    plan = dict(_planned(source, packed, gguf.get_tensor_name_map(architecture, config.num_hidden_layers)))
     with output_folder(out) as folder, reporting_full_disk(out, sum(spec.nbytes for _, spec in plan.values())):
         copy_companions(source.path, folder)
-        writer = gguf.GGUFWriter(folder / f"{source.path.name}-Q4_0.gguf", gguf.MODEL_ARCH_NAMES[architecture])
-        _describe(writer, gguf, source, report)
-        if factors is not None:
-            _announce(writer, gguf, _ROPE_FACTORS, TensorSpec("F32", tuple(factors.shape)))
-        for gguf_name, spec in plan.values():
-            _announce(writer, gguf, gguf_name, spec)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors.numpy())
-        for done, (full, (_, spec)) in enumerate(plan.items()):
-            if progress is not None:
-                progress(done, len(plan), full)
-            layer = full.removesuffix(".weight")
-            tensor = tensors_of(layer)[full] if layer in packed else load_finite(source, (full,))[full]
-            writer.write_tensor_data(_bytes(_turned(full, tensor, config) if turns else tensor, spec))
-            report.weight_bytes += spec.nbytes
-        writer.close()
+        file = folder / f"{source.path.name}-Q4_0.gguf"
+        with contextlib.closing(gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])) as writer:
+            _describe(writer, gguf, config, source.path.name)
+            report.notes += add_vocabulary(writer, gguf, source.path, config.vocab_size)
+            if factors is not None:
+                _announce(writer, gguf, _ROPE_FACTORS, TensorSpec("F32", tuple(factors.shape)))
+            for gguf_name, spec in plan.values():
+                _announce(writer, gguf, gguf_name, spec)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            if factors is not None:
+                writer.write_tensor_data(factors.numpy())
+            for done, (full, (_, spec)) in enumerate(plan.items()):
+                if progress is not None:
+                    progress(done, len(plan), full)
+                layer = full.removesuffix(".weight")
+                tensor = tensors_of(layer)[full] if layer in packed else load_finite(source, (full,))[full]
+                writer.write_tensor_data(_bytes(_turned(full, tensor, config) if turns else tensor, spec))
+                report.weight_bytes += spec.nbytes
 
 
 def _package() -> Any:
@@ -109,57 +110,51 @@ def _bytes(tensor: Tensor, spec: TensorSpec) -> Any:
     return tensor.to(kinds[spec.dtype]).contiguous().view(torch.uint8).numpy()
 
 
-def _turned(name: str, tensor: Tensor, config: Mapping[str, Any]) -> Tensor:
+def _turned(name: str, tensor: Tensor, config: Any) -> Tensor:
     """Rows of q and k in llama.cpp's order: it rotates rows 2i and 2i + 1 of a head, transformers i and i + half."""
-    queries = int(config["num_attention_heads"])
-    heads = {"q_proj": queries, "k_proj": int(config.get("num_key_value_heads") or queries)}.get(name.split(".")[-2])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
         return tensor
     return tensor.view(heads, 2, len(tensor) // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
 
 
-def _describe(writer: Any, gguf: Any, source: SourceFolder, report: Conversion) -> None:
-    """The keys that llama.cpp asks for, and the tokenizer."""
-    config = source.config
-    rope = _settings(config).rope_parameters
-    queries = int(config["num_attention_heads"])
-    head = int(config.get("head_dim") or config["hidden_size"] // queries)
-    writer.add_name(source.path.name)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(queries)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or queries))
+def _describe(writer: Any, gguf: Any, config: Any, name: str) -> None:
+    """The keys that llama.cpp asks for."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    report.notes += add_vocabulary(writer, gguf, source.path, int(config["vocab_size"]))
 
 
-def _rope_factors(config: Mapping[str, Any]) -> Tensor | None:
+def _rope_factors(config: Any) -> Tensor | None:
     """By how much llama3's scaling slows each pair, float32 [head_dim / 2]; None where nothing is scaled.
 
     Raises DuotoneError for another scaling.
     """
-    full = _settings(config)
-    rope = full.rope_parameters
+    rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
     if kind != "llama3":
         raise DuotoneError(f"--format gguf: config.json: found rope_type {kind!r}, expected default or llama3")
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](full, torch.device("cpu"))
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     size = 2 * len(scaled)
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
     return plain / scaled
 
 
-def _settings(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config with transformers' defaults."""
+def _settings(config: Mapping[str, Any]) -> Any:
+    """The config with transformers' defaults (a PreTrainedConfig of the model_type)."""
     return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from duotone.checkpoint.source import read_json
+from duotone.errors import DuotoneError
 
 #: llama.cpp knows how text is cut before BPE by a name; here by what of the regular expression tells.
 _CUTS = (("\\p{N}{1,3}", "llama-bpe"), ("\\p{N}", "qwen2"))
 
 
 def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> list[str]:
-    """Tokens, merges and special tokens; returns what is not known of them, a sentence each. size: rows of the embedding."""
+    """Tokens, merges and special tokens; returns what is not known of them, a sentence each. size: rows of the embedding.
+
+    Raises DuotoneError for tokens that the embedding has no rows for, or that are none.
+    """
     if not (folder / "tokenizer.json").is_file():
         writer.add_tokenizer_model("no_vocab")
         return ["found no tokenizer.json: the file has no vocabulary, and llama.cpp takes and gives token numbers only"]
@@ -28,7 +32,12 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> list[str]
         writer.add_tokenizer_pre(cut or "default")
         if cut is None:
             notes.append("how text is cut before BPE has no name here: llama.cpp uses its default, tokens may differ")
-    texts, kinds = _tokens(gguf, tokenizer, size, fallback)
+    try:
+        texts, kinds = _tokens(gguf, tokenizer, size, fallback)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise DuotoneError(
+            f"{folder / 'tokenizer.json'}: its tokens are damaged ({error!r}), expected each with a number below {size}"
+        ) from None
     writer.add_token_list(texts)
     if fallback:
         writer.add_token_scores([-float(i) for i in range(len(texts))])
