@@ -204,6 +204,24 @@ def test_sglang_leaves_nothing_in_bf16(tiny_model: ModelMaker, text_file: Path, 
     assert (verdict.outcome, verdict.layout) == ("w8a8", "sglang-w4afp8")
 
 
+def test_sglang_reads_a_mixture(tiny_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """Experts stay INT4, attention is FP8, routers BF16; an expert that no token is sent to has the largest scale of the others."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_experts": 16}
+    model = tiny_model("qwen3_moe", **sizes, num_experts_per_tok=1, decoder_sparse_step=1, num_key_value_heads=2)
+    text = {"calibration": (str(text_file),), "samples": 4, "seq_len": 64, "device": "cpu"}
+    duotone.quantize(model, tmp_path / "gaudi", method="rtn", target="gaudi", **text)
+    report = export_checkpoint(tmp_path / "gaudi", tmp_path / "exact", "sglang-w4afp8")
+    kinds = {(".experts." in one.layer, one.exactness) for one in report.layers}
+    assert kinds == {(True, "product-exact"), (False, "bit-exact")} and len(report.layers) == 2 * (4 + 3 * 16)
+    duotone.quantize(model, tmp_path / "hopper", method="rtn", **text)
+    few = Calibration((str(text_file),), 1, 8)
+    export_checkpoint(tmp_path / "hopper", tmp_path / "out", "sglang-w4afp8", allow_lossy=True, calibration=few)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
+    scales = [float(tensors[f"model.layers.0.mlp.experts.{i}.down_proj.input_scale"]) for i in range(16)]
+    assert min(scales) > 0 and scales.count(max(scales)) > 8 - 1
+
+
 def test_an_outer_scale_keeps_products_inside() -> None:
     """A power of two; level -8 of the largest scale stays within 448, and half of it would not do."""
     for seed in range(20):

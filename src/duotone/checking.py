@@ -16,7 +16,7 @@ from duotone.checkpoint.source import Source, SourceFolder, open_source
 from duotone.errors import DuotoneError
 from duotone.inspection import why_kept
 from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
-from duotone.models.anatomy import Anatomy, anatomy_of
+from duotone.models.anatomy import Anatomy, anatomy_of, linears_by_input
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.plan import Plan, make_plan
@@ -102,20 +102,12 @@ def _subject(
     heads = queries, int(config.get("num_key_value_heads") or queries)
     fused: list[tuple[Linear, ...]] = []
     split: dict[str, tuple[str, ...]] = {}
-    for names in _groups(anatomy, [*shapes, *kept]):
+    for names in linears_by_input(anatomy, [*shapes, *kept]):
         partners = tuple(name for name in names if name in shapes)
         if partners:
             split |= {name: partners for name in names if name in kept}
             fused.append(tuple(_linear(anatomy, name, shapes[name], names.index(name), len(names), heads) for name in partners))
     return Subject(layout, *grid, dtype, tuple(fused), split, kept, heads)
-
-
-def _groups(anatomy: Anatomy, linears: list[str]) -> list[tuple[str, ...]]:
-    """Full names of linears that read the same input; single ones outside the blocks."""
-    known = set(linears)
-    found = [tuple(name for name in group if name in known) for block in anatomy.blocks for group in block.shared_inputs]
-    inside = {name for names in found for name in names}
-    return [names for names in found if names] + [(name,) for name in linears if name not in inside]
 
 
 def _linear(anatomy: Anatomy, name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:

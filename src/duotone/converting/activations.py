@@ -1,6 +1,7 @@
 # Shapes: K in_features.
 """Static activation scales of a quantized model, for layouts that have one a tensor: the largest value that text brings."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 
 _BATCH = 8
+#: The number of an expert in a linear's name.
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 def static_scales(folder: Path, text: Sequence[str], samples: int, seq_len: int) -> dict[str, float]:
-    """max |x| / 448 of every quantized linear's input, by its name; the model runs on a CPU.
+    """max |x| / 448 of every quantized linear's input, by its module's name; the model runs on a CPU.
 
-    Raises DuotoneError for a text that is not there or too short, and for a linear that no token reaches.
+    An expert that no token is sent to has the largest of the others, which is what SGLang takes for all of them. Raises
+    DuotoneError for a text that is not there or too short, and for another linear that no token reaches.
     """
     windows = draw_windows(load_tokenizer(folder), text, seq_len, samples, seed=0).tokens
     model = load(folder, torch.float32, "cpu", shortcuts=False)
@@ -40,6 +44,10 @@ def static_scales(folder: Path, text: Sequence[str], samples: int, seq_len: int)
     with torch.no_grad():
         for batch in windows.split(_BATCH):
             model(batch)
+    for name in [name for name in linears if name not in largest]:
+        others = [value for other, value in largest.items() if _EXPERT.sub("", other) == _EXPERT.sub("", name)]
+        if others:
+            largest[name] = torch.stack(others).max()
     unseen = [name for name in linears if not float(largest.get(name, 0.0)) > 0]
     if unseen:
         raise DuotoneError(f"{unseen[0]}: the calibration text brings it no value but zero, expected some for a static scale")

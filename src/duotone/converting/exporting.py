@@ -19,7 +19,9 @@ from duotone.converting.activations import static_scales
 from duotone.converting.gguf import write_gguf
 from duotone.converting.report import EXACTNESS, Conversion, LayerConversion, Progress, relative, stored_shape, write
 from duotone.errors import DuotoneError
-from duotone.models.adapter import linears_by_input
+from duotone.models.anatomy import anatomy_of, linears_by_input
+from duotone.models.names import named_source
+from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.qweight import QuantizedWeight, dequantize
 
 
@@ -89,7 +91,9 @@ def _measured(
         return {}
     target = WeightReader(source).scheme.target
     if calibration.text:
-        scales = static_scales(source.path, calibration.text, calibration.samples, calibration.seq_len)
+        stored, _ = _named(source)
+        found = static_scales(source.path, calibration.text, calibration.samples, calibration.seq_len)
+        scales = {stored[name]: scale for name, scale in found.items()}
         report.notes.append("activations: one static scale a tensor, the largest seen in the calibration text / 448")
         return {layer: scales[layer] for layer in static}
     if target.dynamic_activations:
@@ -106,13 +110,23 @@ def _shared(source: SourceFolder, reader: WeightReader, kind: Layout, measured: 
     if kind.outer is None:
         return {layer: Shared(input_scale=scale) for layer, scale in measured.items()}
     found: dict[str, Shared] = {}
-    for names in linears_by_input(source.config, packed_layers(source)):
+    for names in _named(source)[1]:
         weights = [reader.read(name) for name in names]
         outer = max(kind.outer(weight) for weight in weights)
         own = [float(weight.input_scale) for weight in weights if weight.input_scale is not None]
         scales = [measured[name] for name in names if name in measured] or own
         found |= dict.fromkeys(names, Shared(outer, max(scales) if scales else None))
     return found
+
+
+def _named(source: SourceFolder) -> tuple[dict[str, str], list[tuple[str, ...]]]:
+    """The folder's name of each quantized linear by its module's; and those that read the same input together."""
+    model, part = build_skeleton(source.config, torch.bfloat16), ".weight_packed"
+    named = named_source(source, model)
+    packed = [name for name in find_linears(model) if f"{name}{part}" in named.tensors]
+    stored = {name: named.written_as(f"{name}{part}").removesuffix(part) for name in packed}
+    groups = linears_by_input(anatomy_of(source.config, model), packed)
+    return stored, [tuple(stored[name] for name in names) for names in groups]
 
 
 def _compared(

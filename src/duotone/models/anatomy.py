@@ -73,6 +73,14 @@ def anatomy_of(config: dict[str, Any], model: PreTrainedModel) -> Anatomy:
     return _from_trace(model)
 
 
+def linears_by_input(anatomy: Anatomy, linears: list[str]) -> list[tuple[str, ...]]:
+    """Full names of linears that read the same input; single ones outside the blocks."""
+    known = set(linears)
+    found = [tuple(name for name in group if name in known) for block in anatomy.blocks for group in block.shared_inputs]
+    inside = {name for names in found for name in names}
+    return [names for names in found if names] + [(name,) for name in linears if name not in inside]
+
+
 def _from_table(adapter: Adapter, model: nn.Module) -> Anatomy:
     linears = find_linears(model)
     count = len(model.get_submodule(adapter.blocks))  # pyright: ignore[reportArgumentType]

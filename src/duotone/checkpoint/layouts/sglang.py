@@ -21,6 +21,8 @@ from duotone.qweight import QuantizedWeight, dequantize
 from duotone.scheme import Scheme
 
 _GROUP = _BLOCK = 128
+#: What chooses among experts; SGLang never quantizes it.
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -76,9 +78,9 @@ def values(layer: str, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
 
 def config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
     """The quantization_config. Raises DuotoneError for linears in BF16: the loader takes no list of those from a file."""
-    kept = [name for name in ignore if name != "lm_head"]
+    kept = [name for name in ignore if name != "lm_head" and name.rpartition(".")[2] not in _ROUTERS]
     if kept:
-        raise DuotoneError(f"--format sglang-w4afp8: {kept[0]} is in BF16, expected every linear but the head to be quantized")
+        raise DuotoneError(f"--format sglang-w4afp8: {kept[0]} is in BF16, expected all but head and routers to be quantized")
     return {"quant_method": "w4afp8", "group_size": scheme.group_size, "weight_block_size": [_BLOCK, _BLOCK]}
 
 
