@@ -205,7 +205,7 @@ def test_sglang_leaves_nothing_in_bf16(tiny_model: ModelMaker, text_file: Path, 
 
 
 def test_sglang_reads_a_mixture(tiny_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
-    """Experts stay INT4, attention is FP8, routers BF16; an expert that no token is sent to has the largest scale of the others."""
+    """Experts stay INT4, attention is FP8, routers BF16; an expert that no token is sent to has the others' largest scale."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_experts": 16}
     model = tiny_model("qwen3_moe", **sizes, num_experts_per_tok=1, decoder_sparse_step=1, num_key_value_heads=2)
     text = {"calibration": (str(text_file),), "samples": 4, "seq_len": 64, "device": "cpu"}
