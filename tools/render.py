@@ -594,6 +594,28 @@ def vllm_load_table() -> str:
     )
 
 
+def readers_table() -> str:
+    """What other tools make of our exports, the newest row of each checkpoint and reader."""
+    newest = {(row["model"], row["reader"]): row for row in records("readers")}
+    head = ("checkpoint", "format", "exactness", "weights move by", "read by", "linears", "as `export` says", "logits apart")
+    return markdown(
+        head,
+        [
+            (
+                row["model"],
+                row["layout"],
+                row["exactness"],
+                f"{100 * row['weight_error']:.2f} %",
+                f"refused by {row['reader']}: {row['refused']}" if row["refused"] else f"{row['reader']} {row['version']}",
+                str(row["layers"]),
+                "-" if row["equal"] is None else str(row["equal"]),
+                "-" if row["equal"] is not None else f"{100 * row['distance']:.2f} %",
+            )
+            for row in sorted(newest.values(), key=lambda row: (row["layout"], row["model"]))
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
@@ -611,6 +633,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-excess": excess_table,
     "out-of-domain": out_of_domain_table,
     "vllm-load": vllm_load_table,
+    "readers": readers_table,
     "random-models": random_models_table,
     "ablation": ablation_table,
     "linear": linear_table,
