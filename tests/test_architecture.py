@@ -30,7 +30,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("solving", "output"),
     ("pipeline",),
-    ("evaluation", "questions"),
+    ("evaluation", "questions", "modules"),
     ("tasks",),
     ("bench", "report"),
     ("speed",),

@@ -4,6 +4,7 @@ import duotone
 report = duotone.quantize("meta-llama/Llama-3.2-1B", "Llama-3.2-1B-W4AFP8", calibration=("text.txt",))
 model = duotone.load("Llama-3.2-1B-W4AFP8")          # a transformers model whose linears are W4A8
 duotone.evaluate("Llama-3.2-1B-W4AFP8", ["held_out.txt"], reference="meta-llama/Llama-3.2-1B")
+quantized = duotone.quantize_module(any_torch_module, calibration_batches).module
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ if TYPE_CHECKING:
 
     from duotone.errors import DuotoneError
     from duotone.evaluation import evaluate
+    from duotone.modules import load_module, quantize_module
     from duotone.outcome import QuantizeReport
     from duotone.pipeline import Progress
     from duotone.runtime.load import load
 
-__all__ = ["DuotoneError", "evaluate", "load", "quantize"]
+__all__ = ["DuotoneError", "evaluate", "load", "load_module", "quantize", "quantize_module"]
 
-_LAZY = {"evaluate": "duotone.evaluation", "load": "duotone.runtime.load", "DuotoneError": "duotone.errors"}
+_LAZY = {
+    "DuotoneError": "duotone.errors",
+    "evaluate": "duotone.evaluation",
+    "load": "duotone.runtime.load",
+    "load_module": "duotone.modules",
+    "quantize_module": "duotone.modules",
+}
 
 
 def quantize(

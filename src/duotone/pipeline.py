@@ -103,7 +103,7 @@ def quantize(
         for index, block in enumerate(plan.blocks[done:], done):
             output.save_if_due(index, stream)
             tell(before + index, steps, block.path)
-            output.write_block(block, *_quantize_block(run, index, block, skeleton, stream))
+            output.write_block(block, *quantize_block(run, index, block, skeleton, stream))
         tell(steps, steps, "writing")
         output.finish()
     report.seconds = dict(phases.seconds)
@@ -111,7 +111,7 @@ def quantize(
     return report
 
 
-def _quantize_block(
+def quantize_block(
     run: Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Load one block and solve its linears, group after group, while the calibration windows walk through it.

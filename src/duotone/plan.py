@@ -2,8 +2,10 @@
 """What will be done, decided from config and headers alone: which linears, which tensors, how long, how much."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
@@ -129,8 +131,11 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise DuotoneError(f"{folder.path}: is already quantized ({method}), expected original weights")
     model = build_skeleton(folder.config, torch.float32)
-    source = named_source(folder, model)
-    anatomy = anatomy_of(source.config, model)
+    return plan_of(named_source(folder, model), model, anatomy_of(folder.config, model), config)
+
+
+def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
+    """`make_plan` of a model that has been made, whose tensors are the source's."""
     linears, others = find_linears(model), find_others(model)
     kept = _kept_linears(anatomy, list(linears), config) | {name: reason for name, (reason, _) in others.items()}
     wanted = expected_tensors(model)
@@ -169,7 +174,8 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
     outputs, converted = _outputs(source, (*outside, *in_blocks), shapes, buffers, config.scheme)
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
-    facts = (kept, shapes, share, outputs, converted, tuple(transforms), model.can_generate())
+    writes = isinstance(model, PreTrainedModel) and model.can_generate()
+    facts = (kept, shapes, share, outputs, converted, tuple(transforms), writes)
     return Plan(config, source, anatomy, tuple(blocks), outside, *facts)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.walk import Arrival, BlockWalk, Call
 from duotone.errors import UnfinishedError
+from duotone.models.convolutions import CHANNELS_FIRST
 from duotone.models.experts import FEW_TOKENS, Experts
 from duotone.phases import Phases
 from duotone.ranks import ALONE, Ranks
@@ -101,8 +102,11 @@ class Observer:
             return None, None
         if at.stream is None or meant.stream is None or meant.output is None:
             return meant.x, None
-        target = (meant.stream - at.stream).add_(meant.output)
-        bias = getattr(self.original.stops[name], "bias", None)
+        linear, drift = self.original.stops[name], meant.stream - at.stream
+        if getattr(linear, CHANNELS_FIRST, False):
+            drift = drift.movedim(1, -1)
+        target = drift.reshape(meant.output.shape).add_(meant.output)
+        bias = getattr(linear, "bias", None)
         return None, target if bias is None else target.sub_(bias)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from duotone.checkpoint.headers import TensorSpec, read_header
+from duotone.checkpoint.headers import TORCH_NAMES, TensorSpec, read_header
 from duotone.errors import DuotoneError
 
 _INDEX = "model.safetensors.index.json"
@@ -99,6 +99,41 @@ class SourceFolder:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Tensors that are in memory already: those of a module given in Python. path: what to call it by."""
+
+    path: Path
+    members: dict[str, Tensor]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A module has none."""
+        return {}
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of each tensor."""
+        return {name: TensorSpec(TORCH_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.members.items()}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.members.values())
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name."""
+        return {name: self.members[name] for name in names}
+
+    def written_as(self, name: str) -> str:
+        """The same name."""
+        return name
+
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
+        """The same tensor."""
+        return tensor
 
 
 def load_finite(source: Source, names: Iterable[str]) -> dict[str, Tensor]:

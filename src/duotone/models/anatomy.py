@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.experts import find_experts
 from duotone.models.skeleton import find_linears
 from duotone.models.table import Adapter
-from duotone.models.trace import Key, Trace, trace
+from duotone.models.trace import Key, Trace, trace, trace_call
 
 #: A stack of blocks that holds less than this of the weights between input and output is not taken for the model's body.
 _BODY_SHARE = 0.9
@@ -102,6 +102,16 @@ def _block_of_table(adapter: Adapter, path: str, model: nn.Module, linears: Mapp
     return Block(path, tuple(group for group in groups if group), streams, tuple(banks))
 
 
+def anatomy_of_module(model: nn.Module, positional: Sequence[Any], named: Mapping[str, Any]) -> Anatomy:
+    """The anatomy of any module, as one block: what it does when it is called with one calibration batch.
+
+    Raises DuotoneError when that reaches no linear, and what its forward raises.
+    """
+    found = trace_call(model, positional, named)
+    keep, body = _kept(model, find_linears(model), found, heads=set(found.answers))
+    return Anatomy((_block_of_trace("", model, found, body),), keep, traced=True)
+
+
 def _from_trace(model: PreTrainedModel) -> Anatomy:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     watched = [f"{path}.{index}" for path, blocks in lists.items() for index in range(len(blocks))]
@@ -114,17 +124,9 @@ def _from_trace(model: PreTrainedModel) -> Anatomy:
             "write a table, see docs/add-a-model.md"
         ) from None
     linears = find_linears(model)
-    called = {name: linears[name].weight.numel() for name in found.calls}
-    if not called:
-        raise DuotoneError(f"{type(model).__name__}: its forward pass reached no linear, expected some to quantize")
     heads = {name for name, linear in linears.items() if linear is model.get_output_embeddings()}.union(found.answers)
-    body = {name: size for name, size in called.items() if name not in heads}
+    keep, body = _kept(model, linears, found, heads)
     paths = _stack(lists, found, body)
-    keep = {name: _HEAD for name in called if name not in body}
-    keep |= {name: _few(linears[name]) for name in body if linears[name].out_features < _FEW_OUTPUTS}
-    keep |= {name: "the forward pass that was traced did not reach it" for name in linears if name not in called}
-    often = [name for name, calls in found.calls.items() if len(calls) > 1]
-    keep |= {name: f"runs {len(found.calls[name])} times in one forward pass" for name in often}
     blocks = tuple(_block_of_trace(path, model, found, body) for path in paths)
     facts = found.given.get(paths[0]), _two_texts(model), _input_names(model)
     return Anatomy(blocks, keep, True, *facts)
@@ -141,6 +143,22 @@ def _input_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _few(linear: nn.Linear) -> str:
     return f"only {linear.out_features} outputs: what it decides is worth more than its bytes"
+
+
+def _kept(
+    model: nn.Module, linears: Mapping[str, nn.Linear], found: Trace, heads: set[str]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Linears to leave alone, each with its reason, and the weights of all that are no heads. Raises DuotoneError: none."""
+    called = {name: linears[name].weight.numel() for name in found.calls}
+    if not called:
+        raise DuotoneError(f"{type(model).__name__}: its forward pass reached no linear, expected some to quantize")
+    body = {name: size for name, size in called.items() if name not in heads}
+    keep = {name: _HEAD for name in called if name not in body}
+    keep |= {name: _few(linears[name]) for name in body if linears[name].out_features < _FEW_OUTPUTS}
+    keep |= {name: "the forward pass that was traced did not reach it" for name in linears if name not in called}
+    often = [name for name, calls in found.calls.items() if len(calls) > 1]
+    keep |= {name: f"runs {len(found.calls[name])} times in one forward pass" for name in often}
+    return keep, body
 
 
 def _stack(lists: Mapping[str, nn.ModuleList], found: Trace, body: Mapping[str, int]) -> list[str]:

@@ -4,21 +4,24 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
+from duotone.models.experts import linear_of
+
 #: A convolution that reads fewer channels is the first layer: it sees the picture itself.
 FEWEST_CHANNELS = 16
+#: Set on the linear of a convolution: what it writes to has its channels in the second dimension, as pictures do.
+CHANNELS_FIRST = "channels_first"
 
 
 class UnfoldedConv2d(nn.Module):
     """A convolution whose weight is its child `linear`'s, [N, K]: x [B, C, H, W] -> [B, N, H', W'], up to rounding the same."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """The shapes of a convolution for which `is_linear`; the weights are not taken over."""
+        """Of a convolution for which `is_linear`."""
         super().__init__()
         assert isinstance(conv.padding, tuple)
         self.kernel_size, self.stride, self.padding, self.dilation = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        columns = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
-        place = {"dtype": conv.weight.dtype, "device": conv.weight.device}
-        self.linear = nn.Linear(columns, conv.out_channels, conv.bias is not None, **place)
+        self.linear = linear_of(conv.weight.data.flatten(1), conv.bias)
+        setattr(self.linear, CHANNELS_FIRST, True)
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution."""

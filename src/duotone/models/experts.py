@@ -31,22 +31,29 @@ class Experts(nn.Module):
         self.gated = bool(getattr(bank, "has_gate", True))
         self.interleaved = not getattr(bank, "is_concatenated", True)
         self.transposed = _is_transposed(bank)
-        first, _ = _parameters(bank)
-        biased = _is_biased(bank)
-        count, rows, columns = first.mT.shape if self.transposed else first.shape
-        width = rows // 2 if self.gated else rows
-        for index in range(count):
+        self.width = int(dict(bank.named_parameters(recurse=False))["down_proj"].shape[1 if self.transposed else 2])
+        found = dict(bank.named_parameters(recurse=False))
+        up = "gate_up_proj" if "gate_up_proj" in found else "up_proj"
+        self.count = len(found[up])
+        for index in range(self.count):
             expert: Any = nn.Module()
-            if self.gated:
-                expert.gate_proj = nn.Linear(columns, width, biased, dtype=first.dtype, device=first.device)
-            expert.up_proj = nn.Linear(columns, width, biased, dtype=first.dtype, device=first.device)
-            expert.down_proj = nn.Linear(width, columns, biased, dtype=first.dtype, device=first.device)
+            for linear, name, rows in self._pieces(up):
+                weight = found[name][index].data
+                weight = (weight.mT if self.transposed else weight)[rows].contiguous()
+                bias = found[f"{name}_bias"][index].data[rows].contiguous() if f"{name}_bias" in found else None
+                expert.add_module(linear, linear_of(weight, bias))
             self.add_module(str(index), expert)
-        self.count = count
         self.shown_all: frozenset[int] = frozenset()
         self.routing = nn.Identity()
         for name, _ in list(bank.named_parameters(recurse=False)):
             delattr(bank, name)
+
+    def _pieces(self, up: str) -> list[tuple[str, str, slice]]:
+        """Linears of an expert: which of the bank's tensors each is of, and which of its rows."""
+        if not self.gated:
+            return [("up_proj", up, slice(None)), ("down_proj", "down_proj", slice(None))]
+        halves = (slice(0, None, 2), slice(1, None, 2)) if self.interleaved else (slice(0, self.width), slice(self.width, None))
+        return [("gate_proj", up, halves[0]), ("up_proj", up, halves[1]), ("down_proj", "down_proj", slice(None))]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
         """hidden_states [T, H], top_k_index and top_k_weights [T, A] -> [T, H]; or [E * T, H], dealt out, -> as many."""
@@ -129,5 +136,10 @@ def _parameters(bank: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     return found["gate_up_proj"] if "gate_up_proj" in found else found["up_proj"], found["down_proj"]
 
 
-def _is_biased(bank: nn.Module) -> bool:
-    return any(name.endswith("_bias") for name, _ in bank.named_parameters(recurse=False))
+def linear_of(weight_NK: Tensor, bias_N: Tensor | None) -> nn.Linear:
+    """A linear with this weight, on whatever device it is."""
+    linear = nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias_N is not None, device="meta")
+    linear.weight = nn.Parameter(weight_NK, requires_grad=False)
+    if bias_N is not None:
+        linear.bias = nn.Parameter(bias_N, requires_grad=False)
+    return linear

@@ -22,7 +22,8 @@ from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.source import Source
 from duotone.models.convolutions import UnfoldedConv2d
 from duotone.models.experts import Experts, find_experts
-from duotone.models.skeleton import STORED_TRANSPOSED, expected_tensors
+from duotone.models.rewrite import STORED_TRANSPOSED
+from duotone.models.skeleton import expected_tensors
 
 #: What a bank's tensors are called when they lie in one piece, with the linears they are made of.
 _BANK_TENSORS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}

@@ -11,16 +11,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
 from duotone.errors import DuotoneError
 from duotone.models.adapter import model_class
-from duotone.models.convolutions import unfold, why_not
-from duotone.models.experts import unfuse
+from duotone.models.convolutions import why_not
+from duotone.models.rewrite import all_linears
 
-#: Set on linears whose weight the checkpoint holds as [K, N].
-STORED_TRANSPOSED = "stored_transposed"
 #: What transformers raises, from its validators or from torch, for a config that describes no model.
 _BAD_CONFIG = (
     ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, StrictDataclassError,
@@ -41,23 +37,9 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     except _BAD_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
-    _straighten(model)
-    unfuse(model)
-    unfold(model)
+    all_linears(model)
     model.requires_grad_(False)
     return model.eval()
-
-
-def _straighten(model: nn.Module) -> None:
-    """Put a linear in the place of all that is one by another name: Conv1D, which holds its weight transposed, and Falcon's."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, Conv1D | FalconLinear):
-            columns, rows = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-            place = {"dtype": module.weight.dtype, "device": module.weight.device}
-            linear = nn.Linear(columns, rows, module.bias is not None, **place)
-            setattr(linear, STORED_TRANSPOSED, isinstance(module, Conv1D))
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, linear)
 
 
 def _make(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -19,8 +19,8 @@ from duotone.models.experts import find_experts
 
 #: Modules that need not be run to know the shape of what they give.
 _HOLLOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-#: Two tensors of one key are the same rows: where they lie, from where on, how long a row is, how much there is.
-Key = tuple[int, int, int, int]
+#: Two tensors of one key are the same rows: where they lie, from where on, how long a row is, how much there is, the version.
+Key = tuple[int, int, int, int, int]
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Trace:
     def key(self, tensor: Tensor) -> Key:
         """A tensor's key; it is held from now on."""
         self.held.append(tensor)
-        return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.shape[-1], tensor.numel()
+        place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+        return *place, tensor.shape[-1], tensor.numel(), tensor._version
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor], watched: Sequence[str] = ()) -> Trace:
@@ -54,10 +55,14 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], watched: Sequence[str]
 
     watched: modules of which to note what goes in and what comes out.
     """
-    hollow = _hollow(model)
+    return trace_call(_hollow(model), (), inputs, watched)
+
+
+def trace_call(model: nn.Module, positional: Sequence[Any], named: Mapping[str, Any], watched: Sequence[str] = ()) -> Trace:
+    """Run a model as it is, and tell what its linears read. Raises what the model's forward raises."""
     found = Trace()
-    with _hooks(hollow, found, watched), _Sums(found), torch.no_grad():
-        output = hollow(**inputs)
+    with _hooks(model, found, watched), _Sums(found), torch.no_grad():
+        output = model(*positional, **named)
     given = output if isinstance(output, list | tuple) else output.values() if isinstance(output, Mapping) else [output]
     places = [tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)]
     found.answers = [found.written[place] for place in places if place in found.written]
@@ -77,7 +82,8 @@ class _Sums(TorchDispatchMode):
             for one, other in (args[:2], args[1::-1]):
                 writer = self._found.written.get(one.untyped_storage().data_ptr())
                 is_stream = other.untyped_storage().data_ptr() not in self._found.written
-                if writer is not None and is_stream and one.shape == other.shape:
+                in_order = one.is_contiguous() or (one.ndim == 4 and one.movedim(1, -1).is_contiguous())
+                if writer is not None and is_stream and in_order and one.shape == other.shape:
                     self._found.added.append((writer, self._found.key(other)))
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):  # what a linear gave is something else from now on
             self._found.written.pop(args[0].untyped_storage().data_ptr(), None)
