@@ -14,10 +14,13 @@ from duotone.checkpoint.reader import WeightReader
 from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
+from duotone.models import adapter as adapter_module
 from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.anatomy import _from_table, _from_trace
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
+from duotone.models.table import Adapter
+from duotone.models.text import TEXT_ADAPTERS
 from duotone.plan import make_plan
 from duotone.qweight import fp8_values
 from duotone.runtime.load import load
@@ -210,3 +213,20 @@ def test_no_table_no_blocks_no_guess(tiny_model: Callable[..., Path], monkeypatc
     monkeypatch.setattr("duotone.models.anatomy.trace", broken)
     with pytest.raises(DuotoneError, match=r"no such thing.*write a table"):
         make_plan(open_source(folder), QuantizeConfig(method="rtn"))
+
+
+def test_the_page_on_tables_can_be_followed(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table in docs/add-a-model.md is short, is taken, and says what a trace says."""
+    page = (Path(__file__).parents[2] / "docs" / "add-a-model.md").read_text(encoding="utf-8")
+    source = page.partition("```python\n")[2].partition("```")[0]
+    assert len(source.splitlines()) < 15
+    names: dict[str, Any] = {"Adapter": Adapter}
+    exec(source, names)
+    monkeypatch.setattr(adapter_module, "_ADAPTERS", (*TEXT_ADAPTERS, names["GPT_NEOX"]))
+    config = open_source(tiny_model("gpt_neox")).config
+    model = build_skeleton(config, torch.float32)
+    assert has_adapter(config)
+    by_table, traced = _from_table(find_adapter(config), model), _from_trace(model)
+    assert by_table.blocks == traced.blocks
+    assert by_table.keep == traced.keep
+    assert not make_plan(open_source(tiny_model("gpt_neox")), QuantizeConfig(method="rtn")).anatomy.traced
