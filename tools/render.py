@@ -16,7 +16,7 @@ from scale import scale_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGES = ("README.md", "docs/accuracy.md", "docs/scale.md", "docs/serving.md", "docs/speed.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/add-a-model.md", "docs/scale.md", "docs/serving.md", "docs/speed.md")
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -616,7 +616,43 @@ def readers_table() -> str:
     )
 
 
+def architectures_table() -> str:
+    """What became of each class of transformers, of random weights; the newest row of each."""
+    latest = {row["model_class"]: row for row in records("architectures") if row["source"] == "random weights"}
+    lines: list[tuple[str, ...]] = []
+    for name, row in latest.items():
+        if row.get("refused"):
+            lines.append((name, "-", "-", "-", "-", f"refuses: {row['refused']}"))
+            continue
+        counts = str(row["linears_quantized"]), str(row["linears_left"]), f"{100 * row['quantized_macs_share']:.0f} %"
+        lines.append((name, *counts, f"{row['quantized']:.3f}", f"{row['max_error_vs_reference']:.1e}"))
+    head = ("class", "linears quantized", "left", "of all weights", "from the original", "from the contract in float64")
+    return markdown(head, lines)
+
+
+def vision_table() -> str:
+    """Accuracy of real vision models before and after; the newest row of each model and method."""
+    latest = {(row["model_class"], row["method"]): row for row in records("architectures") if row["source"] == "real weights"}
+    lines = [
+        (
+            name,
+            method,
+            row["metric"],
+            f"{row['original']:.2f}",
+            f"{row['quantized']:.2f}",
+            f"{row['quantized'] - row['original']:+.2f} ± {row['difference_stderr']:.2f}",
+            f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}",
+            f"{100 * row['quantized_macs_share']:.0f} %",
+        )
+        for (name, method), row in latest.items()
+    ]
+    head = ("model", "method", "metric", "original", "quantized", "difference", "KL", "of all weights")
+    return markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "architectures": architectures_table,
+    "vision": vision_table,
     "demo": demo_table,
     "accuracy": accuracy_table,
     "layer-error": layer_error_table,
