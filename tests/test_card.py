@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 import duotone
 from duotone.card import card_around, model_card, put_evaluation
+from duotone.checkpoint.sidecar import EVALUATION_RECORD, read_record
 from duotone.errors import DuotoneError
 
 ModelMaker = Callable[..., Path]
@@ -58,6 +59,8 @@ def test_figures_take_the_place_of_those_before(tiny_model: ModelMaker, tmp_path
         assert card.startswith(before) and card.endswith(after) and after.endswith("My own words.\n")
         assert f"| {kl:.5f} ± 0.00100 |" in card and "On 4096 tokens of held_out.txt:" in card and "/some/where" not in card
     assert "0.01000" not in path.read_text() and "Not measured yet" not in path.read_text()
+    record = read_record(tmp_path / "out", EVALUATION_RECORD)
+    assert record == {"format_version": 1, "text": ["held_out.txt"], "figures": FIGURES | {"kl": 0.02}}
     path.write_text("# Mine\n")
     with pytest.raises(DuotoneError, match=r"README\.md: found no place for an evaluation"):
         card_around(tmp_path / "out")

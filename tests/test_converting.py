@@ -163,7 +163,9 @@ def test_there_and_back_again(ours: Path, tmp_path: Path, layout: str) -> None:
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
     before, after = (json.loads((path / "config.json").read_text()) for path in (ours, tmp_path / "back"))
     assert before == after
-    assert {file.name for file in ours.iterdir()} - {"README.md"} == {file.name for file in (tmp_path / "back").iterdir()}
+    assert {file.name for file in ours.iterdir()} - {"README.md", "duotone-run.json"} == {
+        file.name for file in (tmp_path / "back").iterdir()
+    }
     (verdict,) = check(tmp_path / "there", ["vllm"], ["a100"])
     assert (verdict.outcome, verdict.layout) == ("w4a16", layout)
 

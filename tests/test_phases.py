@@ -22,3 +22,27 @@ def test_nested_phases_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) ->
     with phases("inner"):
         now[0] += 5
     assert phases.seconds == {"outer": 3.0, "inner": 15.0}
+
+
+def test_memory_is_seen_where_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The high mark belongs to the phase in which it rose, not to those after it nor to the phase around it."""
+    marks = iter(
+        [{"VmHWM": 10, "VmRSS": 8}, {"VmHWM": 90, "VmRSS": 20}, {"VmHWM": 90, "VmRSS": 30}, {"VmHWM": 90, "VmRSS": 5}, {}]
+    )
+    monkeypatch.setattr(phases_module, "_resident_marks", lambda: next(marks))
+    phases = Phases()
+    with phases("read"):
+        pass
+    with phases("outer"), phases("inner"):
+        pass
+    for _ in range(2):
+        with phases("read"):
+            pass
+    assert phases.peaks == {"read": 10, "inner": 90, "outer": 30}
+
+
+@pytest.mark.skipif(not phases_module._resident_marks(), reason="memory by phase needs Linux's /proc")
+def test_marks_are_this_process_s() -> None:
+    """Some tens of megabytes at least; what is held is at most what was held at most."""
+    marks = phases_module._resident_marks()
+    assert 10e6 < marks["VmRSS"] <= marks["VmHWM"] < 1e12

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 import duotone
 from duotone.calibrate import stream
 from duotone.calibrate.data import draw_windows
+from duotone.checkpoint.hub import companions
 from duotone.checkpoint.reader import WeightReader, packed_layers
+from duotone.checkpoint.sidecar import RUN_RECORD, read_record
 from duotone.checkpoint.source import open_source
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
@@ -42,7 +44,9 @@ def linears_of(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    """Of all files but the one that tells of times."""
+    files = (file for file in sorted(folder.iterdir()) if file.name != RUN_RECORD)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
@@ -116,6 +120,23 @@ def test_same_seed_same_bytes(tiny_model: ModelMaker, text_file: Path, tmp_path:
         duotone.quantize(tiny_model(), tmp_path / name, calibration=(str(text_file),), seed=seed, **QUICK)
     assert folder_hashes(tmp_path / "a") == folder_hashes(tmp_path / "b")
     assert folder_hashes(tmp_path / "a")["model.safetensors"] != folder_hashes(tmp_path / "c")["model.safetensors"]
+
+
+def test_times_lie_in_a_file_of_their_own(tiny_model: ModelMaker, text_file: Path, tmp_path: Path) -> None:
+    """duotone-run.json has what the report had, but for the last moments; no path of this machine; no model copies it on."""
+    report = duotone.quantize(tiny_model(), tmp_path / "out", calibration=(str(text_file),), **QUICK)
+    record = read_record(tmp_path / "out", RUN_RECORD)
+    assert record is not None and record["model"] == "tiny" and record["resumed_at"] is None
+    assert (record["original_bytes"], record["weight_bytes"]) == (report.original_bytes, report.weight_bytes)
+    assert record["seconds"].keys() == report.seconds.keys() == record["phase_bytes"].keys()
+    assert all(0 < record["seconds"][phase] <= spent for phase, spent in report.seconds.items())
+    assert max(record["phase_bytes"].values()) <= record["peak_bytes"] <= report.peak_bytes
+    assert record["machine"]["calibration dtype"] == "float32" and record["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in (tmp_path / "out" / RUN_RECORD).read_text()
+    assert (tmp_path / "out" / RUN_RECORD) not in companions(tmp_path / "out")
+    (tmp_path / "out" / RUN_RECORD).write_text('{"format_version": 2}')
+    with pytest.raises(DuotoneError, match="found format_version 2, expected 1: update duotone"):
+        read_record(tmp_path / "out", RUN_RECORD)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])

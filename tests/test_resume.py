@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import duotone
 from duotone.checkpoint.journal import RECORD, digest
+from duotone.checkpoint.sidecar import RUN_RECORD
 from duotone.checkpoint.staging import output_folder, staging_of
 from duotone.checkpoint.writer import CheckpointWriter
 from duotone.errors import DuotoneError, UnfinishedError
@@ -28,7 +29,9 @@ def model(tiny_model: ModelMaker) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """All files but the one that tells of times."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != RUN_RECORD)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 class Stopped(Exception):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.checkpoint.hub import locate_model
 from duotone.contract import quantize_activations
+from duotone.device import processor_name
 from duotone.errors import DuotoneError
 from duotone.evaluation import Evaluation, evaluate_windows
 from duotone.models.tokenizer import load_tokenizer
@@ -69,7 +70,7 @@ def provenance(seed: int) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": f"{platform.machine()} {_processor()}",
+        "machine": f"{platform.machine()} {processor_name()}",
         "threads": torch.get_num_threads(),
         "versions": {"duotone": VERSION, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers")},
@@ -202,13 +203,3 @@ def _commit() -> str:
         check=False,
     )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _processor() -> str:
-    """The processor's name as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

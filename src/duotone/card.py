@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from duotone.checkpoint.writer import write_text
+from duotone.checkpoint.sidecar import EVALUATION_RECORD, FORMAT_VERSION
+from duotone.checkpoint.writer import write_json, write_text
 from duotone.errors import DuotoneError
 
 CARD = "README.md"
@@ -16,7 +17,7 @@ _NOT_MEASURED = "Not measured yet: `duotone eval CHECKPOINT --reference BASE --t
 def model_card(base_model: str, sidecar: Mapping[str, Any], can_generate: bool) -> str:
     """The card of a checkpoint that `quantize` made. base_model: as it was asked for. sidecar: what duotone.json will hold."""
     settings, layers = sidecar["settings"], sidecar["layers"]
-    name, is_hub_id = _base(base_model)
+    name, is_hub_id = base_name(base_model)
     front = ["---", "library_name: transformers"]
     front += [f"base_model: {name}", "base_model_relation: quantized"] if is_hub_id else []
     front += ["pipeline_tag: text-generation"] if can_generate else []
@@ -62,9 +63,14 @@ def model_card(base_model: str, sidecar: Mapping[str, Any], can_generate: bool) 
 
 
 def put_evaluation(folder: Path, text: Sequence[str], figures: Mapping[str, Any]) -> None:
-    """Put measured figures into a checkpoint's card, in the place of those before. Raises as `card_around` does."""
+    """Put measured figures into a checkpoint's card and into a record beside it, in the place of those before.
+
+    Raises as `card_around` does.
+    """
     before, after = card_around(folder)
     write_text(folder / CARD, "\n".join((before + _BEGIN, *_evaluation(text, figures), _END)) + after)
+    names = [Path(source.partition("#")[0]).name for source in text]
+    write_json(folder / EVALUATION_RECORD, {"format_version": FORMAT_VERSION, "text": names, "figures": dict(figures)})
 
 
 def card_around(folder: Path) -> tuple[str, str]:
@@ -90,7 +96,7 @@ def _evaluation(text: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
     return [f"On {figures['tokens']} tokens of {names}:", "", *_table(("", ""), rows)]
 
 
-def _base(model: str) -> tuple[str, bool]:
+def base_name(model: str) -> tuple[str, bool]:
     """The base model's name, and whether the hub would find it by that: of a folder only its own name."""
     if Path(model).exists():
         return "".join(letter for letter in Path(model).resolve().name if letter.isprintable()), False

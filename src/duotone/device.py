@@ -1,6 +1,7 @@
 """Where to compute, in which arithmetic, and with which random numbers."""
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -78,3 +79,13 @@ def is_x86() -> bool:
 def has_bf16_units() -> bool:
     """Whether an x86 processor multiplies BF16."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+
+
+def processor_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

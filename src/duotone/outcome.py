@@ -23,7 +23,7 @@ _NOT_OF_THE_BYTES = {"calibration", "device", "dtype", "runtime", "gpu"}
 class QuantizeReport:
     """Everything `quantize` has to say. kept: linears left in BF16, each with its reason.
 
-    seconds: by phase. work: what each phase had to compute (floors.py).
+    seconds: by phase. work: what each phase had to compute (floors.py). phase_bytes: memory seen in each phase (phases.py).
     resumed_at: the block from which this run went on with one that was killed, None for a run of its own.
     """
 
@@ -41,6 +41,7 @@ class QuantizeReport:
     seconds: dict[str, float] = field(default_factory=dict)
     work: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_bytes: int = 0
+    phase_bytes: dict[str, int] = field(default_factory=dict)
     resumed_at: int | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from duotone.calibrate.stream import BlockStream
-from duotone.card import CARD, model_card
+from duotone.card import CARD, base_name, model_card
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions
 from duotone.checkpoint.journal import Journal
-from duotone.checkpoint.sidecar import SIDECAR
+from duotone.checkpoint.sidecar import FORMAT_VERSION, RUN_RECORD, SIDECAR
 from duotone.checkpoint.source import load_finite
 from duotone.checkpoint.staging import output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json, write_text
+from duotone.device import processor_name
 from duotone.outcome import sidecar_of
+from duotone.phases import peak_resident_bytes
 from duotone.plan import BlockPlan
 from duotone.qweight import QuantizedWeight
 from duotone.run import Run
@@ -98,10 +100,29 @@ class Output:
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
             write_json(self.folder / SIDECAR, sidecar)
             write_text(self.folder / CARD, model_card(run.report.model, sidecar, run.plan.generates))
+        write_json(self.folder / RUN_RECORD, self._run_record(self._journal.settings))  # with the time of the writing above
+        with run.phases("write"):
             facts = facts_of(run.report, run.sidecar_layers, run.phases)
             self._journal.save(len(run.plan.blocks), self._writer.written, facts)
             if run.curvatures is not None:
                 run.curvatures.remove()
+
+    def _run_record(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What duotone.json may not hold, since another run of the same command would have it otherwise; no path either."""
+        report, config = self._run.report, self._run.plan.config
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": base_name(report.model)[0],
+            "asked": {name: getattr(config, name) for name in ("device", "dtype", "runtime", "gpu")},
+            "original_bytes": report.original_bytes,
+            "weight_bytes": report.weight_bytes,
+            "seconds": self._run.phases.seconds,
+            "phase_bytes": self._run.phases.peaks,
+            "peak_bytes": peak_resident_bytes(),
+            "resumed_at": report.resumed_at,
+            "machine": {"processor": processor_name()} | settings["the machine's"],
+            "versions": settings["the version of"],
+        }
 
     def _copy_through(self, writer: CheckpointWriter, names: Sequence[str]) -> None:
         """Copy tensors that are not quantized, floats as BF16, one at a time."""

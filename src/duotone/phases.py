@@ -13,11 +13,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 
 class Phases:
-    """Seconds by phase. A phase entered inside another stops the outer one's clock."""
+    """Seconds by phase. A phase entered inside another stops the outer one's clock.
+
+    peaks: by phase, the most memory that this process was seen to hold: its high mark where that rose in the phase, else what
+    it held at the phase's end. Empty where the system does not tell (other than Linux).
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self._running: list[str] = []
+        self._high = 0
         self._since = time.perf_counter()
 
     @contextmanager
@@ -30,11 +36,19 @@ class Phases:
         finally:
             self._charge()
             self._running.pop()
+            self._look(phase)
 
     def add(self, seconds: dict[str, float]) -> None:
         """Count what an earlier run has spent."""
         for phase, more in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + more
+
+    def _look(self, phase: str) -> None:
+        marks = _resident_marks()
+        if marks:
+            seen = marks["VmHWM"] if marks["VmHWM"] > self._high else marks["VmRSS"]
+            self._high = marks["VmHWM"]
+            self.peaks[phase] = max(self.peaks.get(phase, 0), seen)
 
     def _charge(self) -> None:
         now = time.perf_counter()
@@ -46,13 +60,21 @@ class Phases:
 
 def peak_resident_bytes() -> int:
     """Most memory this process has held. Linux's own mark, since getrusage's survives exec and would count a parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    marks = _resident_marks()
+    if marks:
+        return marks["VmHWM"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident_marks() -> dict[str, int]:
+    """Bytes of memory that this process held at most (VmHWM) and holds (VmRSS); empty where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return {}
+    lines = (line.split() for line in status.read_text(encoding="ascii", errors="replace").splitlines())
+    marks = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[0] in {"VmHWM:", "VmRSS:"}}
+    return marks if len(marks) == 2 else {}
 
 
 def reuse_memory() -> None:

@@ -107,7 +107,7 @@ def quantize(
         tell(steps, steps, "writing")
         output.finish()
     report.seconds = dict(phases.seconds)
-    report.peak_bytes = peak_resident_bytes()
+    report.peak_bytes, report.phase_bytes = peak_resident_bytes(), dict(phases.peaks)
     return report
 
 

@@ -16,8 +16,8 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktok
 _NOT_FETCHED = ["consolidated*", "original/*"]
 #: Rewritten, or describing the weights that were replaced.
 _NOT_COPIED = {
-    "config.json", "model.safetensors.index.json", "duotone.json", "calibration.txt", "evaluation.txt",
-    "quantize_config.json", "hf_quant_config.json",
+    "config.json", "model.safetensors.index.json", "duotone.json", "duotone-run.json", "duotone-evaluation.json",
+    "calibration.txt", "evaluation.txt", "quantize_config.json", "hf_quant_config.json",
 }  # fmt: skip
 
 

@@ -11,6 +11,10 @@ from duotone.checkpoint.source import read_json
 from duotone.errors import DuotoneError
 
 SIDECAR = "duotone.json"
+#: What one run took, where and by whom: the only file of a checkpoint that another run does not write byte for byte.
+RUN_RECORD = "duotone-run.json"
+#: The figures that `duotone eval --card` measured.
+EVALUATION_RECORD = "duotone-evaluation.json"
 FORMAT_VERSION = 1
 
 
@@ -26,6 +30,17 @@ def read_sidecar(folder: Path) -> dict[str, Any] | None:
     if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in cast("dict[str, Any]", layers).values()):
         raise DuotoneError(f"{folder / SIDECAR}: found layers that are no objects, expected one object for each layer")
     return sidecar
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """RUN_RECORD or EVALUATION_RECORD of a checkpoint, None where there is none. Raises DuotoneError for a newer format."""
+    if not (folder / name).is_file():
+        return None
+    record = read_json(folder / name)
+    if record.get("format_version") != FORMAT_VERSION:
+        version = record.get("format_version")
+        raise DuotoneError(f"{folder / name}: found format_version {version!r}, expected {FORMAT_VERSION}: update duotone")
+    return record
 
 
 def layer_scales(sidecar: dict[str, Any] | None, layer: str) -> SideScales | None:
