@@ -33,10 +33,11 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "questions", "modules"),
     ("tasks",),
     ("bench", "report"),
+    ("page",),
     ("speed",),
     ("speed_model",),
     ("cli_options",),
-    ("cli_bench", "cli_layouts"),
+    ("cli_bench", "cli_layouts", "cli_report"),
     ("cli", "__init__"),
     ("__main__",),
 )

@@ -130,7 +130,7 @@ def test_times_lie_in_a_file_of_their_own(tiny_model: ModelMaker, text_file: Pat
     assert (record["original_bytes"], record["weight_bytes"]) == (report.original_bytes, report.weight_bytes)
     assert record["seconds"].keys() == report.seconds.keys() == record["phase_bytes"].keys()
     assert all(0 < record["seconds"][phase] <= spent for phase, spent in report.seconds.items())
-    assert max(record["phase_bytes"].values()) <= record["peak_bytes"] <= report.peak_bytes
+    assert 0 < max(record["phase_bytes"].values()) <= record["peak_bytes"]
     assert record["machine"]["calibration dtype"] == "float32" and record["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in (tmp_path / "out" / RUN_RECORD).read_text()
     assert (tmp_path / "out" / RUN_RECORD) not in companions(tmp_path / "out")

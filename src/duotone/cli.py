@@ -13,6 +13,7 @@ import typer
 from duotone.cli_bench import bench_app
 from duotone.cli_layouts import layouts_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
+from duotone.cli_report import report_app
 from duotone.errors import DuotoneError, ToldError
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-app.registered_commands += layouts_app.registered_commands
+app.registered_commands += layouts_app.registered_commands + report_app.registered_commands
 
 
 @app.command(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.checkpoint.hub import locate_model
@@ -64,13 +64,26 @@ def evaluate(
     folder = locate_model(model)
     quantized = load(folder, dtype, device)
     check_causal(quantized, "perplexity")
-    windows = draw_windows(load_tokenizer(folder), text, seq_len, samples, seed=0)
-    check_tokens(windows.tokens, quantized, folder)
-    limit = getattr(quantized.config, "max_position_embeddings", seq_len)
-    if seq_len > limit:
-        raise DuotoneError(f"--seq-len: found {seq_len}, expected at most the model's max_position_embeddings, {limit}")
+    windows = windows_for(folder, quantized, load_tokenizer(folder), text, seq_len, samples)
     original = None if reference is None else load(locate_model(reference), dtype, device)
     return evaluate_windows(quantized, windows, original, resolve_device(device), progress)
+
+
+def windows_for(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sequence[str],
+    seq_len: int,
+    samples: int | None,
+) -> TokenWindows:
+    """The windows that a model is measured on. Raises DuotoneError for text that is too short, or that it cannot read."""
+    windows = draw_windows(tokenizer, text, seq_len, samples, seed=0)
+    check_tokens(windows.tokens, model, folder)
+    limit = getattr(model.config, "max_position_embeddings", seq_len)
+    if seq_len > limit:
+        raise DuotoneError(f"--seq-len: found {seq_len}, expected at most the model's max_position_embeddings, {limit}")
+    return windows
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,6 @@ from duotone.checkpoint.staging import output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json, write_text
 from duotone.device import processor_name
 from duotone.outcome import sidecar_of
-from duotone.phases import peak_resident_bytes
 from duotone.plan import BlockPlan
 from duotone.qweight import QuantizedWeight
 from duotone.run import Run
@@ -118,7 +117,7 @@ class Output:
             "weight_bytes": report.weight_bytes,
             "seconds": self._run.phases.seconds,
             "phase_bytes": self._run.phases.peaks,
-            "peak_bytes": peak_resident_bytes(),
+            "peak_bytes": self._run.phases.peak_bytes(),
             "resumed_at": report.resumed_at,
             "machine": {"processor": processor_name()} | settings["the machine's"],
             "versions": settings["the version of"],

@@ -43,6 +43,10 @@ class Phases:
         for phase, more in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + more
 
+    def peak_bytes(self) -> int:
+        """Most memory this process was seen to hold: Linux counts roughly, and its mark may step back a little."""
+        return max(peak_resident_bytes(), *self.peaks.values(), 0)
+
     def _look(self, phase: str) -> None:
         marks = _resident_marks()
         if marks:

@@ -33,7 +33,7 @@ from duotone.models.skeleton import build_skeleton, expected_tensors, fill, is_p
 from duotone.models.tokenizer import check_tokens, load_tokenizer
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of
 from duotone.output import made_output
-from duotone.phases import Phases, peak_resident_bytes, return_memory
+from duotone.phases import Phases, return_memory
 from duotone.plan import BlockPlan, Plan, make_plan
 from duotone.qweight import QuantizedWeight, dequantize
 from duotone.ranks import ALONE, Ranks
@@ -107,7 +107,7 @@ def quantize(
         tell(steps, steps, "writing")
         output.finish()
     report.seconds = dict(phases.seconds)
-    report.peak_bytes, report.phase_bytes = peak_resident_bytes(), dict(phases.peaks)
+    report.peak_bytes, report.phase_bytes = phases.peak_bytes(), dict(phases.peaks)
     return report
 
 
