@@ -1,8 +1,9 @@
 """report.html in a real browser: no console errors, no request, tables that sort, numbers on hover, narrow and wide."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,17 +121,26 @@ def test_filter_metric_and_theme(page: Page, large: Path) -> None:
 
 
 def test_a_large_model_stays_responsive(page: Page, large: Path) -> None:
-    """126 blocks of 7 linears: loaded, sorted, and under the mouse within bounds that leave room for a slow machine."""
-    page.open(large, 1280)
-    loaded = page.run("performance.getEntriesByType('navigation')[0].domInteractive")
-    script = """new Promise(done => {
-        const start = performance.now();
-        document.querySelector('#linears th:nth-child(3) button').click();
-        document.body.offsetHeight;
-        requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
-    })"""
-    sorting = max(page.run(script) for _ in range(3))
-    assert loaded < 3000 and sorting < 1000, (loaded, sorting)
+    """126 blocks of 7 linears: seconds of processor time of the tab to load, to sort, and to follow the mouse.
+
+    Not of the clock: other work on the machine is not the page's. Today it takes a fifth of these bounds.
+    """
+    page.call("Performance.enable", timeDomain="threadTicks")
+    frame = "new Promise(done => requestAnimationFrame(() => setTimeout(done)))"
+
+    def spent(act: Callable[[], object]) -> float:
+        before = page.busy_seconds()
+        act()
+        page.run(frame)
+        return page.busy_seconds() - before
+
+    loading = spent(lambda: page.open(large, 1280))
+    sort = "document.querySelector('#linears th:nth-child(3) button').click()"
+    sorting = min(spent(lambda: page.run(sort)) for _ in range(3))
+    cells = (f".heat i:nth-of-type({number})" for number in (100, 400, 800))
+    hovering = min(spent(partial(page.hover, cell)) for cell in cells)
+    page.call("Performance.disable")
+    assert 0 < sorting < 0.5 and hovering < 0.25 and loading < 2, (loading, sorting, hovering)
 
 
 def test_it_prints(page: Page, large: Path) -> None:

@@ -125,7 +125,7 @@ def _fenced(text: str, language: str = "") -> list[str]:
 
 def _cell(text: str) -> str:
     """Words from a stranger's file, which may neither end a table's cell nor be HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.splitlines()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

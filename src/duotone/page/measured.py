@@ -23,6 +23,8 @@ from duotone.runtime.load import load
 _PROMPTS, _PROMPT_TOKENS = 4, 24
 #: What stands for bytes that are not a whole character yet.
 _UNFINISHED = "\ufffd"
+#: What stands for the token that ends a text, which has no letters.
+_END = "⏹"
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,15 @@ def _greedy(
 
 
 def _parted(tokenizer: PreTrainedTokenizerBase, tokens: list[int], shared: int, same: str) -> tuple[str, str]:
-    """Of a continuation, the text of the first token that is its own, and the text after that."""
-    own = str(tokenizer.decode(tokens[: shared + 1], skip_special_tokens=True)).rstrip(_UNFINISHED)[len(same) :]
+    """Of a continuation, the text of the first token that is its own, and the text after that.
+
+    With the tokens after it where it is no whole character alone; an end of the text is shown as such.
+    """
     whole = str(tokenizer.decode(tokens, skip_special_tokens=True))[len(same) :]
-    return (own, whole[len(own) :]) if len(tokens) > shared else ("", "")
+    if len(tokens) <= shared:
+        return "", ""
+    for end in range(shared + 1, len(tokens)):
+        own = str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).rstrip(_UNFINISHED)[len(same) :]
+        if own:
+            return own, whole[len(own) :]
+    return whole or _END, ""
