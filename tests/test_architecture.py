@@ -32,7 +32,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("evaluation", "questions", "modules"),
     ("tasks",),
-    ("bench", "report"),
+    ("bench", "report", "comparing"),
     ("page",),
     ("speed",),
     ("speed_model",),

@@ -1,5 +1,6 @@
-"""The command that tells of a finished checkpoint: report."""
+"""The commands that tell of finished checkpoints: report, compare."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,40 @@ def report(  # noqa: PLR0913 - every option of the command
         facts = gather(model, asked, tell)
     write_report(facts, path, kind)
     print_result({"out": str(path), "facts": facts.to_json()} if as_json else {"out": str(path)}, _told, as_json)
+
+
+@report_app.command(
+    epilog="Example: duotone compare Llama-W4AFP8 TheBloke/Llama-GPTQ --original meta-llama/Llama-3.2-1B --text held_out.txt"
+)
+def compare(  # noqa: PLR0913 - every option of the command
+    models: Annotated[list[str], typer.Argument(help="Two or more model folders or hub ids, ours or another tool's.")],
+    original: Annotated[str, typer.Option(help="What all of them were made of.")],
+    text: Annotated[list[str], typer.Option(help="Text the models have not seen: FILE or FILE.jsonl#field; repeatable.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,
+    piqa: Annotated[str | None, typer.Option(help="A folder with PIQA's valid.jsonl and valid-labels.lst.")] = None,
+    stories: Annotated[str | None, typer.Option(help="A TinyStories text: which ending is the story's own.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write bits against KL to this .svg file.")] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time a prompt and its continuation too.")] = True,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure checkpoints against one original: KL, perplexity, agreement, tasks, bytes, speed. A star: none beats it."""
+    from duotone.comparing import Asked
+    from duotone.comparing import compare as run
+    from duotone.page.pareto import pareto_svg
+    from duotone.page.write import check_place, write_whole_file
+    from duotone.report import comparison_table
+
+    if plot is not None:
+        check_place(plot, "--plot")
+    asked = Asked(original, tuple(text), seq_len, samples, piqa, stories, speed, device)
+    with progress_bar("comparing", quiet or as_json) as tell:
+        found = run(models, asked, tell)
+    if plot is not None:
+        write_whole_file(plot, pareto_svg(found))
+    print_result([dataclasses.asdict(one) for one in found], comparison_table, as_json)
 
 
 def _told(result: dict[str, Any]) -> str:

@@ -201,6 +201,31 @@ def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:
     return table
 
 
+def comparison_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Checkpoints against one original, those that none beats in both bits and KL with a star."""
+    tasks = list(rows[0]["tasks"])
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for column in ("", "checkpoint", "layout", "size", "bits", "KL", "perplexity", "top-1", *tasks, "reads", "writes"):
+        table.add_column(column, justify="left" if column in {"", "checkpoint", "layout"} else "right")
+    for row in rows:
+        figures = row["figures"]
+        spread = "" if figures["kl_stderr"] is None else f" ± {figures['kl_stderr']:.5f}"
+        table.add_row(
+            "*" if row["on_front"] else "",
+            row["name"],
+            row["layout"] + (" (imported)" if row["imported"] else ""),
+            megabytes(row["nbytes"]),
+            f"{row['bits']:.3f}",
+            f"{figures['kl']:.5f}{spread}",
+            f"{figures['perplexity']:.4f}",
+            f"{100 * figures['top1_agreement']:.2f} %",
+            *(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in row["tasks"].values()),
+            *("" if row[name] is None else f"{row[name]:.0f} tokens/s" for name in ("reads", "writes")),
+        )
+    reference = rows[0]["figures"]["reference_perplexity"]
+    return Group(table, "", Text(f"perplexity of the original {reference:.4f}; bits of all tensors a weight", style="dim"))
+
+
 def speed_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Milliseconds of each candidate, its share of what memory gives and of the arithmetic peak, and ours as a multiple."""
     table = Table("shape", "tokens", "kernel", "ms", "GB/s", "of memory's", "GFLOP/s", "of the peak", "ours is", box=None)

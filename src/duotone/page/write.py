@@ -1,6 +1,8 @@
 """A report in a file: html, md, png or json, there as a whole or not at all."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from duotone.checkpoint.writer import reporting_full_disk
@@ -24,22 +26,32 @@ def report_path(model: str, out: Path | None, kind: str) -> Path:
     if kind == "png":
         check_png()
     path = out or (Path(model) if Path(model).is_dir() else Path()) / f"report.{kind}"
-    if path.is_dir():
-        raise DuotoneError(f"--out: {path} is a folder, expected a file to write")
-    if not path.parent.is_dir():
-        raise DuotoneError(f"--out: found no folder {path.parent}, expected one to write {path.name} to")
+    check_place(path, "--out")
     return path
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise DuotoneError where a file cannot be written to: in a folder's place, or into one that is not there."""
+    if path.is_dir():
+        raise DuotoneError(f"{option}: {path} is a folder, expected a file to write")
+    if not path.parent.is_dir():
+        raise DuotoneError(f"{option}: found no folder {path.parent}, expected one to write {path.name} to")
 
 
 def write_report(facts: Facts, path: Path, kind: str) -> None:
     """Write a report in the place of one before. Raises DuotoneError for a full disk."""
+    write_whole_file(path, partial(write_png, facts) if kind == "png" else _text(facts, kind))
+
+
+def write_whole_file(path: Path, content: str | Callable[[Path], None]) -> None:
+    """A text, or what a function writes to the path it is given: there as a whole, or what was there before."""
     new = path.with_name(f"{path.name}.new")
     try:
         with reporting_full_disk(path.parent):
-            if kind == "png":
-                write_png(facts, new)
+            if isinstance(content, str):
+                new.write_text(content, encoding="utf-8")
             else:
-                new.write_text(_text(facts, kind), encoding="utf-8")
+                content(new)
             new.replace(path)
     finally:
         new.unlink(missing_ok=True)
