@@ -48,5 +48,6 @@ def pareto_svg(found: Sequence[Contender]) -> str:
         parts += [f"<g><title>{escape(words)}</title>"]
         parts += [f'<line class="bar" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>']
         parts += [f'<circle class="{"best" if one.on_front else "dot"}" cx="{at:.1f}" cy="{y(kl):.1f}" r="6"/>']
-        parts += [f'<text x="{at + side[1]:.1f}" y="{y(kl) + (19 if i % 2 else -9):.1f}" text-anchor="{side[0]}">{escape(one.name)}</text></g>']
+        place = f'x="{at + side[1]:.1f}" y="{y(kl) + (19 if i % 2 else -9):.1f}" text-anchor="{side[0]}"'
+        parts += [f"<text {place}>{escape(one.name)}</text></g>"]
     return "\n".join([*parts, "</svg>", ""])
