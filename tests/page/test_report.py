@@ -238,6 +238,34 @@ def test_refusals(checkpoint: Path, arguments: tuple[str, ...], expected: str) -
     assert sorted(checkpoint.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("file", "place", "value", "expected"),
+    [
+        ("duotone.json", ("calibration", "tokens"), "many", "found 'many' as calibration.tokens, expected a value of type int"),
+        ("duotone.json", ("settings",), [1], "as settings.method, expected a value of type str/int"),
+        ("duotone.json", ("layers", "model.layers.0.mlp.up_proj", "output_error"), "x", "found 'x' as output_error of model"),
+        ("duotone-run.json", ("seconds", "solve"), -1, "found -1 as solve of seconds, expected a finite number"),
+        ("duotone-run.json", ("peak_bytes",), None, "found None as peak_bytes, expected a value of type int"),
+        ("duotone-run.json", ("versions",), [], "found [] as versions, expected a value of type dict"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_damaged_records_are_refused(
+    checkpoint: Path, tmp_path: Path, file: str, place: tuple[str, ...], value: object, expected: str
+) -> None:
+    """One sentence that names the file and what was found in it."""
+    good = (checkpoint / file).read_text()
+    record = json.loads(good)
+    within = record
+    for step in place[:-1]:
+        within = within[step]
+    within[place[-1]] = value
+    (checkpoint / file).write_text(json.dumps(record))
+    outcome = invoke("report", checkpoint, "--out", tmp_path / "r.html")
+    (checkpoint / file).write_text(good)
+    assert outcome.code == 2 and file in outcome.err and expected in outcome.err and not list(tmp_path.iterdir())
+
+
 def test_a_model_that_is_not_quantized_is_refused(original: Path) -> None:
     """There is nothing to report on."""
     outcome = invoke("report", original)

@@ -11,7 +11,7 @@ from duotone.card import base_name
 from duotone.checking import check
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.reader import WeightReader
-from duotone.checkpoint.sidecar import EVALUATION_RECORD, RUN_RECORD, read_record, read_sidecar
+from duotone.checkpoint.sidecar import EVALUATION_RECORD, RUN_RECORD, SIDECAR, read_record, read_sidecar
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
 from duotone.inspection import Inspection, inspect_source
@@ -136,6 +136,7 @@ def gather(model: str, asked: Comparison, progress: Progress) -> Facts:
         raise DuotoneError(f"{source.path}: is not quantized, expected a checkpoint of duotone quantize to report on")
     inspection = inspect_source(source)
     sidecar, run = read_sidecar(source.path), read_record(source.path, RUN_RECORD)
+    _check_records(source.path, sidecar, run)
     measured = measure(model, asked, progress) if asked.is_asked else _recorded(source.path)
     census = take_census(source, progress)
     places, refusal = _places(model)
@@ -165,16 +166,56 @@ def gather(model: str, asked: Comparison, progress: Progress) -> Facts:
     )
 
 
+#: What duotone.json says of a linear.
+_FIGURES = ("weight_error", "output_error", "tokens", "damping_frac", "dead_columns", "condition_number")
+#: What the page relies on in the records, which may be a stranger's: a path in each, and the kinds that its value may be.
+_EXPECTED: tuple[tuple[str, str, str, type | tuple[type, ...]], ...] = (
+    *((SIDECAR, "settings", name, (str, int)) for name in ("method", "effort", "group_size", "seed")),
+    (SIDECAR, "calibration", "text", list),
+    *((SIDECAR, "calibration", name, int) for name in ("tokens", "windows")),
+    *((SIDECAR, "calibration", name, str) for name in ("sha256", "dtype")),
+    *((RUN_RECORD, "", name, dict) for name in ("seconds", "phase_bytes", "machine", "versions", "asked")),
+    (RUN_RECORD, "", "peak_bytes", int),
+)
+
+
+def _check_records(folder: Path, sidecar: dict[str, Any] | None, run: dict[str, Any] | None) -> None:
+    """Raise DuotoneError where a record is there and does not hold what it should."""
+    for file, part, name, kinds in _EXPECTED:
+        record = sidecar if file == SIDECAR else run
+        record = record.get(part) if record is not None and part else record
+        if record is None:
+            continue
+        value = record.get(name) if isinstance(record, dict) else record
+        if not isinstance(value, kinds):
+            place = f"{part}.{name}" if part else name
+            kind = "/".join(one.__name__ for one in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise DuotoneError(f"{folder / file}: found {value!r} as {place}, expected a value of type {kind}")
+    numbers = {"seconds": (run or {}).get("seconds", {}), "phase_bytes": (run or {}).get("phase_bytes", {})}
+    entries = (sidecar or {}).get("layers", {})
+    for file, place, values in (
+        *((RUN_RECORD, place, values) for place, values in numbers.items()),
+        *((SIDECAR, layer, _told(entry)) for layer, entry in entries.items()),
+    ):
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise DuotoneError(f"{folder / file}: found {value!r} as {name} of {place}, expected a finite number from 0")
+
+
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    """Of what duotone.json says of a linear, the figures that the page shows."""
+    return {name: value for name, value in entry.items() if name in _FIGURES and value is not None}
+
+
 def _linears(inspection: Inspection, sidecar: dict[str, Any], census: Census) -> Iterator[LinearFacts]:
-    known = {name for name in LinearFacts.__dataclass_fields__ if name not in {"layer", "block", "path", "rows", "columns"}}
     entries = sidecar.get("layers", {})
     place = {layer: i for i, layer in enumerate(entries)}  # the order in which they run; files are sorted by name
     for layer in sorted(inspection.layers, key=lambda layer: place.get(layer.layer, len(place))):
         if layer.is_quantized:
             found = _IN_BLOCK.fullmatch(layer.layer)
             block, path = (int(found["block"]), found["path"]) if found else (None, layer.layer)
-            entry = {k: v for k, v in entries.get(layer.layer, {}).items() if k in known}
-            facts = entry | {"nbytes": layer.nbytes, "code_bits": census.code_bits[layer.layer]}
+            facts = _told(entries.get(layer.layer, {}))
+            facts |= {"nbytes": layer.nbytes, "code_bits": census.code_bits[layer.layer]}
             yield LinearFacts(layer.layer, block, path, layer.shape[0], layer.shape[1], **facts)
 
 
