@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duotone.calibrate.stream import BlockStream
-from duotone.card import CARD, model_card
+from duotone.card import CARD, license_in, model_card
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions
 from duotone.checkpoint.journal import Journal
@@ -97,7 +97,8 @@ class Output:
             write_json(self.folder / "config.json", config)
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
             write_json(self.folder / SIDECAR, sidecar)
-            write_text(self.folder / CARD, model_card(run.report.model, sidecar, run.plan.generates))
+            base, license_of_base = run.report.model, license_in(run.plan.source.path)
+            write_text(self.folder / CARD, model_card(base, sidecar, run.plan.generates, license_of_base))
             facts = facts_of(run.report, run.sidecar_layers, run.phases)
             self._journal.save(len(run.plan.blocks), self._writer.written, facts)
             if run.curvatures is not None:
