@@ -225,6 +225,15 @@ def test_no_whole_checkpoint(hub: Hub, checkpoint: Path, damage: Callable[[Path]
     assert not hub.repositories and not hub.files
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [("mixtral", {"num_local_experts": 2}), ("gpt2", {"n_embd": 128, "n_layer": 2})]
+)
+def test_names_of_the_folders_own(model_type: str, sizes: dict, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """A checkpoint is whole too where its tensors are called or laid otherwise than the model's."""
+    duotone.quantize(tiny_model(model_type, **sizes), tmp_path / "out", method="rtn", group_size=32, device="cpu")
+    verify(tmp_path / "out")
+
+
 def test_another_model_is_none_of_ours(tiny_model: ModelMaker, hub: Hub) -> None:
     """An ordinary folder, though whole, is not uploaded."""
     with pytest.raises(DuotoneError, match="expected a checkpoint that duotone made"):

@@ -102,9 +102,8 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
         raise DuotoneError(f"{folder}: found no {SIDECAR} and quantization_config, expected a checkpoint that duotone made")
     model = build_skeleton(stored.config, config_dtype(stored.config))
     source, linears = named_source(stored, model), find_linears(model)
-    layers, told = packed_layers(source), set(sidecar.get("layers", {}))
-    if told != set(layers):
-        odd = sorted(told ^ set(layers))
+    layers, odd = packed_layers(source), sorted(set(sidecar.get("layers", {})).symmetric_difference(packed_layers(stored)))
+    if odd:
         raise DuotoneError(f"{folder}: {SIDECAR} and the shards do not name the same quantized linears, first {odd[0]}")
     for layer in layers:
         if layer not in linears:

@@ -67,8 +67,8 @@ class DuotoneQuantizer(HfQuantizer):
         for layer in packed_layers(self._source):
             if layer not in linears:
                 raise DuotoneError(
-                    f"{self._source.path}: holds a packed weight {layer!r}, found no such linear in {type(model).__name__}; "
-                    f"it is a {' or '.join(self._source.config.get('architectures') or ['model'])}, and duotone.load loads it"
+                    f"{self._source.path}: holds a packed weight {layer!r}, found no such linear in {type(model).__name__} as "
+                    "transformers builds it; duotone.load loads this checkpoint"
                 )
             linears[layer].register_parameter("weight", None)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _OURS}
