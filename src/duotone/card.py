@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
 
 from duotone.checkpoint.writer import write_text
 from duotone.errors import DuotoneError
@@ -73,10 +73,9 @@ def model_card(
 
 def license_in(folder: Path) -> dict[str, str]:
     """What a model's own card says of its license; nothing where there is no card, or none that can be read."""
-    path = folder / CARD
     try:
-        found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):  # a stranger's file
+        found = metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # a stranger's file
         return {}
     names = ("license", "license_name", "license_link")
     return {name: found[name] for name in names if isinstance(found.get(name), str)}

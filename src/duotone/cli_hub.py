@@ -12,7 +12,7 @@ hub_app = typer.Typer()
 
 @hub_app.command(epilog="Example: duotone push Llama-3.2-1B-W4AFP8 me/Llama-3.2-1B-W4AFP8 --private")
 def push(
-    checkpoint: Annotated[str, typer.Argument(help="The folder that quantize or import has written.")],
+    checkpoint: Annotated[str, typer.Argument(help="A folder that quantize has written.")],
     repo: Annotated[str, typer.Argument(help="owner/name on the hub; made where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Only into a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch; made where there is none.")] = None,

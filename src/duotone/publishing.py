@@ -4,10 +4,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, metadata_load
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -150,8 +149,8 @@ def _card_notes(folder: Path) -> list[str]:
     if not path.is_file():
         raise DuotoneError(f"{path}: found no model card, expected the one that quantize writes")
     try:
-        data: dict[str, Any] = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False).data.to_dict()
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+        data = metadata_load(path) or {}
+    except (ValueError, yaml.YAMLError) as error:
         raise DuotoneError(f"{path}: its front matter is not what the hub reads ({' '.join(str(error).split())})") from None
     lacking = [name for name in ("base_model", "license") if not data.get(name)]
     return [f"{CARD} names no {name}: the hub {_WHAT_FOR[name]}" for name in lacking]

@@ -11,8 +11,9 @@ from duotone.checkpoint.writer import reporting_full_disk
 from duotone.errors import DuotoneError
 
 #: What of a model folder is read or travels along. Never code, never a pickle.
-_CARD = "README.md"  # read for its license, and never copied: a checkpoint has its own
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+#: Read for its license, and never copied: a checkpoint has a card of its own.
+_CARD = "README.md"
 #: Second copies of the weights in other layouts.
 _NOT_FETCHED = ["consolidated*", "original/*"]
 #: Rewritten, or describing the weights that were replaced.
