@@ -26,7 +26,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("checking", "explanation", "converting"),
     ("outcome", "estimate"),
     ("floors", "card"),
-    ("unfinished",),
+    ("unfinished", "publishing"),
     ("run",),
     ("solving", "output"),
     ("pipeline",),
@@ -37,7 +37,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("speed",),
     ("speed_model",),
     ("cli_options",),
-    ("cli_bench", "cli_layouts", "cli_report"),
+    ("cli_bench", "cli_hub", "cli_layouts", "cli_report"),
     ("cli", "__init__"),
     ("__main__",),
 )

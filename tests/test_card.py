@@ -1,5 +1,6 @@
 """The model card of a checkpoint, as the hub's own library reads it."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,11 +41,33 @@ def test_a_hub_model_is_named_as_the_base(tmp_path: Path) -> None:
         "notes": [], "producer": "duotone 0",
     }  # fmt: skip
     card = ModelCard(model_card("meta-llama/Llama-3.2-1B", sidecar, True))
+    assert card.data.base_model_relation == "quantized" and card.data.license is None
     assert card.data.base_model == "meta-llama/Llama-3.2-1B" and "# Llama-3.2-1B, W4A8" in card.text
     wicked = tmp_path / "a\n---\nlicense: mit | x"
     wicked.mkdir()
     card = ModelCard(model_card(str(wicked), sidecar, False))
     assert card.data.license is None and card.data.pipeline_tag is None and "mit \\| x" in card.text
+
+
+def test_the_license_is_the_base_models(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """As its own card says it, name and link of another one too; of a card that cannot be read nothing."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "base")
+    for card, meant in {
+        "---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE.txt\ntags:\n- x\n---\n# A": (
+            "other",
+            "llama3.2",
+            "LICENSE.txt",
+        ),
+        "---\nlicense:\n- mit\n- apache-2.0\n---\n": (None, None, None),
+        "---\nlicense: [a\n---\n": (None, None, None),
+        "no front matter": (None, None, None),
+    }.items():
+        (folder / "README.md").write_text(card)
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        duotone.quantize(folder, out, method="rtn", group_size=32, device="cpu")
+        data = ModelCard.load(out / "README.md").data
+        assert (data.license, data.get("license_name"), data.get("license_link")) == meant
+        assert "x" not in data.tags and data.library_name == "transformers"
 
 
 def test_figures_take_the_place_of_those_before(tiny_model: ModelMaker, tmp_path: Path) -> None:

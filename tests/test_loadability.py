@@ -84,15 +84,18 @@ def test_fused_linears_are_measured_together() -> None:
     assert not judge(apart, "vllm", "h100").loads
 
 
-#: outcome by runtime, layout and device: FORMATS.md sections 1.7, 2, 3, 4.
+#: outcome by runtime, layout and device. vLLM's for a CPU have been run: bench/records/vllm_generate.jsonl.
 TABLE = {
     ("vllm", "compressed-tensors"): {"h100": "w4a8", "h200": "w4a8"},
     ("vllm", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
-    ("vllm", "gptq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
+    ("vllm", "gptq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("vllm", "awq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("sglang", "compressed-tensors"): {},
     ("sglang", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("tensorrt-llm", "compressed-tensors"): {},
+    ("tensorrt-llm", "w4a16"): {},
+    ("tensorrt-llm", "gptq"): {},
+    ("tensorrt-llm", "dense-bf16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "bf16"),
     ("tensorrt-llm", "modelopt"): dict.fromkeys(("h100", "h200", "b200", "l40s"), "w4a8"),
     ("sglang", "sglang-w4afp8"): dict.fromkeys(("h100", "h200", "b200"), "w8a8"),
     ("gaudi-inc", "gaudi-inc"): dict.fromkeys(("gaudi2", "gaudi3"), "w4a8"),
@@ -141,6 +144,64 @@ def test_gaudi_wants_whole_words_and_groups() -> None:
     assert "a is 40 x 128, expected: out_features of a rank is a multiple of 32" in reason and "HPUWeightOnlyLinear" in reason
     short = replace(llama("gaudi-inc"), fused=((Linear("a", 64, 192, "rows"),),))
     assert "group_size divides in_features" in judge(short, "gaudi-inc", "gaudi2").reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "gpu", "words"),
+    [
+        ({"group_size": 64}, "h100", ["group_size is 64", "fpA_intB_launcher_sm90.inl"]),
+        ({"group_size": 32}, "l40s", ["group_size is 32", "--group-size 128"]),
+        ({"symmetric": False}, "b200", ["zero points", "finegrained_mixed_dtype_gemm"]),
+        ({"dtype": "float32"}, "h100", ["dtype float32", "W4A8_AWQ_LinearMethod"]),
+        ({}, "a100", ["the device is a100", "MAX_SUPPORTED_SM_VERSION_W4A8"]),
+    ],
+)
+def test_tensorrt_llm(change: dict, gpu: str, words: list[str]) -> None:
+    """Ada's kernel takes groups of 64 too, Hopper's and Blackwell's whole tiles of 128; each sentence names its source."""
+    assert judge(replace(llama("modelopt"), group_size=64), "tensorrt-llm", "l40s").loads
+    found = judge(replace(llama("modelopt"), **change), "tensorrt-llm", gpu)
+    assert not found.loads and all(word in " ".join([*found.reasons, *found.advice]) for word in words), found
+
+
+PEERS = ROOT / "tests" / "fixtures" / "peers"
+
+
+@pytest.mark.parametrize(
+    ("made_by", "runtime", "gpu", "outcome"),
+    [
+        ("modelopt", "tensorrt-llm", "h100", "w4a8"),
+        ("modelopt", "vllm", "h100", "refused"),
+        ("gptqmodel", "tensorrt-llm", "h100", "refused"),
+        ("llmcompressor-packed", "tensorrt-llm", "h100", "refused"),
+        ("llmcompressor-packed", "vllm", "h100", "w4a8"),
+        ("llmcompressor-bytes", "vllm", "h100", "refused"),
+    ],
+)
+def test_what_other_tools_wrote(made_by: str, runtime: str, gpu: str, outcome: str) -> None:
+    """Checkpoints that the real tools have made."""
+    (found,) = check(PEERS / made_by, [runtime], [gpu])
+    assert found.outcome == outcome, found.reasons
+    if made_by == "modelopt":  # which TensorRT-LLM reads of each linear that it does not fuse
+        assert {"model.layers.0.self_attn.o_proj.pre_quant_scale", "model.layers.0.mlp.down_proj.pre_quant_scale"} <= set(
+            open_source(PEERS / made_by).tensors
+        )
+
+
+def test_vllm_on_a_cpu_does_what_the_rules_say() -> None:
+    """The records of bench/peers/vllm_generate.py: every layout that was run, and how near vLLM came to its weights.
+
+    Nearer than three times what BF16 arithmetic alone makes of dense weights.
+    """
+    lines = (ROOT / "bench" / "records" / "vllm_generate.jsonl").read_text().splitlines()
+    rows = {row["layout"]: row for row in map(json.loads, lines)}
+    assert set(rows) == {"compressed-tensors", "w4a16", "gptq", "dense-bf16"}
+    for layout, row in rows.items():
+        assert row["check"] == judge(llama(layout), "vllm", "cpu").outcome and (row["check"] == "refused") == bool(
+            row["refused"]
+        )
+    for layout in ("w4a16", "gptq"):
+        assert rows[layout]["mean_difference"] < 3 * rows["dense-bf16"]["mean_difference"]
+        assert rows[layout]["likeliest"] >= 0.95 * rows[layout]["tokens"] > 0
 
 
 def test_every_rule_has_a_source() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from scale import scale_lines
 
+from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
 PAGES = ("README.md", "docs/accuracy.md", "docs/add-a-model.md", "docs/scale.md", "docs/serving.md", "docs/speed.md")
@@ -650,6 +652,68 @@ def vision_table() -> str:
     return markdown(head, lines)
 
 
+def vllm_generate_table() -> str:
+    """What vLLM's CPU build writes from each layout, the newest row of each."""
+    newest = {(row["model"], row["layout"]): row for row in records("vllm_generate")}
+    head = ("checkpoint", "layout", "vLLM", "`duotone check`", "tokens", "the reference's likeliest", "log-probability apart")
+    found = []
+    for row in newest.values():
+        told = f"{row['mean_difference']:.4f} mean, {row['largest_difference']:.3f} most" if not row["refused"] else "-"
+        written = (str(row["tokens"]), str(row["likeliest"])) if not row["refused"] else ("refused", "-")
+        found.append((row["model"], row["layout"], row["vllm"], row["check"], *written, told))
+    return markdown(head, found)
+
+
+#: How a page calls what it shows of a runtime, and the device groups it puts side by side.
+RUNTIME_TITLES = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "tensorrt-llm": "TensorRT-LLM",
+    "transformers": "transformers",
+    "gaudi-inc": "Gaudi:",
+    "llama.cpp": "llama.cpp:",
+    "duotone": "Duotone",
+}
+_EXPORT = re.compile(r"duotone export --format (\S+) loads there: (.+)")
+_FIRST_WORDS = re.compile("[,:]")
+
+
+def loads_table() -> str:
+    """What becomes of a Llama-3-8B-shaped checkpoint everywhere, out of the rules that `duotone check` applies.
+
+    Devices on which every runtime does the same share a column.
+    """
+    cells = {gpu: tuple(_loads(runtime, gpu) for runtime in RUNTIMES) for gpu in GPUS}
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for gpu, column in cells.items():
+        columns.setdefault(column, []).append(gpu)
+    head = ("", *(", ".join(gpu.upper() for gpu in gpus) for gpus in columns.values()))
+    versions = [kind.version.removeprefix("of ").partition(" with ")[0] for kind in RUNTIMES.values()]
+    titles = [f"{RUNTIME_TITLES[name]} {version}" for name, version in zip(RUNTIMES, versions, strict=True)]
+    titles = [title.removesuffix(f" {RUNTIMES['duotone'].version}") for title in titles]
+    return markdown(head, [(title, *(column[i] for column in columns)) for i, title in enumerate(titles)])
+
+
+def _loads(runtime: str, gpu: str) -> str:
+    """As it is, or after which export."""
+    found = judge(_llama(), runtime, gpu)
+    if found.runs is not None:
+        return f"{found.outcome.upper()}: {_FIRST_WORDS.split(found.runs)[0]}"
+    for advice in found.advice:
+        if match := _EXPORT.match(advice):
+            return f"{_FIRST_WORDS.split(match.group(2))[0]}, after `export --format {match.group(1)}`"
+    return "-"
+
+
+def _llama() -> Subject:
+    """One block in the layout that `quantize` writes, of widths that every kernel takes."""
+    shapes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096)}
+    qkv = tuple(Linear(f"{name}_proj", *shape, "rows", shape[0] // 128) for name, shape in shapes.items())
+    mlp = tuple(Linear(f"{name}_proj", 14336, 4096, "rows") for name in ("gate", "up"))
+    out, down = Linear("o_proj", 4096, 4096, "columns"), Linear("down_proj", 4096, 14336, "columns")
+    return Subject("compressed-tensors", 128, True, "bfloat16", (qkv, (out,), mlp, (down,)), heads=(32, 8))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures_table,
     "vision": vision_table,
@@ -670,6 +734,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "out-of-domain": out_of_domain_table,
     "vllm-load": vllm_load_table,
     "readers": readers_table,
+    "vllm-generate": vllm_generate_table,
+    "loads": loads_table,
     "random-models": random_models_table,
     "ablation": ablation_table,
     "linear": linear_table,

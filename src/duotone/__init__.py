@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from duotone.modules import load_module, quantize_module
     from duotone.outcome import QuantizeReport
     from duotone.pipeline import Progress
+    from duotone.runtime.in_transformers import use_in_transformers
     from duotone.runtime.load import load
 
-__all__ = ["DuotoneError", "evaluate", "load", "load_module", "quantize", "quantize_module"]
+__all__ = ["DuotoneError", "evaluate", "load", "load_module", "quantize", "quantize_module", "use_in_transformers"]
 
 _LAZY = {
     "DuotoneError": "duotone.errors",
@@ -29,6 +30,7 @@ _LAZY = {
     "load": "duotone.runtime.load",
     "load_module": "duotone.modules",
     "quantize_module": "duotone.modules",
+    "use_in_transformers": "duotone.runtime.in_transformers",
 }
 
 

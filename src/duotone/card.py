@@ -5,6 +5,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCardData, metadata_load
+
 from duotone.checkpoint.sidecar import EVALUATION_RECORD, FORMAT_VERSION
 from duotone.checkpoint.writer import write_json, write_text
 from duotone.errors import DuotoneError
@@ -14,14 +17,21 @@ _BEGIN, _END = "<!-- duotone: evaluation -->", "<!-- end -->"
 _NOT_MEASURED = "Not measured yet: `duotone eval CHECKPOINT --reference BASE --text held_out.txt --card` fills this in."
 
 
-def model_card(base_model: str, sidecar: Mapping[str, Any], can_generate: bool) -> str:
-    """The card of a checkpoint that `quantize` made. base_model: as it was asked for. sidecar: what duotone.json will hold."""
+def model_card(
+    base_model: str, sidecar: Mapping[str, Any], can_generate: bool, license_of_base: Mapping[str, str] | None = None
+) -> str:
+    """The card of a checkpoint that `quantize` made, its front matter as the hub specifies it.
+
+    base_model: as it was asked for. sidecar: what duotone.json will hold. license_of_base: what `license_in` found.
+    """
     settings, layers = sidecar["settings"], sidecar["layers"]
     name, is_hub_id = base_name(base_model)
-    front = ["---", "library_name: transformers"]
-    front += [f"base_model: {name}", "base_model_relation: quantized"] if is_hub_id else []
-    front += ["pipeline_tag: text-generation"] if can_generate else []
-    front += ["tags:", "- duotone", "- w4a8", "- fp8", "- int4", "- compressed-tensors", "---", ""]
+    facts: dict[str, Any] = dict(license_of_base or {})
+    facts |= {"base_model": name, "base_model_relation": "quantized"} if is_hub_id else {}
+    facts |= {"pipeline_tag": "text-generation"} if can_generate else {}
+    tags = ["duotone", "w4a8", "fp8", "int4", "compressed-tensors"]
+    data = ModelCardData(library_name="transformers", tags=tags, **facts)
+    front = ["---", data.to_yaml().strip(), "---", ""]
     errors = [entry["output_error"] for entry in layers.values() if entry.get("output_error") is not None]
     rows = [
         ("base model", name),
@@ -60,6 +70,16 @@ def model_card(base_model: str, sidecar: Mapping[str, Any], can_generate: bool) 
         *_use(settings["target"], can_generate and not any("will not load in vLLM" in note for note in sidecar["notes"])),
     ]
     return "\n".join(parts) + "\n"
+
+
+def license_in(folder: Path) -> dict[str, str]:
+    """What a model's own card says of its license; nothing where there is no card, or none that can be read."""
+    try:
+        found = metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # a stranger's file
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: found[name] for name in names if isinstance(found.get(name), str)}
 
 
 def put_evaluation(folder: Path, text: Sequence[str], figures: Mapping[str, Any]) -> None:
@@ -110,11 +130,22 @@ def _arithmetic(target: str) -> str:
 
 
 def _use(target: str, served: bool) -> list[str]:
-    python = ["```python", "import duotone", "", 'model = duotone.load("THIS_FOLDER")', "```", ""]
+    python = [
+        "```python",
+        "import duotone",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = duotone.load("THIS_FOLDER")',
+        "with duotone.use_in_transformers():  # the same model, by transformers' own way",
+        '    model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        "```",
+        "",
+    ]
     if target != "hopper":
         return python
     serve = ["On an H100 or H200, in its own arithmetic:", "", "    vllm serve THIS_FOLDER", ""] if served else []
-    other = ["Where that does not run: `duotone check THIS_FOLDER`, `duotone export THIS_FOLDER OUT --format w4a16`.", ""]
+    other = ["Without Duotone transformers and compressed-tensors load it as BF16, without the weights' rounding to FP8.", ""]
+    other += ["Where that does not run: `duotone check THIS_FOLDER`, `duotone export THIS_FOLDER OUT --format w4a16`.", ""]
     return [*serve, "In Python, on a CPU too:", "", *python, *other]
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from duotone.cli_bench import bench_app
+from duotone.cli_hub import hub_app
 from duotone.cli_layouts import layouts_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
 from duotone.cli_report import report_app
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-app.registered_commands += layouts_app.registered_commands + report_app.registered_commands
+app.registered_commands += layouts_app.registered_commands + report_app.registered_commands + hub_app.registered_commands
 
 
 @app.command(

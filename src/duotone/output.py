@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duotone.calibrate.stream import BlockStream
-from duotone.card import CARD, base_name, model_card
+from duotone.card import CARD, base_name, license_in, model_card
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions
 from duotone.checkpoint.journal import Journal
@@ -98,7 +98,8 @@ class Output:
             write_json(self.folder / "config.json", config)
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
             write_json(self.folder / SIDECAR, sidecar)
-            write_text(self.folder / CARD, model_card(run.report.model, sidecar, run.plan.generates))
+            base, license_of_base = run.report.model, license_in(run.plan.source.path)
+            write_text(self.folder / CARD, model_card(base, sidecar, run.plan.generates, license_of_base))
         write_json(self.folder / RUN_RECORD, self._run_record(self._journal.settings))  # with the time of the writing above
         with run.phases("write"):
             facts = facts_of(run.report, run.sidecar_layers, run.phases)

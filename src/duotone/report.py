@@ -179,6 +179,17 @@ def conversion_summary(report: dict[str, Any]) -> RenderableType:
     return Group(facts, "", table, *_notes(report["notes"]))
 
 
+def push_summary(report: dict[str, Any]) -> RenderableType:
+    """What `duotone push` uploaded, and what it left."""
+    facts = _facts()
+    facts.add_row("repository", Text(f"{report['repo']} ({'private' if report['private'] else 'public'})", style="bold"))
+    facts.add_row("commit", f"{report['commit']} on {report['revision']}")
+    facts.add_row("files", f"{len(report['files'])}, {megabytes(report['total_bytes'])}")
+    if report["left"]:
+        facts.add_row("not uploaded", ", ".join(report["left"]))
+    return Group(facts, *_notes(report["notes"]))
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Accuracy records side by side."""
     table = Table(header_style="bold", box=None, pad_edge=False)

@@ -12,6 +12,8 @@ from duotone.errors import DuotoneError
 
 #: What of a model folder is read or travels along. Never code, never a pickle.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+#: Read for its license, and never copied: a checkpoint has a card of its own.
+_CARD = "README.md"
 #: Second copies of the weights in other layouts.
 _NOT_FETCHED = ["consolidated*", "original/*"]
 #: Rewritten, or describing the weights that were replaced.
@@ -32,7 +34,7 @@ def locate_model(model: str | Path) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise DuotoneError(f"{name}: found no such folder, expected a model folder or a hub id such as owner/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=_NOT_FETCHED))
+        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, _CARD], ignore_patterns=_NOT_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DuotoneError(f"{name}: is no local folder, and the hub does not give it ({reason})") from None

@@ -56,6 +56,24 @@ _MARLIN = (
     groups_stay_whole(f"{_VLLM_KERNELS}/marlin.py MarlinLinearKernel.can_implement"),
     *_VLLM_PARALLEL,
 )
+_TRITON = (
+    vendor(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", "amd"),
+    group_size(f"{_VLLM_KERNELS}/triton_w4a16.py TRITON_W4A16_SUPPORTED_GROUP_SIZES", 32, 64, 128, 256),
+    multiples(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", 8, 1),
+    groups_stay_whole(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement"),
+    *_VLLM_PARALLEL,
+)
+_CPU = (
+    vendor(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", "cpu"),
+    multiples(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", 32, 32),
+    groups_stay_whole(f"{_VLLM_CT}/schemes/compressed_tensors_wNa16.py create_weights"),
+    *_VLLM_PARALLEL,
+)
+# Asked of every device, whatever kernel is chosen then.
+_GPTQ = (
+    symmetric(f"{_VLLM} {_VLLM_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP"),
+    group_size(f"{_VLLM} {_VLLM_LAYERS}/utils/marlin_utils.py verify_marlin_supported", 32, 64, 128),
+)
 _CUTLASS = f"{_VLLM_KERNELS}/cutlass.py CutlassW4A8LinearKernel.can_implement"
 
 VLLM = Runtime(
@@ -77,35 +95,11 @@ VLLM = Runtime(
             splits_scales=True,
         ),
         Route("w4a16", "w4a16", "Machete or Marlin W4A16", _MARLIN),
-        Route(
-            "w4a16",
-            "w4a16",
-            "Triton W4A16",
-            (
-                vendor(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", "amd"),
-                group_size(f"{_VLLM_KERNELS}/triton_w4a16.py TRITON_W4A16_SUPPORTED_GROUP_SIZES", 32, 64, 128, 256),
-                multiples(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", 8, 1),
-                groups_stay_whole(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement"),
-                *_VLLM_PARALLEL,
-            ),
-        ),
-        Route(
-            "w4a16",
-            "w4a16",
-            "CPU W4A16",
-            (
-                vendor(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", "cpu"),
-                multiples(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", 32, 32),
-                groups_stay_whole(f"{_VLLM_CT}/schemes/compressed_tensors_wNa16.py create_weights"),
-                *_VLLM_PARALLEL,
-            ),
-        ),
-        Route(
-            "gptq",
-            "w4a16",
-            "Machete or Marlin W4A16",
-            (symmetric(f"{_VLLM} {_VLLM_LAYERS}/auto_gptq.py AutoGPTQConfig.TYPE_MAP"), *_MARLIN),
-        ),
+        Route("w4a16", "w4a16", "Triton W4A16", _TRITON),
+        Route("w4a16", "w4a16", "CPU W4A16", _CPU),
+        Route("gptq", "w4a16", "Machete or Marlin W4A16", (*_GPTQ, *_MARLIN)),
+        Route("gptq", "w4a16", "Triton W4A16", (*_GPTQ, *_TRITON)),
+        Route("gptq", "w4a16", "CPU W4A16", (*_GPTQ, *_CPU)),
         Route(
             "awq",
             "w4a16",
@@ -180,26 +174,54 @@ SGLANG = Runtime(
     },
 )
 
-_TRT = "TensorRT-LLM 1.2.1 _torch/modules/linear.py W4A8_AWQ"
+# Its wheels are not on the public index, so its repository was read, each file at the newest commit that was to be had.
+_TRT = "TensorRT-LLM main tensorrt_llm"
+_TRT_AWQ = f"{_TRT}/_torch/modules/linear.py @00bbf71e W4A8_AWQ_LinearMethod"
+_TRT_GEMM = f"{_TRT}/_torch/custom_ops/torch_custom_ops.py @000af3a1 finegrained_mixed_dtype_gemm"
+_TRT_MATRIX = "docs/source/features/quantization.md @09d4c79b Hardware Support Matrix"
+_TRT_KERNEL = "TensorRT-LLM main cpp/tensorrt_llm/kernels/cutlass_kernels/fpA_intB_gemm"
+_TRT_WEIGHTS = (
+    symmetric(f"{_TRT_GEMM} (asserts zeros, which the method does not give)"),
+    dtype(f"{_TRT_AWQ}.apply (output_dtype)", "bfloat16", "float16"),
+    groups_stay_whole(f"{_TRT_AWQ}.create_weights"),
+    multiples(f"{_TRT}/quantization/functional.py @2a9abd95 preprocess_weights_for_mixed_gemm", 8, 32),
+)
 TENSORRT_LLM = Runtime(
     "tensorrt-llm",
-    "1.2.1",
+    "main of 2026",
     (
         Route(
             "modelopt",
             "w4a8",
             "W4A8_AWQ, static activations",
             (
-                capability("ModelOpt's support matrix: W4A8 AWQ on Ada and later", least=89),
-                symmetric(_TRT),
-                groups_stay_whole(_TRT),
+                # At most 10.3, which no device of the list exceeds; older versions stopped at 9.0.
+                capability(f"TensorRT-LLM {_TRT_MATRIX}; {_TRT_GEMM} MAX_SUPPORTED_SM_VERSION_W4A8", least=89),
+                group_size(f"{_TRT_KERNEL}/launchers/fpA_intB_launcher_sm90.inl @2a9abd95 (a multiple of the tile's K)", 128),
+                *_TRT_WEIGHTS,
             ),
         ),
-        Route("dense-bf16", "bf16", "BF16", (vendor("TensorRT-LLM 1.2.1", "nvidia"),)),
+        Route(
+            "modelopt",
+            "w4a8",
+            "W4A8_AWQ, static activations",
+            (
+                capability(f"TensorRT-LLM {_TRT_MATRIX}", exactly=89),
+                group_size(f"{_TRT_KERNEL}/fpA_intB_gemm_template.h @03cff08f generic_mixed_gemm_kernelLauncher", 64, 128),
+                *_TRT_WEIGHTS,
+            ),
+        ),
+        Route("dense-bf16", "bf16", "BF16", (vendor(f"{_TRT}/_torch/modules/linear.py @00bbf71e get_quant_method", "nvidia"),)),
     ),
     dict.fromkeys(
-        ("compressed-tensors", "w4a16", "int-quantized", "duotone-gaudi", "gaudi-inc"), "it reads ModelOpt's layouts"
-    ),
+        ("compressed-tensors", "w4a16", "int-quantized"),
+        "of compressed-tensors it reads FP8, NVFP4 and MXFP4 weights (models/quant_config_utils.py @21156a7a)",
+    )
+    | {
+        "duotone-gaudi": "the format of target gaudi is Duotone's own",
+        "gaudi-inc": "it knows no quant_method of Neural Compressor",
+        "gptq": "its reader of config.json knows no quant_method gptq (_torch/model_config.py @008e0af8 load_hf_quant_config)",
+    },
 )
 
 _CT = "compressed-tensors 0.19.0 compressors/quantized_compressors"

@@ -13,7 +13,7 @@ from duotone.checkpoint.source import Source, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, has_adapter
-from duotone.models.anatomy import anatomy_of
+from duotone.models.anatomy import Anatomy, anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
 from duotone.runtime import attention, decoder
@@ -35,18 +35,12 @@ def load(
     dtype = dtype or config_dtype(folder.config)
     model = build_skeleton(folder.config, dtype)
     source = named_source(folder, model)
-    if source.config.get("quantization_config") is not None:
+    is_quantized = source.config.get("quantization_config") is not None
+    if is_quantized:
         anatomy = anatomy_of(source.config, model)
-        _place_quantized(model, source, place)
-        for block in anatomy.blocks:
-            for group in block.shared_inputs:
-                share_call([model.get_submodule(layer) for layer in group])
-    wanted = expected_tensors(model)
-    missing = [name for name in wanted if name not in source.tensors]
-    if missing:
-        raise DuotoneError(
-            f"{source.path}: found no tensor {missing[0]!r}, expected it for this architecture ({len(missing)} missing)"
-        )
+        place_quantized(model, source, place)
+        share_calls(model, anatomy)
+    wanted = check_complete(model, source)
     fill(model, source.load(wanted), dtype, place)
     model.tie_weights()
     # Buffers that the model makes itself (position numbers, rotary tables) lie in older checkpoints too.
@@ -57,9 +51,8 @@ def load(
             f"{source.path}: {len(unexpected)} tensors are not used by the model, first {unexpected[0]}", stacklevel=2
         )
     nn.Module.to(model, place)
-    blocks = _blocks(model, source.config)
-    if shortcuts and blocks is not None and source.config.get("quantization_config") is not None:
-        _shorten(model, blocks, dtype, place)
+    if shortcuts and is_quantized:
+        shorten(model, source.config, dtype, place)
     if (source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.path))
     return model
@@ -74,8 +67,22 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _place_quantized(model: PreTrainedModel, source: Source, place: torch.device) -> None:
-    """Put a QuantizedLinear in the place of every linear the checkpoint holds packed."""
+def check_complete(model: PreTrainedModel, source: Source) -> list[str]:
+    """The tensors that a model takes from a checkpoint. Raises DuotoneError where one is not in it."""
+    wanted = list(expected_tensors(model))
+    missing = [name for name in wanted if name not in source.tensors]
+    if missing:
+        raise DuotoneError(
+            f"{source.path}: found no tensor {missing[0]!r}, expected it for this architecture ({len(missing)} missing)"
+        )
+    return wanted
+
+
+def place_quantized(model: PreTrainedModel, source: Source, place: torch.device) -> None:
+    """Put a QuantizedLinear in the place of every linear the checkpoint holds packed.
+
+    Raises DuotoneError for a packed weight that the model has no linear for, and for one that does not fit.
+    """
     reader, linears = WeightReader(source), find_linears(model)
     for layer in packed_layers(source):
         if layer not in linears:
@@ -88,8 +95,19 @@ def _place_quantized(model: PreTrainedModel, source: Source, place: torch.device
         setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, _empty_bias(linears[layer]), place))
 
 
-def _shorten(model: PreTrainedModel, blocks: nn.ModuleList, dtype: torch.dtype, place: torch.device) -> None:
+def share_calls(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """One call for the linears of each input. model: may lack the head, and so the prefix, of the one that anatomy is of."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
+    for block in anatomy.blocks:
+        for group in block.shared_inputs:
+            share_call([model.get_submodule(layer.removeprefix(prefix)) for layer in group])
+
+
+def shorten(model: PreTrainedModel, config: dict[str, Any], dtype: torch.dtype, place: torch.device) -> None:
     """The faster ops, where the architecture is known to be served by them."""
+    blocks = _blocks(model, config)
+    if blocks is None:
+        return
     if attention.is_better(dtype, place):
         attention.install(model)
     if dtype == torch.bfloat16 and place.type == "cpu":
@@ -97,8 +115,13 @@ def _shorten(model: PreTrainedModel, blocks: nn.ModuleList, dtype: torch.dtype, 
 
 
 def _blocks(model: PreTrainedModel, config: dict[str, Any]) -> nn.ModuleList | None:
-    """The blocks of an architecture that has a table."""
-    return cast("nn.ModuleList", model.get_submodule(find_adapter(config).blocks)) if has_adapter(config) else None
+    """The blocks of an architecture that has a table, of the model with its head or without."""
+    if not has_adapter(config):
+        return None
+    path = find_adapter(config).blocks
+    if model.base_model is model:
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    return cast("nn.ModuleList", model.get_submodule(path))
 
 
 def _empty_bias(linear: nn.Linear) -> Tensor | None:
