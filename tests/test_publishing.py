@@ -120,7 +120,15 @@ def test_what_arrives(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
     assert {"README.md", "config.json", "duotone.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(
         done.files
     )
-    assert done.left == ["code.py", "notes.txt", "old.safetensors", "run.log", "runs/config.json", "secrets.json"]
+    assert done.left == [
+        "code.py",
+        "duotone-run.json",
+        "notes.txt",
+        "old.safetensors",
+        "run.log",
+        "runs/config.json",
+        "secrets.json",
+    ]
     assert all((checkpoint / name).read_bytes() == content for name, content in hub.files.items())
     assert done.total_bytes == sum(map(len, hub.files.values())) and (done.commit, done.private) == ("c0ffee", False)
     assert told[-1][0] == told[-1][1] == len(told) > 14

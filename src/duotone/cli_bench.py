@@ -30,7 +30,7 @@ def bench_accuracy(  # noqa: PLR0913 - every option of the command
 ) -> None:
     """Quantize with several methods and targets and measure each against the original."""
     from duotone.bench import AccuracyBench, accuracy_rows, append_records
-    from duotone.report import accuracy_table
+    from duotone.report_bench import accuracy_table
 
     defaults = AccuracyBench(model, tuple(text), tuple(calibration))
     bench = dataclasses.replace(
@@ -69,7 +69,7 @@ def bench_quantize(  # noqa: PLR0913 - every option of the command
 ) -> None:
     """Time quantizing, phase by phase, beside what the arithmetic of each would take alone."""
     from duotone.bench import AccuracyBench, append_records, quantize_time_row
-    from duotone.report import phases_table
+    from duotone.report_bench import phases_table
 
     bench = AccuracyBench(
         model, (), tuple(calibration), group_size=group_size, samples=samples, seq_len=seq_len, seed=seed
@@ -98,7 +98,7 @@ def bench_linear(
     import torch
 
     from duotone.bench import append_records
-    from duotone.report import speed_table
+    from duotone.report_bench import speed_table
     from duotone.speed import SpeedBench, linear_rows
 
     if threads is not None:
@@ -130,7 +130,7 @@ def bench_generate(
     import torch
 
     from duotone.bench import append_records
-    from duotone.report import generate_table
+    from duotone.report_bench import generate_table
     from duotone.speed_model import GenerateBench, generate_rows
 
     if threads is not None:

@@ -28,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 
 #: What a checkpoint consists of besides its shards: by name, never by a pattern that a user's own file could match.
 _BELONGS = re.compile(
-    r"config\.json|generation_config\.json|model\.safetensors\.index\.json|duotone\.json|README\.md"
+    r"config\.json|generation_config\.json|model\.safetensors\.index\.json|duotone(-evaluation)?\.json|README\.md"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|[\w.-]+\.tiktoken|chat_template\.(jinja|json)|(pre)?processor_config\.json"
     r"|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json|(LICENSE|LICENCE|NOTICE)[\w.-]*"
