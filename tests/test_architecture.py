@@ -33,6 +33,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "questions", "modules"),
     ("tasks",),
     ("bench", "report", "comparing"),
+    ("report_bench",),
     ("page",),
     ("speed",),
     ("speed_model",),
