@@ -27,7 +27,8 @@ def write_png(facts: Facts, path: Path, dpi: int = 160) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9.5), facecolor="#f7f6f3", layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]  # pyright: ignore[reportCallIssue] - its stubs know no engine's own settings
+    layout: Any = figure.get_layout_engine()
+    layout.set(h_pad=0.12, w_pad=0.12)
     grid = figure.add_gridspec(4, 2, height_ratios=(0.75, 0.9, 1.5, 1.2))
     _title(figure.add_subplot(grid[0, :]), facts)
     _sizes(figure.add_subplot(grid[1, 0]), facts)
