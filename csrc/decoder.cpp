@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "crew.h"
@@ -89,13 +90,29 @@ Tensor silu_multiply(Tensor gate, Tensor up) {
   return y;
 }
 
+// What attention sees of a key or a value that is kept: BF16 numbers. Bytes are copied first, since a compiler must take any
+// store for one to them, and would do one after the other.
+DUOTONE_INLINE void seen(const uint16_t* kept, int64_t size, float, float* to) {
+  for (int64_t i = 0; i < size; i++) to[i] = widen(kept[i]);
+}
+DUOTONE_INLINE void seen(const Fp8* kept, int64_t size, float scale, float* to) {
+  constexpr int64_t AT_ONCE = 256;
+  Fp8 some[AT_ONCE];
+  for (int64_t i = 0; i < size; i += AT_ONCE) {
+    const int64_t count = std::min(AT_ONCE, size - i);
+    std::memcpy(some, kept + i, static_cast<size_t>(count));
+    for (int64_t j = 0; j < count; j++) to[i + j] = scaled(some[j], scale);
+  }
+}
+
 // The query heads of one key head. scores [queries][length], wide [(queries + 1) * size]: room to work in.
-DUOTONE_CLONES void attend_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t queries, int64_t length,
-                                int64_t size, float scale, float* scores, float* wide, uint16_t* y) {
+template <class Kept>
+DUOTONE_INLINE void attend_kept(const uint16_t* q, const Kept* k, const Kept* v, int64_t queries, int64_t length, int64_t size,
+                                float scale, float of_keys, float of_values, float* scores, float* wide, uint16_t* y) {
   float* row = wide + queries * size;
   for (int64_t i = 0; i < queries * size; i++) wide[i] = widen(q[i]) * scale;
   for (int64_t l = 0; l < length; l++) {
-    for (int64_t i = 0; i < size; i++) row[i] = widen(k[l * size + i]);
+    seen(k + l * size, size, of_keys, row);
     for (int64_t h = 0; h < queries; h++) scores[h * length + l] = dot(wide + h * size, row, size);
   }
   for (int64_t i = 0; i < queries * size; i++) wide[i] = 0.0f;
@@ -108,11 +125,26 @@ DUOTONE_CLONES void attend_head(const uint16_t* q, const uint16_t* k, const uint
     for (int64_t l = 0; l < length; l++) of[l] /= sum;
   }
   for (int64_t l = 0; l < length; l++) {
-    for (int64_t i = 0; i < size; i++) row[i] = widen(v[l * size + i]);
+    seen(v + l * size, size, of_values, row);
     for (int64_t h = 0; h < queries; h++)
       for (int64_t i = 0; i < size; i++) wide[h * size + i] += scores[h * length + l] * row[i];
   }
   for (int64_t i = 0; i < queries * size; i++) narrow(wide[i], y[i]);
+}
+
+DUOTONE_CLONES void attend_head(const uint16_t* q, const uint16_t* k, const uint16_t* v, int64_t queries, int64_t length,
+                                int64_t size, float scale, float* scores, float* wide, uint16_t* y) {
+  attend_kept(q, k, v, queries, length, size, scale, 1.0f, 1.0f, scores, wide, y);
+}
+
+DUOTONE_CLONES void attend_head_fp8(const uint16_t* q, const Fp8* k, const Fp8* v, int64_t queries, int64_t length, int64_t size,
+                                    float scale, float of_keys, float of_values, float* scores, float* wide, uint16_t* y) {
+  attend_kept(q, k, v, queries, length, size, scale, of_keys, of_values, scores, wide, y);
+}
+
+// A key or a value as an FP8 cache keeps it.
+DUOTONE_CLONES void keep_fp8(const uint16_t* x, int64_t size, float scale, float most, Fp8* to) {
+  for (int64_t i = 0; i < size; i++) narrow(widen(x[i]) / scale, most, to[i]);
 }
 
 // A quantized linear of a layer, its bias in one piece and what it gives.
@@ -152,10 +184,18 @@ struct Step {
   }
 };
 
-// Keys and values so far [B, H, room for tokens, D], and how many there are.
+// Keys and values so far [B, H, room for tokens, D], and how many there are. BF16; or FP8 up to `most`, with a scale of each
+// head's keys and values.
 struct Cache {
-  uint16_t *keys, *values;
+  void *keys, *values;
   int64_t heads, capacity, size, length;
+  const float *key_scale, *value_scale;  // null: BF16
+  float most;
+
+  template <class Kept>
+  Kept* of(void* all, int64_t token, int64_t head) const {
+    return static_cast<Kept*>(all) + (token * heads + head) * capacity * size;
+  }
 };
 
 struct Norm {
@@ -196,10 +236,18 @@ struct LayerStep {
       norm_row(q + h * size, norms[2].weight, size, norms[2].eps, wide.get(), q + h * size);
     if (norms[3].weight) norm_row(k, norms[3].weight, size, norms[3].eps, wide.get(), k);
     turn_heads(q, cosine + at, sine + at, count, size), turn_heads(k, cosine + at, sine + at, 1, size);
-    const int64_t of = (token * cache.heads + head) * cache.capacity * size;
-    std::copy_n(k, size, cache.keys + of + cache.length * size), std::copy_n(v, size, cache.values + of + cache.length * size);
-    attend_head(q, cache.keys + of, cache.values + of, count, length, size, scale, scores.get(), wide.get(),
-                y + (token * cache.heads + head) * count * size);
+    y += (token * cache.heads + head) * count * size;
+    if (cache.key_scale) {
+      Fp8 *keys = cache.of<Fp8>(cache.keys, token, head), *values = cache.of<Fp8>(cache.values, token, head);
+      const float of_keys = cache.key_scale[head], of_values = cache.value_scale[head];
+      keep_fp8(k, size, of_keys, cache.most, keys + cache.length * size);
+      keep_fp8(v, size, of_values, cache.most, values + cache.length * size);
+      attend_head_fp8(q, keys, values, count, length, size, scale, of_keys, of_values, scores.get(), wide.get(), y);
+      return;
+    }
+    uint16_t *keys = cache.of<uint16_t>(cache.keys, token, head), *values = cache.of<uint16_t>(cache.values, token, head);
+    std::copy_n(k, size, keys + cache.length * size), std::copy_n(v, size, values + cache.length * size);
+    attend_head(q, keys, values, count, length, size, scale, scores.get(), wide.get(), y);
   }
 
   void run(Crew::Member& crew, uint16_t* attended, uint16_t* gated) const {
@@ -237,21 +285,33 @@ struct Stack {
   int64_t path;
 };
 
-// One layer: x [B, D] to y, its new keys and values into the cache. norms, weights, biases, facts, eps: its own.
-void run_layer(const Stack& of, Tensor& keys, Tensor& values, const Tensor* norms, int64_t norm_count, const Tensor* weights,
-               const Tensor* biases, const int64_t* facts, const double* eps, const uint16_t* x, uint16_t* y) {
+// The cache of a layer as its op reads it. scales: of its keys and of its values, null where it keeps BF16.
+Cache cache_of(const Stack& of, Tensor& keys, Tensor& values, const Tensor* scales) {
   STD_TORCH_CHECK(keys.dim() == 4 && keys.size(0) == of.tokens && keys.size(1) > 0 && keys.size(3) == of.size,
                   "keys: expected shape [B, H, room, D], D as cosine");
   const int64_t heads = keys.size(1), capacity = keys.size(2);
   check_shape(values, {of.tokens, heads, capacity, of.size}, "values");
   STD_TORCH_CHECK(of.length < capacity, "length: found no room for another token");
-  bf16_of(keys, "keys"), bf16_of(values, "values");
+  const ScalarType kept = scales ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16;
+  data_of<void>(keys, kept, "keys"), data_of<void>(values, kept, "values");
+  Cache cache{keys.mutable_data_ptr(), values.mutable_data_ptr(), heads, capacity, of.size, of.length, nullptr, nullptr,
+              static_cast<float>(of.fp8_max)};
+  if (!scales) return cache;
+  for (int64_t i = 0; i < 2; i++) check_shape(scales[i], {heads}, "kv_scales");
+  cache.key_scale = data_of<float>(scales[0], ScalarType::Float, "kv_scales");
+  cache.value_scale = data_of<float>(scales[1], ScalarType::Float, "kv_scales");
+  return cache;
+}
+
+// One layer: x [B, D] to y, its new keys and values into the cache. norms, weights, biases, facts, eps: its own.
+void run_layer(const Stack& of, const Cache& cache, const Tensor* norms, int64_t norm_count, const Tensor* weights,
+               const Tensor* biases, const int64_t* facts, const double* eps, const uint16_t* x, uint16_t* y) {
   const auto step = [&](int64_t i, int64_t bias, int64_t count) {
     const WeightFacts own{facts[i * 3], facts[i * 3 + 1], facts[i * 3 + 2], of.fp8_max, of.smallest_scale, of.path};
     return Step(&weights[i * 5], weights[i * 5 + 4], &biases[bias], count, own, of.tokens);
   };
   Step qkv = step(0, 0, 3), out = step(1, 3, 1), gate_up = step(2, 4, 2), down = step(3, 6, 1);
-  const int64_t attended = out.weight.p.in_features, inner = down.weight.p.in_features, kv = heads * of.size;
+  const int64_t attended = out.weight.p.in_features, inner = down.weight.p.in_features, kv = cache.heads * of.size;
   STD_TORCH_CHECK(qkv.weight.p.in_features == of.hidden && gate_up.weight.p.in_features == of.hidden && out.rows() == of.hidden &&
                       down.rows() == of.hidden && gate_up.rows() == 2 * inner && qkv.rows() == attended + 2 * kv &&
                       attended > 0 && attended % kv == 0,
@@ -265,7 +325,7 @@ void run_layer(const Stack& of, Tensor& keys, Tensor& values, const Tensor* norm
                         of.turn_stride,
                         {norm_of(norms[0], of.hidden, eps[0]), norm_of(norms[1], of.hidden, eps[1]),
                          normed ? norm_of(norms[2], of.size, eps[2]) : Norm{}, normed ? norm_of(norms[3], of.size, eps[3]) : Norm{}},
-                        {written(keys), written(values), heads, capacity, of.size, of.length},
+                        cache,
                         of.scale,
                         qkv,
                         out,
@@ -277,18 +337,20 @@ void run_layer(const Stack& of, Tensor& keys, Tensor& values, const Tensor* norm
 }
 
 // Layers one after the other. x [B, 1, D]; cosine and sine [B or 1, 1, head size]; of each layer keys and values
-// [B, H, room, head size], of which `length` are there; norms: before attention and MLP, and of queries and keys or not;
+// [B, H, room, head size], of which `length` are there; kv_scales: where those are FP8, of each layer's keys and values [H],
+// otherwise nothing; norms: before attention and MLP, and of queries and keys or not;
 // weights: four of each linear (Weight) and its input scale, empty where it has none: q/k/v as one, o, gate/up as one, down;
 // biases: of q, k, v, o, gate, up, down, empty where there is none; facts: columns, group_size, value_bias of each linear;
 // eps: of each norm.
-Tensor decoder_layers(Tensor x, Tensor cosine, Tensor sine, std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
-                      std::vector<Tensor> norms, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                      std::vector<int64_t> facts, std::vector<double> eps, double scale, double fp8_max,
-                      double smallest_scale, int64_t path) {
+Tensor decoder_layers(Tensor x, Tensor cosine, Tensor sine, std::vector<Tensor> keys, std::vector<Tensor> values,
+                      std::vector<Tensor> kv_scales, int64_t length, std::vector<Tensor> norms, std::vector<Tensor> weights,
+                      std::vector<Tensor> biases, std::vector<int64_t> facts, std::vector<double> eps, double scale,
+                      double fp8_max, double smallest_scale, int64_t path) {
   const int64_t layers = static_cast<int64_t>(keys.size()), count = layers ? static_cast<int64_t>(norms.size()) / layers : 0;
   const auto fits = [&](const auto& list, int64_t each) { return static_cast<int64_t>(list.size()) == layers * each; };
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(0) > 0, "x: expected shape [B, 1, D]");
   STD_TORCH_CHECK(fits(values, 1), "values: expected as many as keys");
+  STD_TORCH_CHECK(kv_scales.empty() || fits(kv_scales, 2), "kv_scales: expected two a layer, or none");
   STD_TORCH_CHECK((count == 2 || count == 4) && fits(norms, count) && fits(eps, count), "norms: expected two or four a layer");
   STD_TORCH_CHECK(fits(weights, WEIGHTS) && fits(biases, BIASES) && fits(facts, FACTS), "weights: expected those of four linears");
   STD_TORCH_CHECK(length >= 0, "length: found no room for another token");
@@ -303,7 +365,7 @@ Tensor decoder_layers(Tensor x, Tensor cosine, Tensor sine, std::vector<Tensor> 
   Tensor y = torch::stable::empty_like(x);
   const uint16_t* from = bf16_of(x, "x");
   for (int64_t l = 0; l < layers; l++, from = written(y))
-    run_layer(stack, keys[l], values[l], &norms[l * count], count, &weights[l * WEIGHTS], &biases[l * BIASES],
+    run_layer(stack, cache_of(stack, keys[l], values[l], kv_scales.empty() ? nullptr : &kv_scales[l * 2]), &norms[l * count], count, &weights[l * WEIGHTS], &biases[l * BIASES],
               &facts[l * FACTS], &eps[l * count], from, written(y));
   return y;
 }
@@ -357,8 +419,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(duotone, m) {
   m.def("silu_multiply(Tensor gate, Tensor up) -> Tensor");
   m.def("dense(Tensor x, Tensor weight) -> Tensor");
   m.def(
-      "decoder_layers(Tensor x, Tensor cosine, Tensor sine, Tensor(a!)[] keys, Tensor(b!)[] values, int length, Tensor[] norms, "
-      "Tensor[] weights, Tensor[] biases, int[] facts, float[] eps, float scale, float fp8_max, float smallest_scale, int path) "
+      "decoder_layers(Tensor x, Tensor cosine, Tensor sine, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor[] kv_scales, "
+      "int length, Tensor[] norms, Tensor[] weights, Tensor[] biases, int[] facts, float[] eps, float scale, float fp8_max, float smallest_scale, int path) "
       "-> Tensor");
 }
 

@@ -1,4 +1,4 @@
-// BF16 as bits.
+// BF16 and FP8 as bits.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,35 @@ DUOTONE_INLINE float rounded(float x) {
   uint16_t bf16;
   narrow(x, bf16);
   return widen(bf16);
+}
+
+// E4M3FN: four bits of exponent, bias 7, three of mantissa; all ones is NaN, and there is no infinity.
+struct Fp8 {
+  uint8_t bits;
+};
+
+// x * scale rounded to BF16, for a positive scale. Subnormals are the next binade less its lower end; all in whole numbers that
+// compilers vectorize.
+DUOTONE_INLINE float scaled(Fp8 x, float scale) {
+  const uint32_t magnitude = x.bits & 0x7Fu, subnormal = magnitude < 8 ? 1u : 0u;
+  const uint32_t raised = (magnitude << 20) + ((120u + subnormal) << 23);
+  float value;
+  std::memcpy(&value, &raised, 4);
+  uint32_t bits = bits_of((value - (subnormal ? 0x1p-6f : 0.0f)) * scale);
+  bits = (bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u;
+  bits = (magnitude == 0x7Fu ? 0x7FC00000u : bits) | (static_cast<uint32_t>(x.bits) & 0x80u) << 24;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Half to even, saturating at +-`most`, as torch casts what is clamped; a NaN stays one.
+DUOTONE_INLINE void narrow(float x, float most, Fp8& to) {
+  const uint32_t sign = bits_of(x) >> 24 & 0x80u, magnitude = bits_of(fp8_round(clamp(x, -most, most))) & 0x7FFFFFFFu;
+  float value;
+  std::memcpy(&value, &magnitude, 4);
+  uint32_t bits = value < 0x1p-6f ? static_cast<uint32_t>(static_cast<int32_t>(value * 0x1p9f)) : (magnitude >> 20) - (120u << 3);
+  bits = magnitude > 0x7F800000u ? 0x7Fu : bits;
+  to.bits = static_cast<uint8_t>(bits | sign);
 }
 
 // e^x within 2^-22 of itself, without a branch so that loops over it are vectorized; beyond +-87 it stays at those ends.

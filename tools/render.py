@@ -576,9 +576,38 @@ def random_models_table() -> str:
     return markdown(("model", *tools), [(model, *(f"{kls[tool]:.4f}" for tool in tools)) for model, kls in found.items()])
 
 
+def kv_cache_table() -> str:
+    """KL with the cache in BF16 and in FP8, and its bytes, the newest row of each."""
+    newest = {(row["model"], row["strategy"]): row for row in records("kv_cache")}
+    words = {None: "BF16", "tensor": "FP8, a scale for a layer's keys or values", "attn_head": "FP8, a scale for each head's"}
+    rows = [
+        (
+            row["model"],
+            words[row["strategy"]],
+            f"{row['cache_bytes'] / row['cache_tokens']:.0f}",
+            distance(row),
+            f"{row['kl_more']:+.5f} ± {row['kl_more_stderr']:.5f}" if row["strategy"] else "",
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['top1_agreement']:.2f} %",
+        )
+        for row in newest.values()
+    ]
+    head = ("model", "cache", "bytes a token", "KL to the original", "more than with BF16", "perplexity", "top-1 agreement")
+    return markdown(head, rows)
+
+
+def vllm_cache_table() -> str:
+    """Scales of FP8 caches that vLLM's own loading code has put into attention, the newest row of each."""
+    newest = {(row["model"], row["ranks"]): row for row in records("vllm_load") if row.get("kv_cache")}
+    head = ("checkpoint", "vLLM", "ranks", "strategy", "scales, all ranks", "ours", "fused linears", "the contract's bits")
+    columns = ("model", "vllm", "ranks", "kv_cache", "cache_scales", "cache_scales_equal", "layers", "equal")
+    rows = [tuple(str(row[name]) for name in columns) for row in newest.values()]
+    return markdown(head, rows)
+
+
 def vllm_load_table() -> str:
     """What vLLM's own loading code makes of our checkpoints, the newest row of each."""
-    newest = {(row["model"], row["ranks"]): row for row in records("vllm_load")}
+    newest = {(row["model"], row["ranks"]): row for row in records("vllm_load") if not row.get("kv_cache")}
     head = ("checkpoint", "vLLM", "ranks", "fused linears, all ranks", "the contract's bits", "`duotone check`")
     return markdown(
         head,
@@ -733,6 +762,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-excess": excess_table,
     "out-of-domain": out_of_domain_table,
     "vllm-load": vllm_load_table,
+    "vllm-cache": vllm_cache_table,
+    "kv-cache": kv_cache_table,
     "readers": readers_table,
     "vllm-generate": vllm_generate_table,
     "loads": loads_table,

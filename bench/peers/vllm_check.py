@@ -3,7 +3,8 @@
     python bench/peers/vllm_check.py CHECKPOINT [--ranks 1 2]
 
 Runs vllm_loader.py in its environment (setup.sh vllm) and appends a row for each number of ranks to
-bench/records/vllm_load.jsonl: layers, how many have the same FP8 weights and channel scales, or vLLM's refusal.
+bench/records/vllm_load.jsonl: layers, how many have the same FP8 weights and channel scales, or vLLM's refusal; and the scales
+of an FP8 cache, how many there are and how many are what `duotone.load` has.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from duotone.bench import append_records, provenance
 from duotone.checking import check
+from duotone.checkpoint.kv_cache import PARTS, kv_strategy_of, read_scales
 from duotone.checkpoint.reader import WeightReader
 from duotone.checkpoint.source import open_source
 from duotone.qweight import QuantizedWeight, fp8_values
@@ -37,7 +39,13 @@ def main() -> None:
     for ranks in arguments.ranks:
         row = provenance(0) | judged(arguments.checkpoint, ranks)
         append_records(RECORDS, [row])
-        print({name: row[name] for name in ("vllm", "ranks", "layers", "equal", "refused", "check")})
+        print(
+            {
+                name: row[name]
+                for name in ("vllm", "ranks", "layers", "equal", "refused", "check", "cache_scales", "cache_scales_equal")
+                if name in row
+            }
+        )
 
 
 def judged(checkpoint: Path, ranks: int) -> dict[str, Any]:
@@ -55,7 +63,24 @@ def judged(checkpoint: Path, ranks: int) -> dict[str, Any]:
             found["vllm"] = made.metadata()["vllm"]
             names = [name.removesuffix(".values") for name in made.keys() if name.endswith(".values")]  # noqa: SIM118
             equal = sum(_is_ours(checkpoint, name, made) for name in names)
-    return found | {"layers": len(names), "equal": equal, "refused": None}
+            scales = [name for name in made.keys() if name.endswith(("k_scale", "v_scale"))]  # noqa: SIM118
+            arrived = sum(_is_our_scale(checkpoint, name, made.get_tensor(name)) for name in scales)
+    cache = {"kv_cache": kv_strategy_of(open_source(checkpoint).config["quantization_config"])}
+    cache |= {"cache_scales": len(scales), "cache_scales_equal": arrived}
+    return found | {"layers": len(names), "equal": equal, "refused": None} | cache
+
+
+def _is_our_scale(checkpoint: Path, name: str, theirs: Tensor) -> bool:
+    """name: RANKS.RANK.ATTENTION.PART. A rank's heads, or the one scale of all."""
+    ranks, rank, full = name.split(".", 2)
+    source, (attention, _, part) = open_source(checkpoint), full.rpartition(".")
+    heads = source.config["num_key_value_heads"]
+    ours = read_scales(source, attention, heads)[PARTS.index(part)]
+    if kv_strategy_of(source.config["quantization_config"]) == "tensor":
+        return theirs.numel() == 1 and bool((ours == theirs).all())
+    each = max(1, heads // int(ranks))
+    first = int(rank) * heads // int(ranks)
+    return torch.equal(theirs, ours[first : first + each])
 
 
 def _is_ours(checkpoint: Path, name: str, made: Any) -> bool:

@@ -2,9 +2,10 @@
 
     .venvs/vllm/bin/python -O vllm_loader.py CHECKPOINT OUT.safetensors --ranks 1 2
 
-Real: config parsing, choice of scheme and kernel, the fused linears with their weight loaders and tensor parallelism, the split
-of scales at load. Emulated, because it is CUDA code: the reordering of nibbles (left out), the table of eight products for each
-scale (FP8 of scale times level). -O: asserts want CUDA tensors. Packages that only other parts of vLLM need are stand-ins.
+Real: config parsing, choice of scheme and kernel, the fused linears with their weight loaders and tensor parallelism, the
+split of scales at load, and the scales of an FP8 cache through the loader of whole models into attention's own. Emulated,
+because it is CUDA code: the reordering of nibbles (left out), the table of eight products for each scale (FP8 of scale times
+level). -O: asserts want CUDA tensors. Packages that only other parts of vLLM need are stand-ins.
 """
 
 import argparse
@@ -87,8 +88,12 @@ from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.model_executor import parameter  # noqa: E402
 from vllm.model_executor.kernels.linear.mixed_precision import cutlass  # noqa: E402
 from vllm.model_executor.layers import linear as linears  # noqa: E402
+from vllm.model_executor.layers.attention import attention  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
+from vllm.model_executor.models.llama import LlamaModel  # noqa: E402
+from vllm.model_executor.models.utils import AutoWeightsLoader  # noqa: E402
 
 vllm.platforms._current_platform.__class__ = _H100  # they hold the object
 
@@ -119,6 +124,8 @@ def main() -> None:
                         prefix = f"model.layers.{index}.{path}"
                         values, channel = _loaded(prefix, config, tensors)
                         found |= {f"{ranks}.{rank}.{prefix}.values": values, f"{ranks}.{rank}.{prefix}.channel": channel}
+                scales = _cache_scales(config, tensors, ranks)
+                found |= {f"{ranks}.{rank}.{name}": scale for name, scale in scales.items()}
     save_file(found, arguments.out, {"vllm": vllm.__version__})
 
 
@@ -141,6 +148,38 @@ def _loaded(prefix: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     return (level_KN * scale_KN).to(torch.float8_e4m3fn).float().T.contiguous(), layer.weight_chan_scale.data.contiguous()
 
 
+def _cache_scales(config: dict[str, Any], tensors: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
+    """What attention divides keys and values by, as it lies there once a model of nothing but attention has been loaded."""
+    stored = dict(config["quantization_config"])
+    if stored.get("kv_cache_scheme") is None:
+        return {}
+    heads = config["num_key_value_heads"]
+    stored |= {"total_num_heads": config["num_attention_heads"], "total_num_kv_heads": heads}  # as get_quant_config does
+    root, layers = nn.Module(), nn.ModuleList()
+    root.quant_config = CompressedTensorsConfig.from_config(stored)
+    for index in range(config["num_hidden_layers"]):
+        attn = attention.Attention.__new__(attention.Attention)  # its __init__ looks for CUDA's kernels
+        nn.Module.__init__(attn)
+        attn.num_kv_heads, attn.kv_cache_dtype = max(1, heads // ranks), "fp8"
+        attention._init_kv_cache_quant(attn, root.quant_config, f"model.layers.{index}.self_attn.attn")
+        layers.append(nn.Module())
+        layers[index].self_attn = nn.Module()
+        layers[index].self_attn.attn = attn
+    root.model = nn.Module()
+    root.model.layers = layers
+    given = [(name, tensor) for name, tensor in tensors.items() if name.endswith(("k_scale", "v_scale"))]
+    loaded = AutoWeightsLoader(root).load_weights(given, mapper=LlamaModel.hf_to_vllm_mapper)
+    if len(loaded) != 2 * len(layers):
+        raise SystemExit(f"vLLM loaded {len(loaded)} scales of the cache, expected {2 * len(layers)}")
+    found: dict[str, Tensor] = {}
+    for index, layer in enumerate(layers):
+        attn = layer.self_attn.attn
+        attn.quant_method.process_weights_after_loading(attn)
+        for part in ("k_scale", "v_scale"):
+            found[f"model.layers.{index}.self_attn.{part}"] = getattr(attn, f"_{part}").detach().clone().reshape(-1)
+    return found
+
+
 def _layer(prefix: str, config: dict[str, Any], quantization: Any) -> nn.Module:
     hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     dim = config.get("head_dim") or hidden // heads
@@ -156,7 +195,7 @@ def _parallel(rank: int, ranks: int) -> Any:
     """A rank of several, without the others."""
     answers = {"get_tensor_model_parallel_rank": rank, "get_tensor_model_parallel_world_size": ranks}
     stack = contextlib.ExitStack()
-    for module in (linears, parameter):
+    for module in (linears, parameter, compressed_tensors):
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(module, name, lambda answer=answer: answer))
     return stack

@@ -43,6 +43,9 @@ def model_card(
         ("quantized", f"{len(layers)} linears, {100 * sidecar['quantized_macs_share']:.1f} % of the linears' work"),
         ("method", f"{settings['method']}, effort {settings['effort']}, order {settings['order']}, seed {settings['seed']}"),
     ]
+    if settings.get("kv_cache"):
+        shared = {"tensor": "layer", "attn_head": "head"}[settings["kv_cache_strategy"]]
+        rows.append(("KV cache", f"FP8 E4M3, a scale for the keys and one for the values of each {shared}"))
     calibration = sidecar["calibration"]
     if calibration:
         rows.append(("calibration", f"{calibration['tokens']} tokens of {', '.join(calibration['text'])}"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.kv_cache import kv_strategy_of
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import Source, SourceFolder, open_source
 from duotone.errors import DuotoneError
@@ -54,7 +55,8 @@ def subject_of_plan(plan: Plan) -> Subject:
     subject = _subject(
         plan.source, plan.anatomy, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16"
     )
-    return replace(subject, made_for=plan.config.tensor_parallel if plan.config.method == "dpq" else 1)
+    ranks = plan.config.tensor_parallel if plan.config.method == "dpq" else 1
+    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy)
 
 
 def subject_of_checkpoint(source: SourceFolder) -> Subject:
@@ -84,7 +86,7 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
     )
     settings = sidecar.get("settings", {})
     ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
-    return replace(subject, made_for=int(ranks))
+    return replace(subject, made_for=int(ranks), kv_cache=kv_strategy_of(quantization))
 
 
 def _subject(

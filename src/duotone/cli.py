@@ -36,7 +36,7 @@ app.registered_commands += layouts_app.registered_commands + report_app.register
 def quantize(  # noqa: PLR0913 - every option of the command
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
-    method: Annotated[str, typer.Option(help="dpq, dpq-paper, gptq or rtn (rtn needs no calibration text).")] = "dpq",
+    method: Annotated[str, typer.Option(help="dpq, dpq-paper, gptq or rtn (rtn needs no text, but for --kv-cache).")] = "dpq",
     effort: Annotated[
         str, typer.Option(help="default, or high: closer to the original, with gradients, in several times the time.")
     ] = "default",
@@ -63,6 +63,12 @@ def quantize(  # noqa: PLR0913 - every option of the command
         float | None,
         typer.Option(metavar="ALPHA", help="Move channel sizes from norms into linears: inputs^ALPHA / weights^(1 - ALPHA)."),
     ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(metavar="fp8", help="Measure scales for a cache of keys and values in FP8, half of BF16's.")
+    ] = None,
+    kv_cache_strategy: Annotated[
+        str, typer.Option(help="With --kv-cache, what shares a scale: tensor (a layer's keys, or values) or attn_head.")
+    ] = "tensor",
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points (vLLM does not load them).")] = False,
     seed: Annotated[int, typer.Option(help="Draws the calibration windows and the rotation.")] = 0,
     device: Device = "auto",
@@ -114,6 +120,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
             effort=effort,
             rotate=rotate,
             equalize=equalize,
+            kv_cache=kv_cache,
+            kv_cache_strategy=kv_cache_strategy,
             seed=seed,
             device=device,
             dtype=dtype,

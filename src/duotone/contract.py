@@ -62,6 +62,28 @@ def tensor_outer_scale(absmax: Tensor, target: Target) -> Tensor:
     return power_of_two_at_least(bound.clamp(min=1 / (target.protective_range * 512)))
 
 
+def kv_scale(absmax: Tensor, target: Target) -> Tensor:
+    """What the FP8 cache divides keys or values by: absmax / 448 in the BF16 of the file; 1 for what was always zero.
+
+    Float32 of the same shape. Raises ValueError for an absmax that is not finite.
+    """
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError("absmax: found NaN or infinity")
+    scale = (absmax.float() / target.fp8.max).to(torch.bfloat16).float()
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def quantize_kv(x_BHTD: Tensor, scale_H: Tensor, target: Target) -> Tensor:
+    """Keys or values as the cache keeps them: FP8(x / scale), saturating, one byte each; as vLLM's cache kernels do."""
+    scaled = x_BHTD.float() / scale_H[:, None, None]
+    return scaled.clamp(-target.fp8.max, target.fp8.max).to(torch.float8_e4m3fn)
+
+
+def dequantize_kv(x8_BHTD: Tensor, scale_H: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention sees of the cache: x8 * scale, rounded to the model's dtype."""
+    return (x8_BHTD.float() * scale_H[:, None, None]).to(dtype)
+
+
 def power_of_two_at_least(x: Tensor) -> Tensor:
     """Smallest power of two >= x for positive x (exact: from the exponent, not from a logarithm); 0 gives 0."""
     mantissa, exponent = torch.frexp(x)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from duotone.checkpoint.compressed_tensors import scheme_from_config
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.kv_cache import describe_kv_cache
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import open_source
 from duotone.device import resolve_device
@@ -49,13 +50,17 @@ class KernelShare:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The linears of a model on a device, in module order, and what each kernel runs of them, the largest share first."""
+    """The linears of a model on a device, in module order, and what each kernel runs of them, the largest share first.
+
+    kv_cache: how keys and values are kept, in words; None: as the model's dtype has them.
+    """
 
     path: str
     model_type: str
     device: str
     kernels: list[KernelShare]
     layers: list[LayerKernel]
+    kv_cache: str | None = None
 
 
 def explain_model(model: str | Path, device: str = "auto") -> Explanation:
@@ -88,7 +93,9 @@ def explain_model(model: str | Path, device: str = "auto") -> Explanation:
         shape = (linear.out_features, linear.in_features)
         share = linear.weight.numel() / macs
         layers.append(LayerKernel(name, shape, _scheme(fact), verdict.backend, verdict.runs, verdict.refusals, reason, share))
-    return Explanation(str(source.path), source.config["model_type"], str(place), _shares(layers), layers)
+    return Explanation(
+        str(source.path), source.config["model_type"], str(place), _shares(layers), layers, describe_kv_cache(quantization)
+    )
 
 
 def _scheme(fact: LayerFacts | None) -> str:

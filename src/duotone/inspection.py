@@ -8,6 +8,7 @@ import torch
 
 from duotone.checkpoint.compressed_tensors import scheme_from_config, tensor_specs
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.kv_cache import describe_kv_cache
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.kernels.dispatch import explain
@@ -38,7 +39,8 @@ class LayerFacts:
 class Inspection:
     """The layers of a folder and their totals. bits_per_weight is over the quantized layers; 0 when there is none.
 
-    backend: what multiplies the quantized layers on this machine's CPU. refusals: why nothing faster does.
+    backend: what multiplies the quantized layers on this machine's CPU. refusals: why nothing faster does. kv_cache: how
+    keys and values are kept, in words; None: as the model's dtype has them.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Inspection:
     notes: list[str]
     backend: str | None = None
     refusals: tuple[str, ...] = ()
+    kv_cache: str | None = None
 
 
 def inspect_model(model: str | Path) -> Inspection:
@@ -78,6 +81,7 @@ def inspect_source(source: SourceFolder) -> Inspection:
         notes=list(sidecar.get("notes", [])),
         backend=None if kernel is None else kernel.runs,
         refusals=() if kernel is None else kernel.refusals,
+        kv_cache=describe_kv_cache(quantization),
     )
 
 

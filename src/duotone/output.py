@@ -91,10 +91,9 @@ class Output:
         with run.phases("write"):
             run.report.weight_bytes = self._writer.finish()
             config = {key: value for key, value in run.plan.source.config.items() if key != "torch_dtype"}
-            config |= {
-                "dtype": "bfloat16",
-                "quantization_config": quantization_config(run.plan.config.scheme, run.plan.ignored),
-            }
+            settings = run.plan.config
+            quantization = quantization_config(settings.scheme, run.plan.ignored, settings.kv_strategy)
+            config |= {"dtype": "bfloat16", "quantization_config": quantization}
             write_json(self.folder / "config.json", config)
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
             write_json(self.folder / SIDECAR, sidecar)

@@ -8,6 +8,7 @@ next block is read. The output folder appears when everything in it is whole.
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from duotone.calibrate.cache import CacheWatch
 from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.data import calibration_sources, draw_windows
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.samples import Samples, are_tensors, read_samples
 from duotone.calibrate.stream import BlockStream, Observer, start_stream
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.kv_cache import scale_tensors
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.source import load_finite, open_source
 from duotone.checkpoint.staging import check_output
-from duotone.contract import static_activation_scale
+from duotone.contract import kv_scale, static_activation_scale
 from duotone.device import calibration_dtype, resolve_device
 from duotone.errors import DuotoneError
 from duotone.floors import phase_work
+from duotone.models.caching import key_heads
 from duotone.models.experts import FEW_TOKENS, Experts
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, is_parameter, release
 from duotone.models.tokenizer import check_tokens, load_tokenizer
@@ -116,7 +120,8 @@ def quantize_block(
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
     """Load one block and solve its linears, group after group, while the calibration windows walk through it.
 
-    Returns the quantized weights, and the other tensors that have changed with them: biases, norms that were equalized.
+    Returns the quantized weights, and the other tensors that have changed with them: biases, norms that were equalized, and
+    the scales of the cache.
     """
     with run.phases("read"):
         originals = load_finite(run.plan.source, block.tensors)
@@ -133,7 +138,8 @@ def quantize_block(
         module.tie_weights()
     original = copy.deepcopy(module) if method.drift else None
     ahead = _observe_ahead(run, index, block, module, stream)
-    with stream.enter(index, module, block.stops, block.streams, original) as observer:
+    watch = CacheWatch(skeleton.get_submodule(block.caches[0])) if block.caches else None
+    with watch or nullcontext(), stream.enter(index, module, block.stops, block.streams, original) as observer:
         for group in block.shared_inputs:
             if group[0] in block.banks:
                 _look_at_routing(run, observer, block, block.banks[group[0]], module)
@@ -155,10 +161,12 @@ def quantize_block(
                 # The walk has passed the norm already, and keeps its old weight.
                 _set(linear, "weight", values if s_K is None else values / s_K)
             weights |= solved
-        if index + 1 < len(run.plan.blocks):
+        if index + 1 < len(run.plan.blocks) or watch is not None:
             stream.leave(observer)
     release(module)
     return_memory()
+    if watch is not None and block.caches:
+        changed |= _cache_scales(run, block.caches[1], watch, key_heads(skeleton))
     if not run.plan.config.scheme.target.dynamic_activations:
         weights = _with_input_scales(block, weights, observer.absmax)
     return weights, changed
@@ -211,6 +219,20 @@ def _with_input_scales(
             scale = static_activation_scale(absmax[group[0]].amax(), weights[layer].scheme.target)
             scaled[layer] = dataclasses.replace(weights[layer], input_scale=scale)
     return scaled
+
+
+def _cache_scales(run: Run, attention: str, watch: CacheWatch, heads: int) -> dict[str, Tensor]:
+    """The scales of a layer's keys and values, of all that went by. Raises DuotoneError when they were not finite."""
+    config = run.plan.config
+    with run.phases("exchange" if run.ranks.size > 1 else "forward"):
+        largest = watch.absmax(attention, heads, run.ranks)
+    if config.kv_cache_strategy == "tensor":
+        largest = tuple(of_heads.amax().reshape(1) for of_heads in largest)
+    try:
+        keys, values = (kv_scale(absmax, config.scheme.target) for absmax in largest)
+    except ValueError:
+        raise DuotoneError(f"{attention}: found NaN or infinite keys or values on the calibration text") from None
+    return scale_tensors(attention, config.kv_cache_strategy, (keys, values))
 
 
 def _open_stream(run: Run, skeleton: Any, windows: Samples) -> BlockStream:

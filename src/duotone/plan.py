@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
+from duotone.checkpoint.kv_cache import scale_specs
 from duotone.checkpoint.source import Source, SourceFolder
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.anatomy import Anatomy, anatomy_of
+from duotone.models.caching import caching_attentions, key_heads, written_attention
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others
 from duotone.models.table import NormedStream
@@ -25,9 +27,11 @@ from duotone.transforms.rotated import rotate
 class BlockPlan:
     """One block: its path, the full names of linears to quantize grouped by shared input, and every tensor it holds.
 
-    path: "" when the whole model is one block. streams: for linears that write to the residual stream, the module, by its path
-    in the block, that reads it before. norms: for the first linear of each group to equalize, the norm in front of it and every
-    linear that reads it. banks: for the first linear of each bank of experts, the bank. experts: all linears of such banks.
+    path: "" when the whole model is one block. streams: for linears that write to the residual stream, the module, by its
+    path in the block, that reads it before. norms: for the first linear of each group to equalize, the norm in front of it
+    and every linear that reads it. banks: for the first linear of each bank of experts, the bank. experts: all linears of
+    such banks. caches: the module whose keys and values an FP8 cache is to hold, if one is asked for, and what the folder
+    calls it.
     """
 
     path: str
@@ -37,6 +41,7 @@ class BlockPlan:
     norms: dict[str, tuple[str, tuple[str, ...]]]
     banks: dict[str, str]
     experts: frozenset[str]
+    caches: tuple[str, str] | None = None
 
     @property
     def stops(self) -> dict[str, str]:
@@ -142,14 +147,16 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     buffers = {name for name, _ in model.named_buffers()}
     _check_source(source, wanted, buffers)
     residual = normed_stream(source.config, "--equalize") if config.equalize is not None else None
+    attentions = caching_attentions(anatomy, model, "--kv-cache") if config.kv_cache else [None] * len(anatomy.blocks)
     blocks: list[BlockPlan] = []
-    for part in anatomy.blocks:
+    for part, attention in zip(anatomy.blocks, attentions, strict=True):
         groups = (tuple(name for name in group if name not in kept) for group in part.shared_inputs)
         groups = tuple(group for group in groups if group)
         tensors = tuple(name for name in wanted if name.startswith(part.prefix))
         streams = {writer: reader for writer, reader in part.streams.items() if (writer,) in groups}
         norms = _norms_before(part.path, groups, residual)
-        blocks.append(BlockPlan(part.path, groups, tensors, streams, norms, *_experts_of(part.experts, groups)))
+        caches = (attention, written_attention(source, attention)) if attention else None
+        blocks.append(BlockPlan(part.path, groups, tensors, streams, norms, *_experts_of(part.experts, groups), caches))
     shapes = {
         layer: (linears[layer].out_features, linears[layer].in_features)
         for block in blocks
@@ -172,6 +179,9 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     in_blocks = dict.fromkeys(name for block in blocks for name in block.tensors)
     outside = tuple(name for name in source.tensors if name not in in_blocks)
     outputs, converted = _outputs(source, (*outside, *in_blocks), shapes, buffers, config.scheme)
+    for block in blocks:
+        if block.caches:
+            outputs |= scale_specs(block.caches[1], config.kv_cache_strategy, key_heads(model))
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
     writes = isinstance(model, PreTrainedModel) and model.can_generate()

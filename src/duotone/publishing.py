@@ -19,8 +19,10 @@ from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.sidecar import SIDECAR, read_sidecar
 from duotone.checkpoint.source import SourceFolder, load_finite, open_source
 from duotone.errors import DuotoneError
+from duotone.models.anatomy import anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
+from duotone.runtime.kv_cache import stored_scales
 from duotone.runtime.load import check_complete, config_dtype
 
 #: done, total, what: called after each linear that was verified.
@@ -92,7 +94,7 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
     """Read a checkpoint from end to end, a linear at a time.
 
     Raises DuotoneError unless it was made by Duotone, its run has ended, every tensor that its architecture needs is there, of
-    the right shape and finite, and every quantized linear can be read.
+    the right shape and finite, and every quantized linear and scale of an FP8 cache can be read.
     """
     if is_unfinished(folder):
         raise DuotoneError(f"{folder}: holds a run that has not ended, expected a checkpoint; go on with it by --resume")
@@ -101,6 +103,7 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
         raise DuotoneError(f"{folder}: found no {SIDECAR} and quantization_config, expected a checkpoint that duotone made")
     model = build_skeleton(stored.config, config_dtype(stored.config))
     source, linears = named_source(stored, model), find_linears(model)
+    stored_scales(source, anatomy_of(source.config, model), model)
     layers, odd = packed_layers(source), sorted(set(sidecar.get("layers", {})).symmetric_difference(packed_layers(stored)))
     if odd:
         raise DuotoneError(f"{folder}: {SIDECAR} and the shards do not name the same quantized linears, first {odd[0]}")

@@ -93,6 +93,8 @@ def inspection_summary(facts: dict[str, Any]) -> RenderableType:
         totals.add_row(
             "quantized linears", f"{megabytes(facts['quantized_bytes'])}, {facts['bits_per_weight']:.3f} bits per weight"
         )
+    if facts["kv_cache"]:
+        totals.add_row("KV cache", facts["kv_cache"])
     if facts["backend"]:
         totals.add_row("multiplied here by", "\n".join((facts["backend"], *facts["refusals"])))
     return Group(table, "", totals, *_notes(facts["notes"]))
@@ -115,6 +117,8 @@ def explanation_summary(facts: dict[str, Any]) -> RenderableType:
         table.add_row(name, f"{len(layers)}", shape, scheme, runs, f"{100 * share:.1f} %", reason)
     totals = _facts()
     totals.add_row("device", facts["device"])
+    if facts["kv_cache"]:
+        totals.add_row("KV cache", facts["kv_cache"])
     for kernel in facts["kernels"]:
         share = f"{100 * kernel['macs_share']:.1f} % of multiply-accumulates, linears: {kernel['layers']}"
         totals.add_row(kernel["runs"], "\n".join((share, *(f"refused: {refusal}" for refusal in kernel["refusals"]))))

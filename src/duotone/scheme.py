@@ -35,6 +35,10 @@ GAUDI = Target("gaudi", fp8=E4M3, dynamic_activations=False, channel_outer_scale
 TARGETS = {target.name: target for target in (HOPPER, GAUDI)}
 
 
+#: Which values of a layer's keys, or values, share one scale of the FP8 cache; compressed-tensors' and vLLM's names.
+KV_CACHE_STRATEGIES = ("tensor", "attn_head")
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How one weight is stored: 4-bit codes in groups along K, for one target."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
 from duotone.loadability import GPUS, RUNTIMES
-from duotone.scheme import TARGETS, Scheme, check_rules
+from duotone.scheme import KV_CACHE_STRATEGIES, TARGETS, Scheme, check_rules
 from duotone.solver.methods import METHODS, Method, SolverOptions
 
 EFFORTS = ("default", "high")
@@ -18,11 +18,12 @@ class QuantizeConfig:
 
     order None: the method's own default; with refresh_scales, which is for dpq, gar. effort: `high` measures the curvature of
     the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
-    channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them.
-    calibration empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears
-    left in BF16. dtype: of the calibration's forward; auto is bfloat16 where that is fast and the model is not small, else
-    float32. strict: a linear that must stay BF16 is an error. runtime: what is to serve the checkpoint, on gpu with
-    tensor_parallel ranks; it is an error if that would not load it. None: nothing is promised.
+    channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them. calibration
+    empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears left in
+    BF16. kv_cache: `fp8` measures scales for a cache of one byte a value, one for a layer's keys and one for its values or,
+    with strategy attn_head, for each head's. dtype: of the calibration's forward; auto is bfloat16 where that is fast and the
+    model is not small, else float32. strict: a linear that must stay BF16 is an error. runtime: what is to serve the
+    checkpoint, on gpu with tensor_parallel ranks; it is an error if that would not load it. None: nothing is promised.
     """
 
     method: str = "dpq"
@@ -39,6 +40,8 @@ class QuantizeConfig:
     effort: str = "default"
     rotate: bool = False
     equalize: float | None = None
+    kv_cache: str | None = None
+    kv_cache_strategy: str = "tensor"
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -53,6 +56,8 @@ class QuantizeConfig:
             ("target", self.target, TARGETS),
             ("effort", self.effort, EFFORTS),
             ("dtype", self.dtype, DTYPES),
+            ("kv-cache", self.kv_cache, (None, "fp8")),
+            ("kv-cache-strategy", self.kv_cache_strategy, KV_CACHE_STRATEGIES),
             ("runtime", self.runtime, (None, *RUNTIMES)),
             ("gpu", self.gpu, GPUS),
         ):
@@ -107,5 +112,10 @@ class QuantizeConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Is text needed: for Hessians, or for static activation scales?"""
-        return self.needs_statistics or not self.scheme.target.dynamic_activations
+        """Is text needed: for Hessians, for static activation scales, or for those of a cache?"""
+        return self.needs_statistics or not self.scheme.target.dynamic_activations or self.kv_cache is not None
+
+    @property
+    def kv_strategy(self) -> str | None:
+        """Of the scales of an FP8 cache; None: the cache stays in BF16."""
+        return self.kv_cache_strategy if self.kv_cache else None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from duotone.contract import dequantize_kv, quantize_kv
 from duotone.kernels import cpu, native
 from duotone.qweight import QuantizedWeight
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
@@ -75,6 +76,7 @@ class Layer:
     head_norms: bool = False
     shared_position: bool = True
     spread: float = 1.0
+    fp8: bool = False
     weights: list[cpu.Packed] = field(init=False)
     biases: list[Tensor | None] = field(init=False)
 
@@ -99,6 +101,10 @@ class Layer:
         angle = torch.rand(positions, self.size // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2) * 6
         self.cosine, self.sine = angle.cos().bfloat16()[:, None], angle.sin().bfloat16()[:, None]
         self.keys, self.values = (draw(i, self.batch, self.heads, self.length + self.room, self.size) for i in (70, 71))
+        self.scales = [(draw(72 + i, self.heads).abs() / 64 + 2.0**-8).float() for i in range(2)] if self.fp8 else []
+        if self.fp8:
+            kept = (self.keys, self.values)
+            self.keys, self.values = (quantize_kv(x, scale, self.target) for x, scale in zip(kept, self.scales, strict=True))
         self.eps = [1e-5, 1e-6, 1e-3, 1e-4][: len(norms)]
 
     def _weight(self, seed: int, rows: int, columns: int) -> QuantizedWeight:
@@ -117,6 +123,7 @@ class Layer:
             "sine": self.sine,
             "keys": [self.keys],
             "values": [self.values],
+            "kv_scales": self.scales,
             "length": self.length,
             "norms": self.norms,
             "weights": [
@@ -143,15 +150,21 @@ class Layer:
         if self.head_norms:
             query, key = rms_norm(query, self.norms[2], self.eps[2]), rms_norm(key, self.norms[3], self.eps[3])
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), self.cosine, self.sine)
+        value = value.transpose(1, 2)
+        if self.fp8:
+            key, value = (quantize_kv(x, scale, self.target) for x, scale in zip((key, value), self.scales, strict=True))
         keys = torch.cat((self.keys[:, :, : self.length], key), 2)
-        values = torch.cat((self.values[:, :, : self.length], value.transpose(1, 2)), 2)
+        values = torch.cat((self.values[:, :, : self.length], value), 2)
+        if self.fp8:
+            every = zip((keys, values), self.scales, strict=True)
+            keys, values = (dequantize_kv(x, scale, torch.bfloat16) for x, scale in every)
         grouped = query.double().view(batch, self.heads, self.queries, self.size)
         scores = torch.softmax(grouped @ keys.double().transpose(2, 3) * self.size**-0.5, -1)
         attended = (scores @ values.double()).bfloat16().view(batch, 1, -1)
         hidden = self.x + cpu.linear(attended, self.weights[1], self.biases[3])
         gate, up = cpu.linears(rms_norm(hidden, self.norms[1], self.eps[1]), self.weights[2])
         gated = torch.ops.duotone.silu_multiply(gate, up)
-        return hidden + cpu.linear(gated, self.weights[3], self.biases[6]), key, value.transpose(1, 2)
+        return hidden + cpu.linear(gated, self.weights[3], self.biases[6]), key, value
 
 
 LAYERS = {
@@ -165,7 +178,33 @@ LAYERS = {
     "biased": st.booleans(),
     "head_norms": st.booleans(),
     "shared_position": st.booleans(),
+    "fp8": st.booleans(),
 }
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Of BF16 or FP8, the sign of a zero too."""
+    kind = torch.uint8 if one.element_size() == 1 else torch.int16
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+
+
+@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=lambda target: target.name)
+@pytest.mark.parametrize("scale", [1.0, 0.0123])
+def test_every_value_is_kept_as_the_contract_rounds_it(target: Target, scale: float) -> None:
+    """All BF16 values as values of a token, infinities and NaN too: without an input a linear gives its bias."""
+    layer = Layer(heads=64, queries=1, size=64, hidden=32, fp8=True, target=target, biased=True)
+    layer.scales = [torch.full((64,), scale)] * 2
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    for some in every.split(4096):
+        layer.biases[0] = layer.biases[1] = torch.zeros(4096, dtype=torch.bfloat16)
+        layer.biases[2] = some + 0  # as the linear adds it: without negative zeros
+        y = layer.op(x=torch.zeros_like(layer.x))
+        found, meant = layer.values[0, :, 0], quantize_kv(layer.biases[2].view(1, 64, 1, 64), layer.scales[1], target)[0, :, 0]
+        nan = meant.float().isnan()
+        assert torch.equal(found.view(torch.uint8)[~nan], meant.view(torch.uint8)[~nan]) and bool(
+            found[nan].float().isnan().all()
+        )
+        assert bool(y.isfinite().all()) != bool(nan.any())
 
 
 @given(st.builds(Layer, **LAYERS))
@@ -174,7 +213,7 @@ def test_a_layer_is_its_parts(layer: Layer) -> None:
     """Bit for bit where attention has one token to look at: any shapes, biases, norms, schemes, positions."""
     meant, key, value = layer.meant()
     assert torch.equal(layer.op(), meant)
-    assert torch.equal(layer.keys[:, :, :1], key) and torch.equal(layer.values[:, :, :1], value)
+    assert same_bits(layer.keys[:, :, :1], key) and same_bits(layer.values[:, :, :1], value)
 
 
 @given(st.builds(Layer, **LAYERS, length=st.integers(1, 70), spread=st.sampled_from([0.1, 1.0, 100.0])))
@@ -186,9 +225,9 @@ def test_a_layer_attends_to_all_tokens(layer: Layer) -> None:
     found, at = layer.op(), layer.length
     step = (meant - layer.x).double()
     assert float((found - meant).double().norm()) <= 0.02 * float(step.norm() + layer.x.double().norm() * 2.0**-8)
-    assert torch.equal(layer.keys[:, :, at : at + 1], key) and torch.equal(layer.values[:, :, at : at + 1], value)
+    assert same_bits(layer.keys[:, :, at : at + 1], key) and same_bits(layer.values[:, :, at : at + 1], value)
     for now, then in zip((layer.keys, layer.values), before, strict=True):  # and nothing else was written
-        assert torch.equal(now[:, :, :at], then[:, :, :at]) and torch.equal(now[:, :, at + 1 :], then[:, :, at + 1 :])
+        assert same_bits(now[:, :, :at], then[:, :, :at]) and same_bits(now[:, :, at + 1 :], then[:, :, at + 1 :])
 
 
 def test_a_token_gets_the_same_alone_and_in_a_batch() -> None:
@@ -222,6 +261,10 @@ BAD = {
     "values": (lambda: Layer().op(values=[draw(0, 1, 2, 2, 16)]), "values: found another shape"),
     "keys of others": (lambda: Layer().op(keys=[draw(0, 2, 2, 3, 16)]), "keys: expected shape"),
     "keys in float32": (lambda: Layer().op(keys=[torch.zeros(1, 2, 3, 16)]), "keys: found another type"),
+    "scales of others": (lambda: Layer(fp8=True).op(kv_scales=[torch.ones(3)] * 2), "kv_scales: found another shape"),
+    "a scale missing": (lambda: Layer(fp8=True).op(kv_scales=[torch.ones(2)]), "kv_scales: expected two a layer"),
+    "FP8 without scales": (lambda: Layer(fp8=True).op(kv_scales=[]), "keys: found another type"),
+    "scales without FP8": (lambda: Layer().op(kv_scales=[torch.ones(2)] * 2), "keys: found another type"),
     "keys apart": (lambda: Layer().op(keys=[draw(0, 1, 2, 4, 16)[:, :, :3]]), "keys: expected a contiguous"),
     "positions": (lambda: Layer(batch=3).op(cosine=draw(0, 2, 1, 16)), "cosine: expected an even row"),
     "sine": (lambda: Layer().op(sine=draw(0, 1, 1, 8)), "sine: found another shape"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.headers import TensorSpec
+from duotone.checkpoint.kv_cache import kv_cache_scheme
 from duotone.checkpoint.packing import pack_int4, unpack_int4
 from duotone.contract import join_scale, split_scale
 from duotone.errors import DuotoneError
@@ -115,8 +116,11 @@ def side_scales(weight: QuantizedWeight) -> dict[str, float]:
     return {"outer_scale": float(weight.outer_scale), "input_scale": float(weight.input_scale)}
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. Both `format` keys and the status are needed: FORMATS.md 1.2."""
+def quantization_config(scheme: Scheme, ignore: list[str], kv_strategy: str | None = None) -> dict[str, Any]:
+    """The `quantization_config` of config.json. Both `format` keys and the status are needed: FORMATS.md 1.2.
+
+    kv_strategy: of the scales of an FP8 cache; None: there are none.
+    """
     dynamic = scheme.target.dynamic_activations
     strategy = "token" if dynamic else "tensor"
     file_format = _FORMAT_OF_TARGET[scheme.target.name]
@@ -135,7 +139,7 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache_scheme(kv_strategy),
         "version": _FORMAT_VERSION,
     }
 

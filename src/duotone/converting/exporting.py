@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.kv_cache import kv_cache_scheme, kv_strategy_of, without_scales
 from duotone.checkpoint.layouts import LAYOUTS, Layout, Shared
 from duotone.checkpoint.layouts.layout import ALONE, product_scale, products
 from duotone.checkpoint.reader import WeightReader, packed_layers
@@ -60,6 +61,12 @@ def export_checkpoint(
     quantization = source.config["quantization_config"]
     settings = None if kind.config is None else kind.config(reader.scheme, list(quantization.get("ignore", [])))
     report = Conversion(str(model), str(out), layout, original_bytes=source.weight_bytes)
+    strategy = kv_strategy_of(quantization)
+    if settings is not None and kind.keeps_kv_scales:
+        settings["kv_cache_scheme"] = kv_cache_scheme(strategy)
+    elif strategy is not None:
+        report.notes.append(f"{layout} has no place for the scales of the FP8 KV cache: they are left out")
+        source = without_scales(source)
     shared = _shared(source, reader, kind, _measured(source, kind, layers, calibration or Calibration(), report))
 
     def tensors_of(layer: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duotone.checkpoint.compressed_tensors import layout_of, quantization_config, tensor_specs, to_tensors
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.kv_cache import kv_strategy_of
 from duotone.checkpoint.layouts.foreign import FOREIGN, OPTIONAL, Foreign, Int4
 from duotone.checkpoint.layouts.layout import products
 from duotone.checkpoint.sidecar import FORMAT_VERSION, SIDECAR
@@ -60,7 +61,8 @@ def import_checkpoint(
 
     kept = [name for name in find_linears(build_skeleton(source.config, torch.bfloat16)) if name not in layers]
     config = {key: value for key, value in source.config.items() if key not in {"quantization_config", "torch_dtype"}}
-    config |= {"dtype": "bfloat16", "quantization_config": quantization_config(scheme, sorted(kept))}
+    written = quantization_config(scheme, sorted(kept), kv_strategy_of(quantization))
+    config |= {"dtype": "bfloat16", "quantization_config": written}
     sidecar = {
         "format_version": FORMAT_VERSION,
         "producer": f"duotone {VERSION}",

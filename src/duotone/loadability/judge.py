@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from duotone.errors import DuotoneError
+from duotone.loadability.caches import CACHES
 from duotone.loadability.rules import GPUS, Finding, Gpu, Rule, Situation
 from duotone.loadability.runtimes import RUNTIMES, Route, Runtime
 from duotone.loadability.subject import Subject
@@ -11,6 +12,8 @@ from duotone.loadability.subject import Subject
 EXPORTED = ("compressed-tensors", "modelopt", "gaudi-inc", "w4a16", "gptq", "gguf", "sglang-w4afp8", "dense-bf16")
 #: Ours.
 _OWN = ("compressed-tensors", "duotone-gaudi")
+#: Exports that have a place for the scales of an FP8 cache.
+_WITH_CACHE = ("compressed-tensors", "w4a16")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def judge(subject: Subject, runtime: str, gpu: str, tensor_parallel: int = 1) ->
     facts = (runtime, kind.version, gpu, tensor_parallel, subject.layout)
     if route is not None and not broken:
         layers, advice = _outcomes(subject, route.outcome, []), _exact_on_ranks(here, route)
-        return Loadability(*facts, route.outcome, route.runs, [], layers, advice)
+        cache = CACHES.get(runtime, {}).get(subject.kv_cache or "")
+        return Loadability(*facts, route.outcome, f"{route.runs}; {cache}" if cache else route.runs, [], layers, advice)
     reasons = [f"{finding.found}, expected: {rule.says} [{rule.source}]" for rule, finding in broken]
     if route is None:
         why = kind.unread.get(subject.layout, f"it reads {', '.join(dict.fromkeys(r.layout for r in kind.routes))}")
@@ -115,7 +119,8 @@ def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]
     found: list[str] = []
     if here.subject.layout in _OWN:
         for layout in (layout for layout in EXPORTED if layout != here.subject.layout):
-            other = replace(here, subject=replace(here.subject, layout=layout))
+            cache = here.subject.kv_cache if layout in _WITH_CACHE else None
+            other = replace(here, subject=replace(here.subject, layout=layout, kv_cache=cache))
             route, wrong = _best(other, runtime)
             if route is not None and not wrong:
                 found.append(f"duotone export --format {layout} loads there: {route.runs}")

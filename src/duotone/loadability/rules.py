@@ -152,6 +152,25 @@ def heads(source: str) -> Rule:
     return Rule("ranks divide the heads; heads of keys are divided or repeated evenly", source, findings)
 
 
+def fp8_cache(source: str, tensor_least: int = 0, per_head: tuple[int, ...] = ()) -> Rule:
+    """Scales of an FP8 cache, if any: of whole tensors on NVIDIA devices from a capability on, times ten; of heads on some."""
+
+    def findings(here: Situation) -> Iterator[Finding]:
+        kind, gpu = here.subject.kv_cache, here.gpu
+        if kind == "attn_head" and gpu.capability not in per_head:
+            yield Finding(
+                f"the FP8 cache has a scale for each head, the device is {gpu.name}", advice="--kv-cache-strategy tensor"
+            )
+        if kind == "tensor" and gpu.vendor == "nvidia" and gpu.capability < tensor_least:
+            yield Finding(f"the cache is FP8, the device is {gpu.name}", advice="no --kv-cache")
+
+    heads_on = " or ".join(str(one / 10) for one in per_head)
+    says = (
+        f"scales of an FP8 cache are whole tensors', on NVIDIA from capability {tensor_least / 10} on, or heads' on {heads_on}"
+    )
+    return Rule(says, source, findings)
+
+
 def experts(source: str) -> Rule:
     """A mixture's experts."""
 

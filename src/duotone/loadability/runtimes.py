@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from duotone.loadability.caches import VLLM_CACHE
 from duotone.loadability.rules import (
     Rule,
     capability,
@@ -55,6 +56,7 @@ _MARLIN = (
     group_size(f"{_VLLM} {_VLLM_LAYERS}/utils/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES", 32, 64, 128),
     groups_stay_whole(f"{_VLLM_KERNELS}/marlin.py MarlinLinearKernel.can_implement"),
     *_VLLM_PARALLEL,
+    VLLM_CACHE,
 )
 _TRITON = (
     vendor(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", "amd"),
@@ -62,12 +64,14 @@ _TRITON = (
     multiples(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement", 8, 1),
     groups_stay_whole(f"{_VLLM_KERNELS}/triton_w4a16.py TritonW4A16LinearKernel.can_implement"),
     *_VLLM_PARALLEL,
+    VLLM_CACHE,
 )
 _CPU = (
     vendor(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", "cpu"),
     multiples(f"{_VLLM_KERNELS}/cpu.py CPUWNA16LinearKernel.can_implement", 32, 32),
     groups_stay_whole(f"{_VLLM_CT}/schemes/compressed_tensors_wNa16.py create_weights"),
     *_VLLM_PARALLEL,
+    VLLM_CACHE,
 )
 # Asked of every device, whatever kernel is chosen then.
 _GPTQ = (
@@ -91,6 +95,7 @@ VLLM = Runtime(
                 dtype(_CUTLASS, "bfloat16"),
                 multiples(_CUTLASS, 128, 128),
                 *_VLLM_PARALLEL,
+                VLLM_CACHE,
             ),
             splits_scales=True,
         ),

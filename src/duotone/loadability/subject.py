@@ -34,7 +34,8 @@ class Subject:
     layout: how it is stored, see `layout_of`. dtype: of config.json. fused: the quantized linears, those that runtimes put
     into one matrix together. split: linears left in BF16, each with the quantized ones that runtimes fuse with it. heads: of
     queries and of keys; 0 where there are none. experts: whether the linears are a mixture's experts. made_for: ranks whose
-    shares of columns rebuild the same scales.
+    shares of columns rebuild the same scales. kv_cache: what shares a scale of its FP8 cache, if it has one
+    (`scheme.KV_CACHE_STRATEGIES`).
     """
 
     layout: str
@@ -47,3 +48,4 @@ class Subject:
     heads: tuple[int, int] = (0, 0)
     experts: bool = False
     made_for: int = 1
+    kv_cache: str | None = None

@@ -66,15 +66,15 @@ def drop_rooms(cache: Any) -> None:
                 delattr(layer, _ATTRIBUTE)
 
 
-def growing_layers(cache: Any, count: int) -> list[DynamicLayer] | None:
-    """Its layers, where a cache grows by concatenation, holds BF16 on a CPU and as many tokens in each of them."""
+def growing_layers(cache: Any, count: int, dtype: torch.dtype = torch.bfloat16) -> list[DynamicLayer] | None:
+    """Its layers, where a cache grows by concatenation, holds one dtype on a CPU and as many tokens in each of them."""
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or len(cache.layers) != count:
         return None
-    layers = [layer for layer in cache.layers if _grows(layer)]
+    layers = [layer for layer in cache.layers if _grows(layer, dtype)]
     return layers if len(layers) == count and len({layer.get_seq_length() for layer in layers}) == 1 else None
 
 
-def _grows(layer: Any) -> TypeGuard[DynamicLayer]:
+def _grows(layer: Any, dtype: torch.dtype) -> TypeGuard[DynamicLayer]:
     if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or layer.keys.dim() != 4:
         return False
-    return layer.keys.dtype == torch.bfloat16 and layer.keys.device.type == "cpu"
+    return layer.keys.dtype == dtype and layer.keys.device.type == "cpu"

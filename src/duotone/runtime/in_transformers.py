@@ -21,11 +21,12 @@ from duotone.errors import DuotoneError
 from duotone.models.anatomy import anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
+from duotone.runtime.kv_cache import install
 from duotone.runtime.load import check_complete, place_quantized, share_calls, shorten
 
 _METHOD = "compressed-tensors"
-#: What of a packed linear lies in the files, and is read by us: transformers need not report it as unknown.
-_OURS = r"\.weight_(packed|scale|shape|zero_point)$"
+#: What of packed linears and of an FP8 cache lies in the files and is read by us: transformers need not report it as unknown.
+_OURS = r"\.(weight_(packed|scale|shape|zero_point)|[kv]_scale)$"
 
 
 class DuotoneConfig(QuantizationConfigMixin):
@@ -79,7 +80,10 @@ class DuotoneQuantizer(HfQuantizer):
         config = self._source.config
         check_complete(model, self._source)
         place_quantized(model, self._source, model.device)
-        share_calls(model, anatomy_of(config, build_skeleton(config, model.dtype)))
+        whole = build_skeleton(config, model.dtype)
+        anatomy = anatomy_of(config, whole)
+        share_calls(model, anatomy)
+        install(model, self._source, anatomy, whole, model.device)
         model.requires_grad_(False)
         shorten(model, config, model.dtype, model.device)
         return model

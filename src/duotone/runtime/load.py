@@ -16,7 +16,7 @@ from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.anatomy import Anatomy, anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
-from duotone.runtime import attention, decoder
+from duotone.runtime import attention, decoder, kv_cache
 from duotone.runtime.linear import QuantizedLinear, share_call
 
 
@@ -36,15 +36,17 @@ def load(
     model = build_skeleton(folder.config, dtype)
     source = named_source(folder, model)
     is_quantized = source.config.get("quantization_config") is not None
+    scales: set[str] = set()
     if is_quantized:
         anatomy = anatomy_of(source.config, model)
         place_quantized(model, source, place)
         share_calls(model, anatomy)
+        scales = kv_cache.install(model, source, anatomy, model, place)
     wanted = check_complete(model, source)
     fill(model, source.load(wanted), dtype, place)
     model.tie_weights()
     # Buffers that the model makes itself (position numbers, rotary tables) lie in older checkpoints too.
-    known = set(model.state_dict()) | set(wanted) | {name for name, _ in model.named_buffers()}
+    known = set(model.state_dict()) | set(wanted) | {name for name, _ in model.named_buffers()} | scales
     unexpected = [name for name in source.tensors if name not in known and not _is_quantized_part(model, name)]
     if unexpected:
         warnings.warn(

@@ -19,12 +19,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from duotone.kernels import cpu
 from duotone.runtime import attention
 from duotone.runtime.cache import Room, drop_rooms, growing_layers, room_of
+from duotone.runtime.kv_cache import is_narrow
 from duotone.runtime.linear import QuantizedLinear, merged_weight
 
 #: Between the two ways, relative to the largest output: BF16 has eight bits, and a few roundings differ.
 _TOLERANCE = 0.02
 #: And relative to each, where it is a sum: the last bit.
 _ROUNDING = 2.0**-7
+#: Of what an FP8 cache keeps: a value beside the other way's.
+_FP8_ROUNDING = 2.0**-3
 #: A layer's linears, those of one input together.
 _LINEARS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -64,6 +67,16 @@ class Layer:
     facts: list[int]
     places: list[_Place]
     packed: list[cpu.Packed]  # of each linear
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What its cache holds."""
+        return torch.float8_e4m3fn if is_narrow(self.block.self_attn) else torch.bfloat16
+
+    def cache_scales(self) -> list[Tensor]:
+        """Of keys and of values, float32 [H] each, where its cache holds FP8."""
+        attention = self.block.self_attn
+        return [attention.k_scale.float(), attention.v_scale.float()] if is_narrow(attention) else []
 
     def parameters(self) -> list[Tensor]:
         """What else it computes with: its norms' weights and its linears' biases."""
@@ -152,7 +165,8 @@ def _found(block: nn.Module, name: str) -> nn.Module | None:
 def _shared_facts(layer: Layer) -> tuple[float, ...]:
     """What one call of the op takes for all its layers."""
     first, attention = layer.packed[0], layer.block.self_attn
-    return (attention.scaling, attention.head_dim, len(layer.norms), first.fp8_max, first.smallest_scale, first.path)
+    kind = is_narrow(attention), len(layer.norms)
+    return (attention.scaling, attention.head_dim, *kind, first.fp8_max, first.smallest_scale, first.path)
 
 
 def step(
@@ -171,7 +185,7 @@ def step(
     if not stack.is_current(self.layers):
         self.forward = self._long_way  # for good: whoever replaced a part does not need the old ones kept
     elif _is_step(self, input_ids, inputs_embeds, use_cache, options) and not stack.is_heard():
-        held = growing_layers(past_key_values, len(stack.layers))
+        held = growing_layers(past_key_values, len(stack.layers), stack.layers[0].kept)
     if held is not None and _sees_all(self.config, attention_mask, held[0].get_seq_length() + 1):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions = torch.full((1, 1), held[0].get_seq_length()) if position_ids is None else position_ids
@@ -237,8 +251,8 @@ def _run(
     first, attention = layers[0].packed[0], layers[0].block.self_attn
     norms = [norm for layer in layers for norm in layer.norms]
     return torch.ops.duotone.decoder_layers(
-        x, *tables, [room.keys for room in rooms], [room.values for room in rooms], rooms[0].used,
-        [norm.weight for norm in norms], weights,
+        x, *tables, [room.keys for room in rooms], [room.values for room in rooms],
+        [scale for layer in layers for scale in layer.cache_scales()], rooms[0].used, [norm.weight for norm in norms], weights,
         [_or(linear.bias, nothing) for layer in layers for linear in layer.linears],
         facts, [norm.variance_epsilon for norm in norms], attention.scaling, first.fp8_max, first.smallest_scale, first.path,
     )  # fmt: skip
@@ -263,6 +277,8 @@ def layer_agrees(layer: Layer) -> bool:
     angle = torch.rand(2, 1, size // 2, generator=generator).repeat(1, 1, 2) * 6
     tables = (angle.cos().bfloat16(), angle.sin().bfloat16())
     past = [draw(2, key.out_features // size, 5, size) for _ in range(2)]
+    if layer.kept != past[0].dtype:
+        past = [(50 * x).to(layer.kept) for x in past]
     grown, expected = DynamicLayer(), DynamicCache()
     expected.update(past[0], past[1], number)
     grown.update(past[0], past[1])
@@ -271,10 +287,12 @@ def layer_agrees(layer: Layer) -> bool:
         room = room_of(grown)
         short = _run([layer], layer.weights, layer.facts, x, tables, [room])
     held, nothing = (room.keys[:, :, :6], room.values[:, :, :6]), past[0][:, :, :0]
-    return close(short, long, x) and all(map(close, held, expected.update(nothing, nothing, number)))
+    rounding = _FP8_ROUNDING if is_narrow(module) else _ROUNDING
+    alike = zip(held, expected.update(nothing, nothing, number), strict=True)
+    return close(short, long, x) and all(close(ours, theirs, rounding=rounding) for ours, theirs in alike)
 
 
-def close(short: Tensor, long: Tensor, base: Tensor | float = 0.0) -> bool:
-    """Whether both ways agree on what they add to `base`, up to BF16's rounding of the sum."""
+def close(short: Tensor, long: Tensor, base: Tensor | float = 0.0, rounding: float = _ROUNDING) -> bool:
+    """Whether both ways agree on what they add to `base`, up to BF16's rounding of the sum, or another one."""
     short, long = short.float(), long.float()
-    return bool(((short - long).abs() <= _TOLERANCE * (long - base).abs().max() + _ROUNDING * long.abs()).all())
+    return bool(((short - long).abs() <= _TOLERANCE * (long - base).abs().max() + rounding * long.abs()).all())

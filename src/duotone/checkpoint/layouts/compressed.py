@@ -36,4 +36,4 @@ def _hopper(scheme: Scheme) -> Scheme:
     return Scheme(HOPPER, scheme.group_size, scheme.symmetric)
 
 
-COMPRESSED = Layout("compressed-tensors", specs, to_tensors, values, config)
+COMPRESSED = Layout("compressed-tensors", specs, to_tensors, values, config, keeps_kv_scales=True)

@@ -34,11 +34,12 @@ ALONE = Shared()
 class Layout:
     """How a file stores a linear [N, K].
 
-    specs: names, dtypes and shapes, without arithmetic. to_tensors: the tensors of a weight. values: what the layout's runtimes
-    multiply, float32 [N, K], from those tensors. config: the quantization_config, given linears left alone; None: none. file:
-    a further JSON file, and what is in it given the quantization_config. refuses: why a linear of a shape and scheme cannot be
-    stored; None: all can. outer: the outer scale that a weight needs, where those of one input have to share it. static: the
-    linears whose activations it scales by one number each, by name. container: of the file.
+    specs: names, dtypes and shapes, without arithmetic. to_tensors: the tensors of a weight. values: what the layout's
+    runtimes multiply, float32 [N, K], from those tensors. config: the quantization_config, given linears left alone; None:
+    none. file: a further JSON file, and what is in it given the quantization_config. refuses: why a linear of a shape and
+    scheme cannot be stored; None: all can. outer: the outer scale that a weight needs, where those of one input have to share
+    it. static: the linears whose activations it scales by one number each, by name. container: of the file. keeps_kv_scales:
+    whether its runtimes read the scales of an FP8 cache.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Layout:
     outer: Callable[[QuantizedWeight], float] | None = None
     static: Callable[[str], bool] | None = None
     container: str = "safetensors"
+    keeps_kv_scales: bool = False
 
 
 def product_scale(weight: QuantizedWeight) -> Tensor:

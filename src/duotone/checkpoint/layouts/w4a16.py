@@ -41,4 +41,4 @@ def config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-W4A16 = Layout("w4a16", tensor_specs, to_tensors, values, config)
+W4A16 = Layout("w4a16", tensor_specs, to_tensors, values, config, keeps_kv_scales=True)
