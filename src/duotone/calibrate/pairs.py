@@ -75,7 +75,7 @@ def draw_samples(
     sees: the tokens in whose places the model of `folder` puts what it sees; none for a model that only reads. Raises
     DuotoneError as `draw_windows` and `draw_pairs` do, and for images before a model that only reads.
     """
-    with_images = [source for source in sources if _holds_images(source)]
+    with_images = [source for source in sources if holds_images(source)]
     if not with_images:
         return draw_windows(load_tokenizer(folder), sources, seq_len, count, seed)
     if not sees:
@@ -121,8 +121,8 @@ def predicted_of(ids: Tensor, sees: tuple[int, ...]) -> Tensor:
     return behind[:, :-1] & ~is_image[:, 1:]
 
 
-def _holds_images(source: str) -> bool:
-    """A folder, or a .jsonl file whose first row names an image."""
+def holds_images(source: str) -> bool:
+    """Is this a folder, or a .jsonl file whose first row names an image?"""
     path = Path(source)
     try:
         if path.is_dir():
