@@ -28,7 +28,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("floors", "card"),
     ("unfinished", "publishing"),
     ("run",),
-    ("solving", "output"),
+    ("solving", "output", "opening"),
     ("pipeline",),
     ("evaluation", "questions", "modules"),
     ("tasks",),

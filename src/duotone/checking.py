@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_strategy_of
 from duotone.checkpoint.sidecar import read_sidecar
-from duotone.checkpoint.source import Source, SourceFolder, open_source
+from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
 from duotone.inspection import why_kept
 from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
-from duotone.models.anatomy import Anatomy, anatomy_of, linears_by_input
+from duotone.models.anatomy import Anatomy, linears_by_input
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
+from duotone.models.vision import full_anatomy, vision_path
 from duotone.plan import Plan, make_plan
 from duotone.runtime.load import config_dtype
 from duotone.settings import QuantizeConfig
@@ -52,9 +55,8 @@ def subject_of_plan(plan: Plan) -> Subject:
     """The checkpoint that a plan would write."""
     scheme = plan.config.scheme
     layout = "compressed-tensors" if scheme.target.channel_outer_scale else "duotone-gaudi"
-    subject = _subject(
-        plan.source, plan.anatomy, layout, (scheme.group_size, scheme.symmetric), plan.shapes, plan.kept, "bfloat16"
-    )
+    grid = (scheme.group_size, scheme.symmetric)
+    subject = _subject(plan.text, plan.anatomy, layout, grid, plan.shapes, plan.kept, "bfloat16")
     ranks = plan.config.tensor_parallel if plan.config.method == "dpq" else 1
     return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy)
 
@@ -75,9 +77,10 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
             kept[name] = why_kept(named.written_as(name), sidecar, quantization) or "not quantized"
     if not shapes:
         raise DuotoneError(f"{source.path}: found no quantized linear, expected some of the layout {layout}")
+    tower = vision_path(model)
     subject = _subject(
-        source,
-        anatomy_of(source.config, model),
+        model.config.get_text_config(),
+        full_anatomy(source.config, model, tower is not None and any(name.startswith(f"{tower}.") for name in shapes)),
         layout,
         (group_size, symmetric),
         shapes,
@@ -90,7 +93,7 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
 
 
 def _subject(
-    source: Source,
+    text: PreTrainedConfig | None,
     anatomy: Anatomy,
     layout: str,
     grid: tuple[int, bool],
@@ -99,9 +102,8 @@ def _subject(
     dtype: str,
 ) -> Subject:
     """The linears as runtimes see them: fused where they read the same input, cut along K where they write to the stream."""
-    config = source.config
-    queries = int(config.get("num_attention_heads") or 0)
-    heads = queries, int(config.get("num_key_value_heads") or queries)
+    queries = int(getattr(text, "num_attention_heads", 0) or 0)
+    heads = queries, int(getattr(text, "num_key_value_heads", 0) or queries)
     fused: list[tuple[Linear, ...]] = []
     split: dict[str, tuple[str, ...]] = {}
     for names in linears_by_input(anatomy, [*shapes, *kept]):
@@ -113,9 +115,9 @@ def _subject(
 
 
 def _linear(anatomy: Anatomy, name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:
-    """Queries, keys and values are three that read one input, and are made of heads."""
-    writes = any(name in block.streams for block in anatomy.blocks)
-    units = (heads[0] if place == 0 else heads[1]) if of == 3 else 0
+    """Queries, keys and values are three that read one input, and are made of heads; a vision tower's are others."""
+    writes = any(name in block.streams for block in anatomy.all_blocks)
+    units = (heads[0] if place == 0 else heads[1]) if of == 3 and name not in anatomy.seeing else 0
     return Linear(name, *shape, "columns" if writes else "rows", units)
 
 

@@ -45,7 +45,10 @@ def quantize(  # noqa: PLR0913 - every option of the command
     ignore: Annotated[list[str] | None, typer.Option(help="A linear to leave in BF16, or re:PATTERN; repeatable.")] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares."),
+        typer.Option(
+            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares. For a "
+            "model that sees also FILE.jsonl with an image and text or messages in a row, or a folder of images with captions."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
@@ -75,6 +78,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     dtype: Annotated[
         str, typer.Option(help="What calibration multiplies in: float32, bfloat16, or auto, the second where it is fast.")
     ] = "auto",
+    quantize_vision: Annotated[
+        bool, typer.Option("--quantize-vision", help="The vision tower too, of a model that sees; it stays BF16 otherwise.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
     runtime: Annotated[
         str | None, typer.Option(help="What will serve it: refuse before the work if it would not load. See duotone check.")
@@ -126,6 +132,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
             device=device,
             dtype=dtype,
             strict=strict,
+            quantize_vision=quantize_vision,
             runtime=runtime,
             gpu=gpu,
             tensor_parallel=tensor_parallel,
@@ -179,7 +186,9 @@ def _planned(model: str, out: Path, config: Any) -> tuple[dict[str, Any], Callab
 @app.command("eval", epilog="Example: duotone eval Llama-W4AFP8 --reference meta-llama/Llama-3.2-1B --text held_out.txt")
 def evaluate(  # noqa: PLR0913 - every option of the command
     model: Model,
-    text: Annotated[list[str], typer.Option(help="Text the model has not seen: FILE or FILE.jsonl#field; repeatable.")],
+    text: Annotated[
+        list[str], typer.Option(help="Text the model has not seen, FILE or FILE.jsonl#field, or images with text; repeatable.")
+    ],
     reference: Annotated[str | None, typer.Option(help="The original model, to measure the distance from.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,

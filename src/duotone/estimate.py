@@ -54,7 +54,7 @@ def estimate(plan: Plan) -> Estimate:
     largest = 4 * max(n * k for n, k in plan.shapes.values())
     outside_bytes = 4 * sum(plan.source.tensors[name].nbytes // 2 for name in plan.outside)
     # Windows wait inside a block: about six states of the hidden width each, and the widest linear's input.
-    hidden, widest = int(plan.source.config.get("hidden_size", 0)), max(k for _, k in plan.shapes.values())
+    hidden, widest = plan.hidden_size, max(k for _, k in plan.shapes.values())
     prefixes = 2 if config.method_facts.drift else 1
     waiting_bytes = prefixes * min(4 * tokens * (6 * hidden + widest), WAITING_BYTES)
     state_bytes = 2 * prefixes * 4 * tokens * hidden

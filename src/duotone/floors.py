@@ -65,7 +65,7 @@ def phase_work(plan: Plan, tokens: int, seq_len: int, dtype: torch.dtype, device
     if not config.needs_statistics:
         return work
     prefixes = 2 if config.method_facts.drift else 1
-    attention = 2 * tokens * seq_len * int(plan.source.config.get("hidden_size", 0)) * len(plan.blocks)
+    attention = 2 * tokens * seq_len * plan.hidden_size * len(plan.blocks)
     calibrated = dtype == torch.bfloat16
     work["forward"].add(prefixes * (2 * tokens * plan.weights + attention), calibrated)
     for block in plan.blocks:

@@ -54,7 +54,7 @@ def calibration_facts(windows: Samples | None, dtype: torch.dtype) -> dict[str, 
     if windows is None:
         return None
     files = [Path(source.partition("#")[0]) for source in windows.sources]
-    names = [file.name if file.is_file() else source for file, source in zip(files, windows.sources, strict=True)]
+    names = [file.name if file.exists() else source for file, source in zip(files, windows.sources, strict=True)]
     counts = {"tokens": windows.positions, "windows": len(windows)}
     return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 

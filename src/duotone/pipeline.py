@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from duotone.calibrate.cache import CacheWatch
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.data import calibration_sources, draw_windows
+from duotone.calibrate.data import calibration_sources
 from duotone.calibrate.offload import Offload
+from duotone.calibrate.pairs import ImageTextPairs, draw_samples
 from duotone.calibrate.samples import Samples, are_tensors, read_samples
-from duotone.calibrate.stream import BlockStream, Observer, start_stream
+from duotone.calibrate.stream import BlockStream, Observer
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import scale_tensors
 from duotone.checkpoint.scratch import Scratch
@@ -33,8 +34,8 @@ from duotone.errors import DuotoneError
 from duotone.floors import phase_work
 from duotone.models.caching import key_heads
 from duotone.models.experts import FEW_TOKENS, Experts
-from duotone.models.skeleton import build_skeleton, expected_tensors, fill, is_parameter, release
-from duotone.models.tokenizer import check_tokens, load_tokenizer
+from duotone.models.skeleton import build_skeleton, fill, is_parameter, release
+from duotone.opening import behind_tower, open_stream
 from duotone.outcome import QuantizeReport, calibration_facts, notes_of
 from duotone.output import made_output
 from duotone.phases import Phases, return_memory
@@ -95,8 +96,8 @@ def quantize(
     run = Run(plan, device, dtype, phases, report, ranks, None if offload is None else Offload(offload))
     with made_output(run, out, resume, run_settings(plan, device, dtype, windows, ranks), save_every) as output:
         skeleton = build_skeleton(plan.source.config, dtype)
-        stream = _open_stream(run, skeleton, windows) if windows is not None else None
         steps, before, done = len(plan.blocks), 0, output.done or 0
+        stream = open_stream(run, skeleton, windows, done) if windows is not None else None
         if stream is not None and windows is not None and config.high_effort and output.folder is not None:
             steps, before = 3 * steps, 2 * steps  # forward, backward, and the quantizing
             run.curvatures = Scratch(output.folder / _SCRATCH, anew=output.done is None)
@@ -105,7 +106,10 @@ def quantize(
         if stream is not None and output.done is not None and done < len(plan.blocks):
             output.take_up(stream)
         for index, block in enumerate(plan.blocks[done:], done):
-            output.save_if_due(index, stream)
+            if stream is not None and windows is not None and done < index == plan.tower_blocks:
+                stream = behind_tower(run, skeleton, windows, stream)
+            if index >= plan.tower_blocks:  # what the tower saw before is not kept
+                output.save_if_due(index, stream)
             tell(before + index, steps, block.path)
             output.write_block(block, *quantize_block(run, index, block, skeleton, stream))
         tell(steps, steps, "writing")
@@ -161,9 +165,10 @@ def quantize_block(
                 # The walk has passed the norm already, and keeps its old weight.
                 _set(linear, "weight", values if s_K is None else values / s_K)
             weights |= solved
-        if index + 1 < len(run.plan.blocks) or watch is not None:
+        if not stream.is_last(index) or watch is not None:
             stream.leave(observer)
-    release(module)
+    if index >= run.plan.tower_blocks:  # the tower is still to be looked through
+        release(module)
     return_memory()
     if watch is not None and block.caches:
         changed |= _cache_scales(run, block.caches[1], watch, key_heads(skeleton))
@@ -235,27 +240,6 @@ def _cache_scales(run: Run, attention: str, watch: CacheWatch, heads: int) -> di
     return scale_tensors(attention, config.kv_cache_strategy, (keys, values))
 
 
-def _open_stream(run: Run, skeleton: Any, windows: Samples) -> BlockStream:
-    """Load what lies before the first block and compute the hidden states at its entrance."""
-    if "tokens" in windows.tensors:
-        check_tokens(windows.tensors["tokens"], skeleton, run.plan.source.path)
-    heads = {f"{layer}.{leaf}" for layer in run.plan.anatomy.keep for leaf in ("weight", "bias")}
-    known = expected_tensors(skeleton)
-    names = [name for name in run.plan.outside if name not in heads and name in known]
-    with run.phases("read"):
-        fill(skeleton, load_finite(run.plan.source, tuple(names)), run.dtype, run.device)
-        skeleton.tie_weights()
-    with run.phases("forward"):
-        blocks = [skeleton.get_submodule(block.path) for block in run.plan.blocks]
-        shared = (run.phases, run.ranks, run.offload)
-        written = run.plan.seq_len // 2 if run.plan.anatomy.writes_another else 0
-        batches = windows.batches(run.ranks.shares(len(windows))[run.ranks.rank], written)
-        stream = start_stream(skeleton, blocks, batches, *shared, run.plan.anatomy.gives, run.device)
-    if run.plan.config.method_facts.drift:
-        stream.carry_original()
-    return stream
-
-
 def _measure_curvature(run: Run, skeleton: Any, stream: BlockStream, windows: Samples, tell: Callable[[int], None]) -> None:
     """Forward and backward through the original model; what it finds lies in a scratch folder beside the new checkpoint."""
     plan, dtype = run.plan, run.dtype
@@ -286,11 +270,13 @@ def _calibration_samples(plan: Plan) -> Samples:
             f"{folder}: the model reads {plan.anatomy.inputs[0]}, expected --calibration FILE.safetensors of them"
         )
     sources = calibration_sources(config.calibration, folder)
-    return draw_windows(load_tokenizer(folder), sources, plan.seq_len, config.samples, config.seed)
+    return draw_samples(folder, sources, plan.seq_len, config.samples, config.seed, plan.image_tokens)
 
 
 def _check_effort(plan: Plan, windows: Samples | None) -> None:
     """Raise DuotoneError where the curvature of the loss cannot be had."""
+    if plan.config.high_effort and isinstance(windows, ImageTextPairs):
+        raise DuotoneError("--effort high: found calibration on images, expected text alone, or no --effort")
     if plan.config.high_effort and (plan.anatomy.whole or windows is None or "tokens" not in windows.tensors):
         raise DuotoneError(
             f"--effort high: {plan.source.path} is no stack of blocks that reads tokens, expected one; leave --effort out"

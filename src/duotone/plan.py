@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
@@ -13,11 +13,12 @@ from duotone.checkpoint.kv_cache import scale_specs
 from duotone.checkpoint.source import Source, SourceFolder
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, normed_stream
-from duotone.models.anatomy import Anatomy, anatomy_of
+from duotone.models.anatomy import Anatomy
 from duotone.models.caching import caching_attentions, key_heads, written_attention
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others
 from duotone.models.table import NormedStream
+from duotone.models.vision import full_anatomy, image_tokens
 from duotone.scheme import Scheme, matches
 from duotone.settings import QuantizeConfig
 from duotone.transforms.rotated import rotate
@@ -69,7 +70,8 @@ class Plan:
     kept: linears left in BF16 with their reason. quantized_macs_share: of all linears' multiply-accumulates, the share that
     will run quantized. outputs: every tensor of the new checkpoint, in order. converted: those whose floats become BF16.
     transforms: what is done to the model before it is quantized, a line each. source: the model under its modules' names, and
-    behind its rotation, if any. generates: whether the model writes text.
+    behind its rotation, if any. generates: whether the model writes text. text: what config.json says of the language model,
+    defaults and all. image_tokens: those in whose places a model puts what it sees.
     """
 
     config: QuantizeConfig
@@ -84,6 +86,8 @@ class Plan:
     converted: tuple[str, ...]
     transforms: tuple[str, ...] = ()
     generates: bool = False
+    text: PreTrainedConfig | None = None
+    image_tokens: tuple[int, ...] = ()
 
     @property
     def layers(self) -> list[str]:
@@ -92,8 +96,14 @@ class Plan:
 
     @property
     def ignored(self) -> list[str]:
-        """Linears left in BF16 as a config names them: by the folder's names and, where those are others, by the modules'."""
-        return sorted({*self.kept, *(self.written_layer(name) for name in self.kept)})
+        """Linears left in BF16 as a config names them: by the folder's names and, where those are others, by the modules'.
+
+        A vision tower is named as a whole too: runtimes have further names for what is inside.
+        """
+        names = {*self.kept, *(self.written_layer(name) for name in self.kept)}
+        if self.anatomy.tower_path is not None and self.anatomy.tower is None:
+            names.add(rf"re:.*\b{self.anatomy.tower_path.rpartition('.')[2]}\..*")
+        return sorted(names)
 
     def written_layer(self, layer: str) -> str:
         """A linear's name in the new folder."""
@@ -126,7 +136,17 @@ class Plan:
     @property
     def seq_len(self) -> int:
         """Tokens of a calibration window: what was asked for, or the model's own limit if that is smaller."""
-        return min(self.config.seq_len, int(self.source.config.get("max_position_embeddings", self.config.seq_len)))
+        return min(self.config.seq_len, int(getattr(self.text, "max_position_embeddings", self.config.seq_len)))
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states between two blocks."""
+        return int(getattr(self.text, "hidden_size", 0))
+
+    @property
+    def tower_blocks(self) -> int:
+        """How many of the blocks, the first ones, are the vision tower's."""
+        return len(self.blocks) - len(self.anatomy.blocks)
 
 
 def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
@@ -136,7 +156,7 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise DuotoneError(f"{folder.path}: is already quantized ({method}), expected original weights")
     model = build_skeleton(folder.config, torch.float32)
-    return plan_of(named_source(folder, model), model, anatomy_of(folder.config, model), config)
+    return plan_of(named_source(folder, model), model, full_anatomy(folder.config, model, config.quantize_vision), config)
 
 
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
@@ -148,8 +168,9 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     _check_source(source, wanted, buffers)
     residual = normed_stream(source.config, "--equalize") if config.equalize is not None else None
     attentions = caching_attentions(anatomy, model, "--kv-cache") if config.kv_cache else [None] * len(anatomy.blocks)
+    attentions = [*(None for _ in anatomy.all_blocks[len(anatomy.blocks) :]), *attentions]  # a tower keeps nothing
     blocks: list[BlockPlan] = []
-    for part, attention in zip(anatomy.blocks, attentions, strict=True):
+    for part, attention in zip(anatomy.all_blocks, attentions, strict=True):
         groups = (tuple(name for name in group if name not in kept) for group in part.shared_inputs)
         groups = tuple(group for group in groups if group)
         tensors = tuple(name for name in wanted if name.startswith(part.prefix))
@@ -185,7 +206,8 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
     writes = isinstance(model, PreTrainedModel) and model.can_generate()
-    facts = (kept, shapes, share, outputs, converted, tuple(transforms), writes)
+    text, sees = (model.config.get_text_config(), image_tokens(model)) if isinstance(model, PreTrainedModel) else (None, ())
+    facts = (kept, shapes, share, outputs, converted, tuple(transforms), writes, text, sees)
     return Plan(config, source, anatomy, tuple(blocks), outside, *facts)
 
 
@@ -216,7 +238,7 @@ def _kept_linears(anatomy: Anatomy, linears: list[str], config: QuantizeConfig) 
     for rule in config.ignore:
         if not any(matches(name, rule) for name in linears):
             raise DuotoneError(f"--ignore {rule}: matches no linear of this model; names look like {linears[0]!r}")
-    known = {name for block in anatomy.blocks for group in block.shared_inputs for name in group}
+    known = {name for block in anatomy.all_blocks for group in block.shared_inputs for name in group}
     kept: dict[str, str] = {}
     for name in linears:
         rule = next((rule for rule in config.ignore if matches(name, rule)), None)
@@ -225,7 +247,7 @@ def _kept_linears(anatomy: Anatomy, linears: list[str], config: QuantizeConfig) 
         elif name in anatomy.keep:
             kept[name] = anatomy.keep[name]
         elif name not in known:
-            inside = any(name.startswith(block.prefix) for block in anatomy.blocks)
+            inside = any(name.startswith(block.prefix) for block in anatomy.all_blocks)
             kept[name] = "not in the architecture's table" if inside else "outside the blocks"
             if config.strict:
                 raise DuotoneError(f"{name}: must stay BF16 ({kept[name]}), which --strict forbids; name it with --ignore")

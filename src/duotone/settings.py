@@ -22,8 +22,9 @@ class QuantizeConfig:
     empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears left in
     BF16. kv_cache: `fp8` measures scales for a cache of one byte a value, one for a layer's keys and one for its values or,
     with strategy attn_head, for each head's. dtype: of the calibration's forward; auto is bfloat16 where that is fast and the
-    model is not small, else float32. strict: a linear that must stay BF16 is an error. runtime: what is to serve the
-    checkpoint, on gpu with tensor_parallel ranks; it is an error if that would not load it. None: nothing is promised.
+    model is not small, else float32. strict: a linear that must stay BF16 is an error. quantize_vision: the vision
+    tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu with tensor_parallel ranks; it is an error
+    if that would not load it. None: nothing is promised.
     """
 
     method: str = "dpq"
@@ -46,6 +47,7 @@ class QuantizeConfig:
     device: str = "auto"
     dtype: str = "auto"
     strict: bool = False
+    quantize_vision: bool = False
     runtime: str | None = None
     gpu: str = "h100"
     tensor_parallel: int = 1

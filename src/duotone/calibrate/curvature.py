@@ -53,7 +53,7 @@ def measure_curvature(
     for index, block in enumerate(backward.blocks):
         with _loaded(backward, index), stream.phases("curvature"), torch.no_grad():
             outputs = (block(states, *positional, **named) for states, positional, named in stream.calls(index, entered[-1]))
-            entered.append([_hidden(output) for output in outputs])
+            entered.append(list(stream.entering(index + 1, (_hidden(output) for output in outputs))))
         tell(index + 1)
     with stream.phases("curvature"):
         gradients = _head_gradients(backward, entered.pop(), tokens, seed)
@@ -80,7 +80,7 @@ def _head_gradients(backward: Backward, states: Sequence[Tensor], tokens: Tensor
     """Gradients [windows, T, D] in the last block's outputs, batch by batch, of the log-likelihood of labels drawn from it."""
     # Labels are drawn on the CPU: the same on every device.
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(getattr(backward.model.config, "vocab_size", 0) or 1)
+    vocabulary = int(getattr(backward.model.config.get_text_config(), "vocab_size", 0) or 1)
     windows = max(1, _HEAD_VALUES // (tokens.shape[1] * vocabulary))
     gradients: list[Tensor] = []
     for batch, hidden in zip(tokens.split([len(hidden) for hidden in states]), states, strict=True):

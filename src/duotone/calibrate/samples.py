@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duotone.calibrate.data import TokenWindows
+from duotone.calibrate.pairs import ImageTextPairs
 from duotone.errors import DuotoneError
 
 #: Numbers of one forward pass's inputs: pictures of 224 x 224 in threes and fours, small ones by the hundred.
@@ -43,7 +44,7 @@ class TensorSamples:
 
 
 #: What can be calibrated on.
-Samples = TokenWindows | TensorSamples
+Samples = TokenWindows | ImageTextPairs | TensorSamples
 
 
 def are_tensors(sources: Sequence[str]) -> bool:

@@ -40,7 +40,7 @@ class Observer:
     """All batches inside one block; hands out the statistics of one group of linears after the other.
 
     ranks: the processes whose batches these statistics are of. absmax: the largest input magnitude of each channel [K], by the
-    group's first linear.
+    group's first linear. index: the block's.
     """
 
     quantized: BlockWalk
@@ -48,6 +48,7 @@ class Observer:
     phases: Phases
     ranks: Ranks = ALONE
     absmax: dict[str, Tensor] = field(default_factory=dict)
+    index: int = 0
 
     @torch.no_grad()
     def observe(self, name: str, statistics: bool = True, expert: bool = False) -> Statistics | None:
@@ -121,7 +122,10 @@ class BlockStream:
 
     ranks: the processes that the calibration's windows are shared by; this one holds its own.
     original: the hidden states that the original prefix gives, when it is carried along. offload: where hidden states are
-    kept when memory is not to hold them.
+    kept when memory is not to hold them. first: the number of the block that the first arguments are of, where other blocks
+    come before this stream. after: of the original model, the stream of the blocks behind this one's. added: what the model
+    adds to the hidden states before a block, by block, then by batch, as Qwen3-VL adds what it sees; added_original: the same
+    of the original prefix, where that is something else.
     """
 
     hidden: list[Tensor]
@@ -132,14 +136,23 @@ class BlockStream:
     original: list[Tensor] | None = None
     ranks: Ranks = ALONE
     offload: Offload | None = None
+    first: int = 0
+    after: "BlockStream | None" = None
+    added: list[list[Tensor | None]] = field(default_factory=list)
+    added_original: list[list[Tensor | None]] | None = None
 
     def kept(self, states: Iterable[Tensor]) -> list[Tensor]:
         """States as they stay until the next block: in memory, or offloaded."""
         return [state if self.offload is None else self.offload.keep(state) for state in states]
 
-    def carry_original(self) -> None:
-        """From here on, also pass hidden states through the original blocks."""
-        self.original = list(self.hidden)
+    def carry_original(self, other: "BlockStream | None" = None) -> None:
+        """From here on, also pass hidden states through the original blocks: these, or those of another stream."""
+        self.original = list(self.hidden if other is None else other.hidden)
+        self.added_original = None if other is None else [list(batches) for batches in other.added]
+
+    def is_last(self, index: int) -> bool:
+        """Is this the stream's last block?"""
+        return index - self.first == len(self.arguments) - 1
 
     def held(self) -> dict[str, Tensor]:
         """The hidden states, by name: all that a run has to remember between two blocks."""
@@ -154,11 +167,15 @@ class BlockStream:
         self.hidden = self.kept(taken[f"hidden.{i}"] for i in range(len(self.hidden)))
         if self.original is not None:
             self.original = self.kept(taken[f"original.{i}"] for i in range(len(self.original)))
+        for block, batches in enumerate(self.added):
+            self.added[block] = [taken.get(f"added.{block}.{i}") for i in range(len(batches))]
 
     def _states(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, batches in (("hidden", self.hidden), ("original", self.original or ())):
+        added = ((f"added.{block}", batches) for block, batches in enumerate(self.added))
+        for prefix, batches in (("hidden", self.hidden), ("original", self.original or ()), *added):
             for i, state in enumerate(batches):
-                yield f"{prefix}.{i}", state
+                if state is not None:
+                    yield f"{prefix}.{i}", state
 
     @contextmanager
     def enter(
@@ -180,18 +197,29 @@ class BlockStream:
             beside = None
             if original is not None and self.original is not None:
                 beside = stack.enter_context(self._walk(index, original, self.original, stops, marks, behind=marks))
-            yield Observer(walk, beside, self.phases, self.ranks)
+            yield Observer(walk, beside, self.phases, self.ranks, index=index)
 
     def leave(self, observer: Observer) -> None:
-        """Walk to the end of the block: its outputs are the hidden states before the next."""
+        """Walk to the end of the block: its outputs, and what the model adds to them, are the hidden states before the next."""
+        index = observer.index
         with self.phases("forward"):
-            self.hidden = self.kept(observer.quantized.finish())
+            self.hidden = self.kept(self.entering(index + 1, observer.quantized.finish()))
             if observer.original is not None:
-                self.original = self.kept(observer.original.finish())
+                original = self.added if self.added_original is None else self.added_original
+                self.original = self.kept(self.entering(index + 1, observer.original.finish(), original))
+
+    def entering(
+        self, index: int, states: Iterable[Tensor], added: Sequence[Sequence[Tensor | None]] | None = None
+    ) -> Iterator[Tensor]:
+        """What enters a block, or leaves the last one, when the one before gave these states."""
+        added, place = self.added if added is None else added, index - self.first
+        for i, state in enumerate(states):
+            more = added[place][i] if place < len(added) else None
+            yield state if more is None else state + more.to(state.device)
 
     def calls(self, index: int, hidden: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
         """What a block is called with for each batch of hidden states: these, and what follows by position and by name."""
-        for states, arguments in zip(hidden, self.arguments[index], strict=True):
+        for states, arguments in zip(hidden, self.arguments[index - self.first], strict=True):
             yield states.to(self.device), *arguments
 
     def _walk(
@@ -235,6 +263,7 @@ def start_stream(
     """
     place = device or model.device
     stream = BlockStream([], [[] for _ in blocks], phases, place, ranks=ranks, offload=offload)
+    stream.added = [[] for _ in blocks]
     entered: list[Tensor] = []
 
     def pretend(index: int) -> Callable[..., Any]:
@@ -242,17 +271,20 @@ def start_stream(
             hidden_states = positional[0] if positional else named.pop(next(iter(named)))
             if index == 0:
                 entered.extend(stream.kept([hidden_states]))
+            # The block before gave zeros: what is there now, the model has added.
+            stream.added[index].append(hidden_states if index and bool(hidden_states.any()) else None)
             stream.arguments[index].append(_known((positional[1:], named), stream.arguments[index]))
             if index == len(blocks) - 1:
                 raise _AllCaptured
-            return hidden_states if gives is None else (hidden_states, *(None,) * (gives - 1))
+            states = torch.zeros_like(hidden_states)
+            return states if gives is None else (states, *(None,) * (gives - 1))
 
         return forward
 
     for index, block in enumerate(blocks):
         block.forward = pretend(index)
     try:
-        options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
         for batch in batches:
             try:
                 model(**{name: tensor.to(place) for name, tensor in batch.items()}, **options)

@@ -18,7 +18,7 @@ from duotone.models.table import Adapter
 from duotone.models.trace import Key, Trace, trace, trace_call
 
 #: A stack of blocks that holds less than this of the weights between input and output is not taken for the model's body.
-_BODY_SHARE = 0.9
+_BODY_SHARE, _TOWER_SHARE = 0.9, 0.2
 _HEAD = "output head: the last projection stays BF16, as every W4A8 runtime expects"
 
 #: Linears with fewer outputs decide something, such as whether an expert is used, and weigh nothing.
@@ -50,7 +50,8 @@ class Anatomy:
 
     traced: by nobody's table. gives: how many things a block gives, hidden states first; None: these alone, in no tuple.
     writes_another: whether the model reads one text and writes another, as T5 does. inputs: the names of the forward's inputs,
-    the main one first.
+    the main one first. tower: the part that sees, which runs before the blocks, if it is to be quantized. seeing: linears that
+    run before the blocks when there is an image. tower_path: the part that sees, quantized or not; None where there is none.
     """
 
     blocks: tuple[Block, ...]
@@ -59,6 +60,14 @@ class Anatomy:
     gives: int | None = None
     writes_another: bool = False
     inputs: tuple[str, ...] = ("input_ids",)
+    tower: "Anatomy | None" = None
+    seeing: frozenset[str] = frozenset()
+    tower_path: str | None = None
+
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """The tower's blocks and the body's, in running order."""
+        return (*(self.tower.blocks if self.tower is not None else ()), *self.blocks)
 
     @property
     def whole(self) -> bool:
@@ -76,9 +85,14 @@ def anatomy_of(config: dict[str, Any], model: PreTrainedModel) -> Anatomy:
 def linears_by_input(anatomy: Anatomy, linears: list[str]) -> list[tuple[str, ...]]:
     """Full names of linears that read the same input; single ones outside the blocks."""
     known = set(linears)
-    found = [tuple(name for name in group if name in known) for block in anatomy.blocks for group in block.shared_inputs]
+    found = [tuple(name for name in group if name in known) for block in anatomy.all_blocks for group in block.shared_inputs]
     inside = {name for names in found for name in names}
     return [names for names in found if names] + [(name,) for name in linears if name not in inside]
+
+
+def anatomy_of_tower(tower: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Anatomy:
+    """The anatomy of a vision tower, traced alone. What merges its blocks' outputs for the text may outweigh the blocks."""
+    return _from_trace(tower, inputs, _TOWER_SHARE)
 
 
 def _from_table(adapter: Adapter, model: nn.Module) -> Anatomy:
@@ -112,11 +126,11 @@ def anatomy_of_module(model: nn.Module, positional: Sequence[Any], named: Mappin
     return Anatomy((_block_of_trace("", model, found, body),), keep, traced=True)
 
 
-def _from_trace(model: PreTrainedModel) -> Anatomy:
+def _from_trace(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None, share: float = _BODY_SHARE) -> Anatomy:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     watched = [f"{path}.{index}" for path, blocks in lists.items() for index in range(len(blocks))]
     try:
-        found = trace(model, example_inputs(model), watched)
+        found = trace(model, example_inputs(model) if inputs is None else inputs, watched)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DuotoneError(
@@ -126,7 +140,7 @@ def _from_trace(model: PreTrainedModel) -> Anatomy:
     linears = find_linears(model)
     heads = {name for name, linear in linears.items() if linear is model.get_output_embeddings()}.union(found.answers)
     keep, body = _kept(model, linears, found, heads)
-    paths = _stack(lists, found, body)
+    paths = _stack(lists, found, body, share)
     blocks = tuple(_block_of_trace(path, model, found, body) for path in paths)
     facts = found.given.get(paths[0]), _two_texts(model), _input_names(model)
     return Anatomy(blocks, keep, True, *facts)
@@ -161,9 +175,9 @@ def _kept(
     return keep, body
 
 
-def _stack(lists: Mapping[str, nn.ModuleList], found: Trace, body: Mapping[str, int]) -> list[str]:
+def _stack(lists: Mapping[str, nn.ModuleList], found: Trace, body: Mapping[str, int], share: float) -> list[str]:
     """Paths of the blocks that hand the hidden states from one to the next; [""] where no stack holds most of the weights."""
-    best, most = [""], _BODY_SHARE * sum(body.values())
+    best, most = [""], share * sum(body.values())
     for path, blocks in lists.items():
         names = [f"{path}.{index}" for index in range(len(blocks))]
         held = sum(size for name, size in body.items() if name.startswith(f"{path}."))
@@ -194,9 +208,12 @@ def _block_of_trace(path: str, model: nn.Module, found: Trace, body: Mapping[str
     return Block(path, tuple(tuple(group) for group in groups.values()), streams, banks)
 
 
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs of the right names and shapes for a forward pass, all zeros. Raises DuotoneError for a kind that is not known."""
-    config, main = model.config, model.main_input_name
+def example_inputs(model: PreTrainedModel, main: str | None = None) -> dict[str, Tensor]:
+    """Inputs of the right names and shapes for a forward pass, all zeros. Raises DuotoneError for a kind that is not known.
+
+    main: the first input's name, if it is not as the model says.
+    """
+    config, main = model.config, main or model.main_input_name
     inputs: dict[str, Tensor] = {}
     if main == "input_ids":
         inputs["input_ids"] = torch.zeros(1, 8, dtype=torch.long)

@@ -141,9 +141,8 @@ def _hollow(model: nn.Module) -> nn.Module:
     for module in hollow.modules():
         if type(module) in _HOLLOW:
             module.forward = _answering(module)
-        else:
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+        for name, parameter in list(module.named_parameters(recurse=False)):  # a forward may ask any where it lies
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
     return hollow
 
 
