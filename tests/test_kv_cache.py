@@ -466,9 +466,9 @@ def test_layouts_that_read_scales_keep_them(tiny_model: ModelMaker, text_file: P
 def test_from_pretrained_with_our_linears_has_our_cache(kind: Any, checkpoint: Path) -> None:
     """The same bits as `duotone.load`, with a head or without, and one byte a value."""
     with duotone.use_in_transformers():
-        model, info = kind.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(checkpoint, output_loading_info=True)
     assert not info["missing_keys"] and {*info["unexpected_keys"]} <= {"lm_head.weight"}
-    mine, cache = duotone.load(checkpoint, torch.float32, "cpu"), DynamicCache(config=model.config)
+    mine, cache = duotone.load(checkpoint, model.dtype, "cpu"), DynamicCache(config=model.config)
     mine = mine if kind is AutoModelForCausalLM else mine.base_model
     with torch.no_grad():
         assert torch.equal(model(PROMPT, past_key_values=cache)[0], mine(PROMPT)[0])
