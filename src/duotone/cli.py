@@ -75,6 +75,10 @@ def quantize(  # noqa: PLR0913 - every option of the command
     dtype: Annotated[
         str, typer.Option(help="What calibration multiplies in: float32, bfloat16, or auto, the second where it is fast.")
     ] = "auto",
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(help="GiB that calibration may hold in a block; less is slower, and gives the same bytes."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
     runtime: Annotated[
         str | None, typer.Option(help="What will serve it: refuse before the work if it would not load. See duotone check.")
@@ -126,6 +130,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
             device=device,
             dtype=dtype,
             strict=strict,
+            memory_budget=memory_budget,
             runtime=runtime,
             gpu=gpu,
             tensor_parallel=tensor_parallel,

@@ -121,7 +121,7 @@ class BlockStream:
 
     ranks: the processes that the calibration's windows are shared by; this one holds its own.
     original: the hidden states that the original prefix gives, when it is carried along. offload: where hidden states are
-    kept when memory is not to hold them.
+    kept when memory is not to hold them. waiting_bytes: of activations that may wait inside a block, of each prefix.
     """
 
     hidden: list[Tensor]
@@ -132,6 +132,7 @@ class BlockStream:
     original: list[Tensor] | None = None
     ranks: Ranks = ALONE
     offload: Offload | None = None
+    waiting_bytes: int | None = None
 
     def kept(self, states: Iterable[Tensor]) -> list[Tensor]:
         """States as they stay until the next block: in memory, or offloaded."""
@@ -205,15 +206,15 @@ class BlockStream:
     ) -> BlockWalk:
         calls = [Call(*call) for call in self.calls(index, hidden)]
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
-        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values()), behind)
+        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values(), self.waiting_bytes), behind)
 
 
-def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
+def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module], allowed_bytes: int | None) -> int:
     """How many batches may wait inside a block: each holds about six states of the hidden width and the widest input."""
     widest = max((linear.in_features for linear in linears if isinstance(linear, nn.Linear)), default=0)
     states = hidden[0]
     held_bytes = states.element_size() * states.numel() // states.shape[-1] * (6 * states.shape[-1] + widest)
-    return int(WAITING_BYTES // held_bytes)
+    return int((WAITING_BYTES if allowed_bytes is None else allowed_bytes) // held_bytes)
 
 
 @torch.no_grad()
