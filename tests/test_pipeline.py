@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import duotone
-from duotone.calibrate import stream
 from duotone.calibrate.data import draw_windows
+from duotone.calibrate.walk import BlockWalk
 from duotone.checkpoint.hub import companions
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.sidecar import RUN_RECORD, read_record
@@ -356,10 +356,24 @@ def test_batches_that_walk_anew_give_the_same_bytes(
 ) -> None:
     """No memory for batches that wait inside a block costs time only."""
     monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 192)
-    for name, memory in (("wait", stream.WAITING_BYTES), ("anew", 0)):
-        monkeypatch.setattr(stream, "WAITING_BYTES", memory)
-        duotone.quantize(tiny_model("qwen2"), tmp_path / name, method=method, calibration=(str(text_file),), **QUICK)
+    begun: dict[str, int] = {}
+    run = BlockWalk._run
+    for name, budget in (("wait", None), ("anew", 1e-6)):
+        monkeypatch.setattr(BlockWalk, "_run", counted(run, name, begun))
+        options = {"method": method, "calibration": (str(text_file),), "memory_budget": budget}
+        duotone.quantize(tiny_model("qwen2"), tmp_path / name, **options, **QUICK)
     assert folder_hashes(tmp_path / "wait") == folder_hashes(tmp_path / "anew")
+    assert begun["anew"] > 3 * begun["wait"]
+
+
+def counted(run: Callable[..., object], name: str, counts: dict[str, int]) -> Callable[..., object]:
+    """The same function, counting its calls under a name."""
+
+    def counting(*given: object) -> object:
+        counts[name] = counts.get(name, 0) + 1
+        return run(*given)
+
+    return counting
 
 
 def test_the_plan_knows_stops_and_streams(tiny_model: ModelMaker) -> None:

@@ -81,6 +81,10 @@ def quantize(  # noqa: PLR0913 - every option of the command
     quantize_vision: Annotated[
         bool, typer.Option("--quantize-vision", help="The vision tower too, of a model that sees; it stays BF16 otherwise.")
     ] = False,
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(help="GiB that calibration may hold in a block; less is slower, and gives the same bytes."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="A linear that must stay BF16 is an error.")] = False,
     runtime: Annotated[
         str | None, typer.Option(help="What will serve it: refuse before the work if it would not load. See duotone check.")
@@ -133,6 +137,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
             dtype=dtype,
             strict=strict,
             quantize_vision=quantize_vision,
+            memory_budget=memory_budget,
             runtime=runtime,
             gpu=gpu,
             tensor_parallel=tensor_parallel,

@@ -43,7 +43,7 @@ def estimate(plan: Plan) -> Estimate:
         for block in plan.blocks:
             widths = [plan.shapes[group[0]][1] for group in block.shared_inputs]
             flops += sum((3.0 if config.method_facts.drift else 1.5) * tokens * k**2 + k**3 for k in widths)
-            hessian_bytes = max(hessian_bytes, 4 * (sum(k**2 for k in widths) + 4 * max(widths) ** 2))
+            hessian_bytes = max(hessian_bytes, 4 * 5 * max(widths) ** 2)  # a group's, and what its factor takes
         flops += sum(4.0 * n * k**2 for n, k in plan.shapes.values())
         columns = sum(k for _, k in plan.shapes.values())
     if config.high_effort:
@@ -56,7 +56,8 @@ def estimate(plan: Plan) -> Estimate:
     # Windows wait inside a block: about six states of the hidden width each, and the widest linear's input.
     hidden, widest = plan.hidden_size, max(k for _, k in plan.shapes.values())
     prefixes = 2 if config.method_facts.drift else 1
-    waiting_bytes = prefixes * min(4 * tokens * (6 * hidden + widest), WAITING_BYTES)
+    allowed = WAITING_BYTES if plan.waiting_bytes is None else plan.waiting_bytes
+    waiting_bytes = prefixes * min(4 * tokens * (6 * hidden + widest), allowed)
     state_bytes = 2 * prefixes * 4 * tokens * hidden
     peak = _BASE_BYTES + 3 * block_bytes + 6 * largest + outside_bytes + hessian_bytes + waiting_bytes + state_bytes
     seconds = flops / (_EFFICIENCY * _measured_flops()) + columns * _COLUMN_SECONDS + weights * 2e-8

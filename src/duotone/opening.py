@@ -63,7 +63,7 @@ def _start(run: Run, skeleton: Any, samples: Samples, which: slice) -> BlockStre
         batches = samples.batches(run.ranks.shares(len(samples))[run.ranks.rank], written)
         shared = (run.phases, run.ranks, run.offload)
         stream = start_stream(skeleton, blocks, batches, *shared, part.gives, run.device)
-    stream.first = which.start or 0
+    stream.first, stream.waiting_bytes = which.start or 0, plan.waiting_bytes
     return stream
 
 

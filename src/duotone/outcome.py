@@ -16,7 +16,7 @@ from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 
 #: Settings that do not change what is written.
-_NOT_OF_THE_BYTES = {"calibration", "device", "dtype", "runtime", "gpu"}
+_NOT_OF_THE_BYTES = {"calibration", "device", "dtype", "runtime", "gpu", "memory_budget"}
 
 
 @dataclass

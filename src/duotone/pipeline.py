@@ -8,7 +8,7 @@ next block is read. The output folder appears when everything in it is whole.
 import copy
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,21 @@ def quantize_block(
     if isinstance(module, PreTrainedModel):  # the whole model is the block
         module.tie_weights()
     original = copy.deepcopy(module) if method.drift else None
-    ahead = _observe_ahead(run, index, block, module, stream)
+    # Methods that do not go group by group look at a block that stays as it was, a group at a time: one Hessian in memory.
+    untouched = copy.deepcopy(module) if method.needs_statistics and not method.sequential else None
     watch = CacheWatch(skeleton.get_submodule(block.caches[0])) if block.caches else None
-    with watch or nullcontext(), stream.enter(index, module, block.stops, block.streams, original) as observer:
+    with ExitStack() as stack:
+        stack.enter_context(watch or nullcontext())
+        observer = stack.enter_context(stream.enter(index, module, block.stops, block.streams, original))
+        ahead = stack.enter_context(stream.enter(index, untouched, block.stops, {})) if untouched is not None else None
         for group in block.shared_inputs:
-            if group[0] in block.banks:
-                _look_at_routing(run, observer, block, block.banks[group[0]], module)
-            wanted, expert = method.needs_statistics and method.sequential, group[0] in block.experts
-            statistics = observer.observe(group[0], wanted, expert) or ahead.pop(group[0], None)
+            expert = group[0] in block.experts
+            for seen, where in ((observer, module), (ahead, untouched)):
+                if seen is not None and where is not None and group[0] in block.banks:
+                    _look_at_routing(run, seen, block, block.banks[group[0]], where)
+            statistics = observer.observe(group[0], method.needs_statistics and method.sequential, expert)
+            if ahead is not None:
+                statistics = ahead.observe(group[0], expert=expert)
             s_K: Tensor | None = None
             if statistics is not None and run.plan.config.equalize is not None and group[0] in block.norms:
                 done = equalize(originals, *block.norms[group[0]], group, statistics, run.plan.config.equalize)
@@ -198,20 +205,6 @@ def _set(linear: nn.Module, name: str, value: Tensor) -> None:
     """Put a value in a parameter's place, in the parameter's dtype."""
     parameter = linear.get_parameter(name)
     parameter.data = value.to(parameter.dtype)
-
-
-def _observe_ahead(run: Run, index: int, block: BlockPlan, module: nn.Module, stream: BlockStream) -> dict[str, Statistics]:
-    """For methods that do not go group by group: statistics of the whole block before any of it is quantized."""
-    method = run.plan.config.method_facts
-    if method.sequential or not method.needs_statistics:
-        return {}
-    with stream.enter(index, module, block.stops, {}) as observer:
-        found: dict[str, Statistics | None] = {}
-        for group in block.shared_inputs:
-            if group[0] in block.banks:
-                _look_at_routing(run, observer, block, block.banks[group[0]], module)
-            found[group[0]] = observer.observe(group[0], expert=group[0] in block.experts)
-    return {name: statistics for name, statistics in found.items() if statistics is not None}
 
 
 def _with_input_scales(

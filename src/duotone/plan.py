@@ -121,6 +121,16 @@ class Plan:
         return self.config.tensor_parallel if writes and groups % self.config.tensor_parallel == 0 else 1
 
     @property
+    def waiting_bytes(self) -> int | None:
+        """Of activations that may wait inside a block, of each prefix: the budget less a group's moments. None: no budget."""
+        if self.config.memory_budget is None:
+            return None
+        widest = max(columns for _, columns in self.shapes.values())
+        walks = 2 if self.config.method_facts.drift or not self.config.method_facts.sequential else 1
+        moments = 4 * 4 * widest**2  # second moments, drift, factor and one to work in
+        return max(0, int(self.config.memory_budget * 2**30) - moments) // walks
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes of all tensors of the new checkpoint."""
         return sum(spec.nbytes for spec in self.outputs.values())

@@ -25,6 +25,8 @@ class QuantizeConfig:
     model is not small, else float32. strict: a linear that must stay BF16 is an error. quantize_vision: the vision
     tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu with tensor_parallel ranks; it is an error
     if that would not load it. None: nothing is promised.
+    memory_budget: GiB that calibration may hold inside a block, the activations of batches that wait there and a group's
+    second moments; with less, more batches walk the block anew for every group, and the numbers stay the same.
     """
 
     method: str = "dpq"
@@ -48,6 +50,7 @@ class QuantizeConfig:
     dtype: str = "auto"
     strict: bool = False
     quantize_vision: bool = False
+    memory_budget: float | None = None
     runtime: str | None = None
     gpu: str = "h100"
     tensor_parallel: int = 1
@@ -80,6 +83,8 @@ class QuantizeConfig:
             raise DuotoneError(
                 "--refresh-scales: found --tensor-parallel beside it, whose ranks need scales that stay; drop one"
             )
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise DuotoneError(f"--memory-budget: found {self.memory_budget}, expected more than 0 (GiB)")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)

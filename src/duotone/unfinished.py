@@ -28,9 +28,8 @@ def run_settings(
 
     Raises DuotoneError where they are not the same in all processes.
     """
-    arguments = {
-        name: value for name, value in dataclasses.asdict(plan.config).items() if name not in ("calibration", "device", "dtype")
-    }
+    elsewhere = {"calibration", "device", "dtype", "memory_budget"}  # told below, or of no consequence
+    arguments = {name: value for name, value in dataclasses.asdict(plan.config).items() if name not in elsewhere}
     text = {}
     if windows is not None:
         for name, tensor in windows.tensors.items():
@@ -62,7 +61,7 @@ def run_settings(
 def facts_of(report: QuantizeReport, sidecar_layers: dict[str, dict[str, Any]], phases: Phases) -> dict[str, Any]:
     """What the end of a run will tell of the blocks that are done."""
     layers = [dataclasses.asdict(layer) for layer in report.layers]
-    return {"layers": layers, "sidecar_layers": sidecar_layers, "seconds": phases.seconds}
+    return {"layers": layers, "sidecar_layers": sidecar_layers, "seconds": phases.seconds, "notes": report.notes}
 
 
 def recall(record: Record | None, report: QuantizeReport, sidecar_layers: dict[str, dict[str, Any]], phases: Phases) -> int:
@@ -71,6 +70,7 @@ def recall(record: Record | None, report: QuantizeReport, sidecar_layers: dict[s
         return 0
     report.layers.extend(LayerReport(**layer) for layer in record.facts["layers"])
     sidecar_layers.update(record.facts["sidecar_layers"])
+    report.notes[:] = record.facts["notes"]
     phases.add(record.facts["seconds"])
     report.resumed_at = record.done
     return record.done

@@ -169,6 +169,20 @@ def test_every_expert_is_shown_tokens(
     assert any("were shown all" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("method", ["gptq", "dpq"])
+def test_experts_fit_any_budget(
+    tmp_path: Path, tiny_model: Callable[..., Path], text_file: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With next to no memory every batch walks anew to every expert, and the bytes stay the same."""
+    monkeypatch.setattr("duotone.calibrate.data.BATCH_POSITIONS", 64)
+    folder = tiny_model("qwen3_moe", **EXPERTS["qwen3_moe"])
+    settings = {"calibration": (str(text_file),), "samples": 4, "seq_len": 32, "device": "cpu", "method": method}
+    for name, budget in (("much", None), ("little", 1e-6)):
+        duotone.quantize(folder, tmp_path / name, **settings, memory_budget=budget)
+    files = ("model.safetensors", "config.json", "duotone.json")
+    assert all((tmp_path / "much" / file).read_bytes() == (tmp_path / "little" / file).read_bytes() for file in files)
+
+
 def test_names_on_disk_are_the_folder_s(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     """Mixtral's experts keep the names that vLLM reads; GPT-OSS's, in one tensor so far, get one each."""
     for model_type, name in (

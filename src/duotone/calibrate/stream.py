@@ -126,6 +126,7 @@ class BlockStream:
     come before this stream. after: of the original model, the stream of the blocks behind this one's. added: what the model
     adds to the hidden states before a block, by block, then by batch, as Qwen3-VL adds what it sees; added_original: the same
     of the original prefix, where that is something else.
+    waiting_bytes: of activations that may wait inside a block, of each prefix.
     """
 
     hidden: list[Tensor]
@@ -140,6 +141,7 @@ class BlockStream:
     after: "BlockStream | None" = None
     added: list[list[Tensor | None]] = field(default_factory=list)
     added_original: list[list[Tensor | None]] | None = None
+    waiting_bytes: int | None = None
 
     def kept(self, states: Iterable[Tensor]) -> list[Tensor]:
         """States as they stay until the next block: in memory, or offloaded."""
@@ -233,15 +235,15 @@ class BlockStream:
     ) -> BlockWalk:
         calls = [Call(*call) for call in self.calls(index, hidden)]
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
-        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values()), behind)
+        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values(), self.waiting_bytes), behind)
 
 
-def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module]) -> int:
+def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module], allowed_bytes: int | None) -> int:
     """How many batches may wait inside a block: each holds about six states of the hidden width and the widest input."""
     widest = max((linear.in_features for linear in linears if isinstance(linear, nn.Linear)), default=0)
     states = hidden[0]
     held_bytes = states.element_size() * states.numel() // states.shape[-1] * (6 * states.shape[-1] + widest)
-    return int(WAITING_BYTES // held_bytes)
+    return int((WAITING_BYTES if allowed_bytes is None else allowed_bytes) // held_bytes)
 
 
 @torch.no_grad()
