@@ -58,9 +58,14 @@ def model_class(config: dict[str, Any]) -> type[_BaseAutoModelClass] | type[PreT
         return find_adapter(config).auto
     for name in config.get("architectures") or ():
         kind = getattr(transformers, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and _is_of(kind, config["model_type"]):
             return kind
     return AutoModelForCausalLM if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
+
+
+def _is_of(kind: type[PreTrainedModel], model_type: str) -> bool:
+    """Is a class built from configs of this model_type? Another's may build it too, with defaults for all it does not say."""
+    return getattr(kind.config_class, "model_type", None) == model_type
 
 
 def _tables_of(model_type: str) -> list[Adapter]:
