@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from duotone.cli_bench import bench_app
+from duotone.cli_eval import eval_app
 from duotone.cli_hub import hub_app
 from duotone.cli_layouts import layouts_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
@@ -26,7 +27,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-app.registered_commands += layouts_app.registered_commands + report_app.registered_commands + hub_app.registered_commands
+for commands in (eval_app, layouts_app, report_app, hub_app):
+    app.registered_commands += commands.registered_commands
 
 
 @app.command(
@@ -186,45 +188,6 @@ def _planned(model: str, out: Path, config: Any) -> tuple[dict[str, Any], Callab
         "notes": [*plan.transforms, *loading_notes(plan)],
     }
     return result, plan_summary
-
-
-@app.command("eval", epilog="Example: duotone eval Llama-W4AFP8 --reference meta-llama/Llama-3.2-1B --text held_out.txt")
-def evaluate(  # noqa: PLR0913 - every option of the command
-    model: Model,
-    text: Annotated[
-        list[str], typer.Option(help="Text the model has not seen, FILE or FILE.jsonl#field, or images with text; repeatable.")
-    ],
-    reference: Annotated[str | None, typer.Option(help="The original model, to measure the distance from.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all but the quantized linears.")] = "float32",
-    card: Annotated[bool, typer.Option("--card", help="Put the figures into the checkpoint's README.md.")] = False,
-    device: Device = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure perplexity, and the distance from the original: KL divergence and top-1 agreement."""
-    from duotone.card import card_around, put_evaluation
-    from duotone.device import resolve_dtype
-    from duotone.evaluation import evaluate as run
-    from duotone.report import evaluation_summary
-
-    if card:
-        card_around(Path(model))  # a card without a place for them is found before the work
-    with progress_bar("evaluating", quiet or as_json) as tell:
-        result = run(
-            model,
-            text,
-            reference=reference,
-            seq_len=seq_len,
-            samples=samples,
-            dtype=resolve_dtype(dtype),
-            device=device,
-            progress=lambda done, total: tell(done, total, "windows"),
-        )
-    if card:
-        put_evaluation(Path(model), text, dataclasses.asdict(result))
-    print_result(dataclasses.asdict(result), evaluation_summary, as_json)
 
 
 @app.command(epilog='Example: duotone generate Llama-W4AFP8 "The capital of France is" --max-new-tokens 32')

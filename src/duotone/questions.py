@@ -43,6 +43,29 @@ def load_piqa(folder: str | Path) -> list[Item]:
     return items
 
 
+def load_gsm8k(path: str | Path) -> list[Item]:
+    """GSM8K's questions with their final number, behind `####`, against the next question's that has another.
+
+    Small models do not compute; what is measured is whether a text about a sum makes its own result likelier than another's.
+    Raises DuotoneError naming a row without question and answer, or fewer than two different numbers.
+    """
+    found: list[tuple[str, str]] = []
+    for number, row in enumerate(json_lines(Path(path), read_utf8(Path(path))), 1):
+        question, answer = row.get("question"), row.get("answer")
+        if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
+            raise DuotoneError(f"{path}: row {number} has the fields {sorted(row)}, expected question and answer with '####'")
+        found.append((question, answer.rpartition("####")[2].strip()))
+    if len({number for _, number in found}) < 2:
+        raise DuotoneError(f"{path}: found {len(found)} questions of one answer, expected different ones")
+    items: list[Item] = []
+    for index, (question, number) in enumerate(found):
+        others = (found[(index + step) % len(found)][1] for step in range(1, len(found)))
+        other = next(other for other in others if other != number)
+        choices = (f" {number}", f" {other}")
+        items.append(Item(f"Question: {question}\nAnswer:", choices if index % 2 == 0 else choices[::-1], index % 2))
+    return items
+
+
 def load_piqa_goals(folder: str | Path) -> list[str]:
     """The distinct goals of PIQA's validation questions, in the file's order: short sentences to embed."""
     return list(dict.fromkeys(row["goal"] for row in _piqa_rows(Path(folder) / "valid.jsonl") if row["goal"].strip()))

@@ -77,6 +77,19 @@ def evaluation_summary(result: dict[str, Any]) -> RenderableType:
     return table
 
 
+def tasks_summary(found: list[dict[str, Any]]) -> RenderableType:
+    """Accuracy by task, and against the original on the same items."""
+    table = Table("task", "items", "accuracy, %", "original, %", "difference, points", "McNemar's p")
+    for one in found:
+        accuracy = f"{100 * one['accuracy']:.2f} ± {100 * one['stderr']:.2f}"
+        beside = ("-", "-", "-")
+        if one["difference"] is not None:
+            difference = f"{100 * one['difference']:+.2f} ± {100 * one['difference_stderr']:.2f}"
+            beside = (f"{100 * one['reference_accuracy']:.2f}", difference, f"{one['mcnemar_p']:.2f}")
+        table.add_row(one["task"], str(one["items"]), accuracy, *beside)
+    return table
+
+
 def inspection_summary(facts: dict[str, Any]) -> RenderableType:
     """What `duotone inspect` found."""
     table = Table(header_style="bold", box=None, pad_edge=False)
