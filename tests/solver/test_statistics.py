@@ -167,3 +167,14 @@ def test_non_finite_inputs_are_an_error(bad: float, dtype: torch.dtype) -> None:
     accumulator.add(torch.ones(8, 8, dtype=dtype))
     with pytest.raises(DuotoneError, match=r"layers\.0\.q_proj: gradients are not finite"):
         accumulator.finish("layers.0.q_proj", "gradients")
+
+
+def test_a_covariance_that_is_rounding_has_a_factor() -> None:
+    """Inputs that hardly vary around a large mean: the centered moments are not positive, and the target stays finite."""
+    x = 100 + 1e-4 * torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
+    sums = StatisticsAccumulator(24, x.device)
+    sums.add(x, None, torch.randn(200, 8, generator=torch.Generator().manual_seed(1)))
+    statistics = sums.finish("layer").centered()
+    assert float(torch.linalg.eigvalsh(statistics.hessian).amin()) < 0, "the moments are positive: nothing was tested"
+    w = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
+    assert torch.isfinite(statistics.stream_weight(w)).all()

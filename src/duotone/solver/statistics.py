@@ -54,7 +54,7 @@ class Statistics:
         T^T X (H + damping)^-1 + W damping (H + damping)^-1, which is W + R^T X (H + damping)^-1 with R = T - X W^T.
         """
         assert self.stream_target is not None
-        found_NK = self.explained(torch.addcmul(self.stream_target, w_NK, self._damping))
+        found_NK = self.explained(torch.addcmul(self.stream_target, w_NK, self._damped[0]))
         return torch.where(self.hessian.diagonal() > 0, found_NK, w_NK)
 
     def explained(self, moment_DK: Tensor) -> Tensor:
@@ -62,16 +62,26 @@ class Statistics:
 
         The drift is small, and its estimate has the noise of a short calibration.
         """
-        damped_KK = self.hessian.clone()
-        damped_KK.diagonal().add_(self._damping)
-        return torch.cholesky_solve(moment_DK.T, torch.linalg.cholesky(damped_KK)).T
+        return torch.cholesky_solve(moment_DK.T, self._damped[1]).T
 
-    @property
-    def _damping(self) -> Tensor:
+    @cached_property
+    def _damped(self) -> tuple[Tensor, Tensor]:
+        """What is added to the diagonal [K], and the lower factor of the sum [K, K].
+
+        Ten times as much where the sum has no factor: inputs that hardly vary around a large mean have a covariance that is
+        rounding for the most part, and may be negative in some direction.
+        """
         diagonal = self.hessian.diagonal()
-        mean = diagonal.mean()
+        mean = diagonal.mean().clamp(min=1e-30)
         # A channel that was never excited has no drift to undo; its unit diagonal only keeps the factor finite.
-        return torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean.clamp(min=1e-30))
+        damping_K = torch.where(diagonal > 0, DRIFT_DAMPING * mean, mean)
+        while True:
+            damped_KK = self.hessian.clone()
+            damped_KK.diagonal().add_(damping_K)
+            factor_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+            if not int(failed):
+                return damping_K, factor_KK
+            damping_K = 10 * damping_K
 
     def centered(self) -> "Statistics":
         """Covariances in the place of second moments: what is left to a linear whose bias takes up all means."""
