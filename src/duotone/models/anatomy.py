@@ -188,7 +188,7 @@ def _stack(lists: Mapping[str, nn.ModuleList], found: Trace, body: Mapping[str, 
 
 def _is_chain(found: Trace, names: list[str]) -> bool:
     passed = [found.passed.get(name, []) for name in names]
-    if any(len(calls) != 1 for calls in passed):
+    if any(len(calls) != 1 for calls in passed) or not found.leaning.isdisjoint(names):
         return False
     return all(before[0][1] == after[0][0] for before, after in itertools.pairwise(passed))
 

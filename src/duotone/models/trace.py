@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from duotone.models.experts import find_experts
 
 #: Modules that need not be run to know the shape of what they give.
 _HOLLOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-#: Two tensors of one key are the same rows: where they lie, from where on, how long a row is, how much there is, the version.
-Key = tuple[int, int, int, int, int]
+#: Two tensors of one key are the same rows: where they lie, from where on and up to where, how long a row is and how far its
+#: columns are apart, how much there is, the version.
+Key = tuple[int, int, int, int, int, int, int]
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Trace:
     calls: each linear's calls, by name, as the key of what it read. readers: for each tensor, the modules that were called with
     it. added: for every sum of two, one a linear's output and one not, which linear's and which other. passed: of each module
     in `watched`, the keys of what it was called with first and of what it gave first; given: how many things it gave in a
-    tuple, None if it gave one as it is. answers: linears whose output the model gave. written: by its place, the linear that a
+    tuple, None if it gave one as it is; leaning: those called with something else that another one gave, as T5's are. answers:
+    linears whose output the model gave. written: by its place, the linear that a
     tensor is the output of. held: tensors that must stay, so that their keys stay theirs.
     """
 
@@ -39,6 +42,7 @@ class Trace:
     added: list[tuple[str, Key]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     given: dict[str, int | None] = field(default_factory=dict)
+    leaning: set[str] = field(default_factory=set)
     passed: dict[str, list[tuple[Key, Key]]] = field(default_factory=dict)
     written: dict[int, str] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
@@ -46,8 +50,10 @@ class Trace:
     def key(self, tensor: Tensor) -> Key:
         """A tensor's key; it is held from now on."""
         self.held.append(tensor)
-        place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
-        return *place, tensor.shape[-1], tensor.numel(), tensor._version
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        place = tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), span
+        apart = tensor.stride(-1) if tensor.shape[-1] > 1 else 1
+        return *place, tensor.shape[-1], apart, tensor.numel(), tensor._version
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor], watched: Sequence[str] = ()) -> Trace:
@@ -93,6 +99,7 @@ class _Sums(TorchDispatchMode):
 @contextmanager
 def _hooks(model: nn.Module, found: Trace, watched: Sequence[str]) -> Iterator[None]:
     handles: list[Any] = []
+    beside: set[int] = set()  # what watched modules gave behind the first thing
 
     def reading(name: str, is_linear: bool) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -112,7 +119,12 @@ def _hooks(model: nn.Module, found: Trace, watched: Sequence[str]) -> Iterator[N
         return hook
 
     def passing(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            if not beside.isdisjoint(_places([inputs[1:], list(named.values())])):
+                found.leaning.add(name)
+            more = list(output[1:]) if isinstance(output, tuple) else []
+            found.held.extend(part for part in more if isinstance(part, Tensor))
+            beside.update(_places(more).difference(_places([inputs, list(named.values())])))
             first = output[0] if isinstance(output, tuple) else output
             found.given[name] = len(output) if isinstance(output, tuple) else None
             if inputs and isinstance(inputs[0], Tensor) and isinstance(first, Tensor):
@@ -125,12 +137,16 @@ def _hooks(model: nn.Module, found: Trace, watched: Sequence[str]) -> Iterator[N
         if type(module) is nn.Linear:
             handles.append(module.register_forward_hook(written(name)))
         if name in watched:
-            handles.append(module.register_forward_hook(passing(name)))
+            handles.append(module.register_forward_hook(passing(name), with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _places(things: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(things) if isinstance(leaf, Tensor)}
 
 
 def _hollow(model: nn.Module) -> nn.Module:
