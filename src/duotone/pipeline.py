@@ -147,7 +147,9 @@ def quantize_block(
     with ExitStack() as stack:
         stack.enter_context(watch or nullcontext())
         observer = stack.enter_context(stream.enter(index, module, block.stops, block.streams, original))
-        ahead = stack.enter_context(stream.enter(index, untouched, block.stops, {})) if untouched is not None else None
+        ahead = (
+            stack.enter_context(stream.enter(index, untouched, block.stops, {}, aside=True)) if untouched is not None else None
+        )
         for group in block.shared_inputs:
             expert = group[0] in block.experts
             for seen, where in ((observer, module), (ahead, untouched)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duotone.calibrate.offload import Offload
-from duotone.calibrate.walk import Arrival, BlockWalk, Call
+from duotone.calibrate.walk import Arrival, BlockWalk, Call, notebooks, with_own_notebooks
 from duotone.errors import UnfinishedError
 from duotone.models.convolutions import CHANNELS_FIRST
 from duotone.models.experts import FEW_TOKENS, Experts
@@ -25,7 +25,6 @@ from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
 #: Activations of batches that wait inside a block, of each of the two prefixes. Beyond it batches walk anew to every stop.
 WAITING_BYTES = 2 * 1024**3
-
 
 #: What a block is called with beside its first argument, by position and by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,7 +71,8 @@ class Observer:
                 with self.phases("hessian"):
                     sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
                     sums.add(at.x, *self._meant(name, at, meant))
-        self._pool(name, sums)
+        if self.ranks.size > 1:
+            sums = self._pool(name, sums, statistics)
         return None if sums is None else sums.finish(name)
 
     def show_starved(self, bank: str, experts: Experts) -> int:
@@ -89,13 +89,17 @@ class Observer:
         experts.shown_all = frozenset((counts < FEW_TOKENS).nonzero()[:, 0].tolist())
         return len(experts.shown_all)
 
-    def _pool(self, name: str, sums: StatisticsAccumulator | None) -> None:
-        """What all processes have seen, in the place of what this one has."""
-        if self.ranks.size > 1:
-            with self.phases("exchange"):
-                self.ranks.max_(self.absmax[name])
-                if sums is not None:
-                    sums.pool(self.ranks)
+    def _pool(self, name: str, sums: StatisticsAccumulator | None, statistics: bool) -> StatisticsAccumulator | None:
+        """What all processes have seen, in the place of what this one has: of an expert that may be nothing."""
+        linear: Any = self.quantized.stops[name]
+        with self.phases("exchange"):
+            if name not in self.absmax:
+                self.absmax[name] = torch.zeros(linear.in_features, device=linear.weight.device)
+            self.ranks.max_(self.absmax[name])
+            if statistics:
+                sums = sums or StatisticsAccumulator(linear.in_features, linear.weight.device)
+                sums.pool(self.ranks)
+        return sums
 
     def _meant(self, name: str, at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
         """The original's input; or, at a linear that writes to the stream, what it should write, less its bias."""
@@ -142,6 +146,8 @@ class BlockStream:
     added: list[list[Tensor | None]] = field(default_factory=list)
     added_original: list[list[Tensor | None]] | None = None
     waiting_bytes: int | None = None
+    #: what the original prefix's blocks write to, with what it is a copy of
+    _books: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def kept(self, states: Iterable[Tensor]) -> list[Tensor]:
         """States as they stay until the next block: in memory, or offloaded."""
@@ -162,6 +168,8 @@ class BlockStream:
 
     def take_up(self, states: Mapping[str, Tensor]) -> None:
         """Go on from hidden states that were held before. Raises UnfinishedError when some are missing."""
+        if any(notebooks(named) for batches in self.arguments for _, named in batches):
+            raise UnfinishedError("found a model whose blocks leave notes for one another, which are not saved: begin anew")
         missing = [name for name, _ in self._states() if name not in states]
         if missing:
             raise UnfinishedError(f"found no {missing[0]!r} among what the unfinished run held, expected it: begin anew")
@@ -187,18 +195,22 @@ class BlockStream:
         stops: Mapping[str, str],
         marks: Mapping[str, str],
         original: nn.Module | None = None,
+        aside: bool = False,
     ) -> Iterator[Observer]:
         """All batches before the first linear of a block, ready to be observed.
 
         stops: the linears to observe, by name, with their paths in the block, in running order. marks: for some of them, the
         path of the module that reads the residual stream their output is added to. original: the block with its original
-        weights. The hidden states stay where they are until `leave`.
+        weights. aside: the block is only looked at, and leaves nothing for those behind. The hidden states stay until `leave`.
         """
         with ExitStack() as stack:
-            walk = stack.enter_context(self._walk(index, block, self.hidden, stops, marks, behind=()))
+            calls = [Call(*call) for call in self.calls(index, self.hidden)]
+            calls = [with_own_notebooks(call, {}) for call in calls] if aside else calls
+            walk = stack.enter_context(self._walk(block, calls, stops, marks, behind=()))
             beside = None
             if original is not None and self.original is not None:
-                beside = stack.enter_context(self._walk(index, original, self.original, stops, marks, behind=marks))
+                calls = [with_own_notebooks(Call(*call), self._books) for call in self.calls(index, self.original)]
+                beside = stack.enter_context(self._walk(original, calls, stops, marks, behind=marks))
             yield Observer(walk, beside, self.phases, self.ranks, index=index)
 
     def leave(self, observer: Observer) -> None:
@@ -225,17 +237,11 @@ class BlockStream:
             yield states.to(self.device), *arguments
 
     def _walk(
-        self,
-        index: int,
-        block: nn.Module,
-        hidden: Sequence[Tensor],
-        stops: Mapping[str, str],
-        marks: Mapping[str, str],
-        behind: Collection[str],
+        self, block: nn.Module, calls: list[Call], stops: Mapping[str, str], marks: Mapping[str, str], behind: Collection[str]
     ) -> BlockWalk:
-        calls = [Call(*call) for call in self.calls(index, hidden)]
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
-        return BlockWalk(block, calls, at, noted, _waiting(hidden, at.values(), self.waiting_bytes), behind)
+        waiting = _waiting([call.hidden for call in calls[:1]], at.values(), self.waiting_bytes)
+        return BlockWalk(block, calls, at, noted, waiting, behind)
 
 
 def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module], allowed_bytes: int | None) -> int:

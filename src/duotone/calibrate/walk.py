@@ -7,8 +7,10 @@ forward is not ours, so it cannot yield) that stops inside the module's own forw
 been replaced.
 """
 
+import copy
+from collections import UserDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -25,6 +27,20 @@ class Call:
     hidden: Tensor
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
+
+
+def notebooks(named: Mapping[str, Any]) -> list[str]:
+    """Arguments that blocks write to: Gemma 4's leave keys and values there for those behind them."""
+    return [name for name, value in named.items() if isinstance(value, UserDict)]
+
+
+def with_own_notebooks(call: Call, books: dict[int, tuple[Any, Any]]) -> Call:
+    """A call that writes to copies. books: of a prefix, each notebook with its copy, which is made when there is none."""
+    own = {
+        name: books.setdefault(id(call.named[name]), (call.named[name], copy.copy(call.named[name])))[1]
+        for name in notebooks(call.named)
+    }
+    return replace(call, named={**call.named, **own})
 
 
 @dataclass(frozen=True, eq=False)
