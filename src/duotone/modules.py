@@ -24,6 +24,7 @@ from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.models.anatomy import anatomy_of_module
+from duotone.models.experts import put
 from duotone.models.norms import fold_norms
 from duotone.models.rewrite import all_linears
 from duotone.models.skeleton import expected_tensors, find_linears
@@ -177,10 +178,5 @@ def _with(module: nn.Module, weights: Mapping[str, QuantizedWeight], device: tor
     """Put the quantized linears in their places."""
     for layer, weight in weights.items():
         bias: Any = module.get_submodule(layer).bias
-        _replace(module, layer, QuantizedLinear(weight, None if bias is None else bias.data, device))
+        put(module, layer, QuantizedLinear(weight, None if bias is None else bias.data, device))
     return module
-
-
-def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, child)

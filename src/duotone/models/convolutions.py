@@ -4,7 +4,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from duotone.models.experts import linear_of
+from duotone.models.experts import linear_of, put
 
 #: A convolution that reads fewer channels is the first layer: it sees the picture itself.
 FEWEST_CHANNELS = 16
@@ -58,6 +58,5 @@ def why_not(module: nn.Module) -> str:
 def unfold(model: nn.Module) -> None:
     """Put an `UnfoldedConv2d` in the place of every convolution that is one matrix product."""
     for path, conv in [(name, module) for name, module in model.named_modules() if is_linear(module)]:
-        parent, _, leaf = path.rpartition(".")
         assert isinstance(conv, nn.Conv2d)
-        setattr(model.get_submodule(parent), leaf, UnfoldedConv2d(conv))
+        put(model, path, UnfoldedConv2d(conv))

@@ -79,9 +79,13 @@ class Experts(nn.Module):
         self.routing(used_ET)
         out_ETH = torch.zeros_like(states_ETH)
         for index in range(self.count):
-            token = torch.arange(states_ETH.shape[1]) if index in self.shown_all else used_ET[index].nonzero()[:, 0]
-            if len(token):
-                out_ETH[index, token] = self._run(index, states_ETH[index, token])
+            used_T, states_TH = used_ET[index], states_ETH[index]
+            if index in self.shown_all:  # the tokens of others as these get them: its own copies are zeros
+                others_TH = states_ETH[used_ET.int().argmax(0), torch.arange(len(used_T), device=used_T.device)]
+                answer_TH = self._run(index, torch.where(used_T[:, None], states_TH, others_TH))
+                out_ETH[index, used_T] = answer_TH[used_T]
+            elif bool(used_T.any()):
+                out_ETH[index, used_T] = self._run(index, states_TH[used_T])
         return out_ETH.view_as(hidden_states)
 
     def _run(self, index: int, x_TH: Tensor) -> Tensor:
@@ -143,3 +147,11 @@ def linear_of(weight_NK: Tensor, bias_N: Tensor | None) -> nn.Linear:
     if bias_N is not None:
         linear.bias = nn.Parameter(bias_N, requires_grad=False)
     return linear
+
+
+def put(model: nn.Module, path: str, child: nn.Module) -> None:
+    """Put a module in another's place, under every name that the other goes by."""
+    before = model.get_submodule(path)
+    for parent in list(model.modules()):
+        for leaf in [leaf for leaf, found in parent._modules.items() if found is before]:
+            setattr(parent, leaf, child)

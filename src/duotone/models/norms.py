@@ -10,6 +10,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from duotone.models.experts import put
+
 _WRITERS = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -77,8 +79,7 @@ def _fold(module: nn.Module, writer: str, norm: str) -> None:
     before, behind = module.get_submodule(writer), module.get_submodule(norm)
     fuse: Any = fuse_conv_bn_eval if isinstance(before, nn.Conv2d) else fuse_linear_bn_eval
     for path, child in ((writer, fuse(before, behind)), (norm, nn.Identity())):
-        parent, _, leaf = path.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, child)
+        put(module, path, child)
 
 
 def _place(tensor: Tensor) -> int:

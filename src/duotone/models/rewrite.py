@@ -6,7 +6,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from duotone.models.convolutions import unfold
-from duotone.models.experts import linear_of, unfuse
+from duotone.models.experts import linear_of, put, unfuse
 
 #: Set on linears whose weight the checkpoint holds as [K, N].
 STORED_TRANSPOSED = "stored_transposed"
@@ -27,5 +27,4 @@ def _straighten(model: nn.Module) -> None:
             weight = module.weight.data.T.contiguous() if transposed else module.weight.data
             linear = linear_of(weight, module.bias)
             setattr(linear, STORED_TRANSPOSED, transposed)
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, linear)
+            put(model, path, linear)
