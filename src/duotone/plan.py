@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from duotone.checkpoint.compressed_tensors import tensor_specs
@@ -172,7 +173,7 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
     """`make_plan` of a model that has been made, whose tensors are the source's."""
     linears, others = find_linears(model), find_others(model)
-    kept = _kept_linears(anatomy, list(linears), config) | {name: reason for name, (reason, _) in others.items()}
+    kept = _tied(model) | _kept_linears(anatomy, list(linears), config) | {name: why for name, (why, _) in others.items()}
     wanted = expected_tensors(model)
     buffers = {name for name, _ in model.named_buffers()}
     _check_source(source, wanted, buffers)
@@ -241,6 +242,21 @@ def _experts_of(banks: tuple[str, ...], groups: tuple[tuple[str, ...], ...]) -> 
         first |= {members[0]: bank} if members else {}
         inside.update(members)
     return first, frozenset(inside)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight is another module's too, each with its reason: the other needs it as it is."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{leaf}")
+    linears = {f"{name}.weight": name for name in find_linears(model)}
+    return {
+        linears[name]: f"its weight is also {next(other for other in names if other != name)}"
+        for names in owners.values()
+        for name in names
+        if name in linears and len(names) > 1
+    }
 
 
 def _kept_linears(anatomy: Anatomy, linears: list[str], config: QuantizeConfig) -> dict[str, str]:
