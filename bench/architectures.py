@@ -44,6 +44,8 @@ TWO = {
     "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
 }  # fmt: skip
+#: Of pyramids, which have a list in the place of each.
+NO_SIZES: dict[str, Any] = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"))
 #: By class: model_type, and what differs from SIZES.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("llama", {}),
@@ -84,16 +86,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeiTForImageClassification": ("deit", {}),
     "Dinov2ForImageClassification": ("dinov2", {}),
     "SiglipVisionModel": ("siglip_vision_model", {}),
-    "SwinForImageClassification": ("swin", {"embed_dim": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
+    "SwinForImageClassification": ("swin", NO_SIZES | {"embed_dim": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
                                             "patch_size": 4}),
     "DPTForDepthEstimation": ("dpt", {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False,
                                       "neck_hidden_sizes": [32, 32, 32, 32], "fusion_hidden_size": 32}),
-    "ConvNextForImageClassification": ("convnext", {"hidden_sizes": [64, 128], "depths": [2, 2], "num_stages": 2,
+    "ConvNextForImageClassification": ("convnext", NO_SIZES | {"hidden_sizes": [64, 128], "depths": [2, 2], "num_stages": 2,
                                                     "patch_size": 4}),
-    "ResNetForImageClassification": ("resnet", {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2],
+    "ResNetForImageClassification": ("resnet", NO_SIZES | {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2],
                                                 "layer_type": "basic"}),
-    "Swin2SRForImageSuperResolution": ("swin2sr", {"embed_dim": 64, "depths": [2], "num_heads": [2], "window_size": 4,
-                                                   "patch_size": 1}),
+    "Swin2SRForImageSuperResolution": ("swin2sr", NO_SIZES | {"embed_dim": 64, "depths": [2], "num_heads": [2],
+                                                              "window_size": 4, "patch_size": 1}),
 }  # fmt: skip
 
 
@@ -101,7 +103,8 @@ def random_model(name: str, folder: Path) -> Any:
     """A small random model of a class, saved in a folder; biases and norms random too."""
     model_type, sizes = FAMILIES[name]
     torch.manual_seed(0)
-    model = getattr(transformers, name)(AutoConfig.for_model(model_type, **(SIZES | sizes))).eval()
+    given = {key: value for key, value in (SIZES | sizes).items() if value is not None}
+    model = getattr(transformers, name)(AutoConfig.for_model(model_type, **given)).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)

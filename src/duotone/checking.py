@@ -102,8 +102,8 @@ def _subject(
     dtype: str,
 ) -> Subject:
     """The linears as runtimes see them: fused where they read the same input, cut along K where they write to the stream."""
-    queries = int(getattr(text, "num_attention_heads", 0) or 0)
-    heads = queries, int(getattr(text, "num_key_value_heads", 0) or queries)
+    queries = _count(text, "num_attention_heads")
+    heads = queries, _count(text, "num_key_value_heads") or queries
     fused: list[tuple[Linear, ...]] = []
     split: dict[str, tuple[str, ...]] = {}
     for names in linears_by_input(anatomy, [*shapes, *kept]):
@@ -112,6 +112,12 @@ def _subject(
             split |= {name: partners for name in names if name in kept}
             fused.append(tuple(_linear(anatomy, name, shapes[name], names.index(name), len(names), heads) for name in partners))
     return Subject(layout, *grid, dtype, tuple(fused), split, kept, heads)
+
+
+def _count(text: PreTrainedConfig | None, name: str) -> int:
+    """A number of the config; 0 where it has none, or one for each stage as pyramids have."""
+    value = getattr(text, name, 0)
+    return value if isinstance(value, int) else 0
 
 
 def _linear(anatomy: Anatomy, name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import duotone
@@ -18,7 +20,7 @@ from duotone.models import adapter as adapter_module
 from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.anatomy import _from_table, _from_trace
 from duotone.models.names import named_source
-from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears
+from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
 from duotone.models.table import Adapter
 from duotone.models.text import TEXT_ADAPTERS
 from duotone.plan import make_plan
@@ -244,3 +246,51 @@ def test_the_page_on_tables_can_be_followed(tiny_model: Callable[..., Path], mon
     assert by_table.blocks == traced.blocks
     assert by_table.keep == traced.keep
     assert not make_plan(open_source(tiny_model("gpt_neox")), QuantizeConfig(method="rtn")).anatomy.traced
+
+
+PYRAMID = {"image_size": 32, "num_channels": 3, "patch_size": 4}
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViTForImageClassification": (
+        "vit", PYRAMID | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "SwinForImageClassification": (
+        "swin", PYRAMID | {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    ),
+    "ResNetForImageClassification": (
+        "resnet", {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_what_reads_pictures(tmp_path: Path, name: str) -> None:
+    """Logits equal transformers' own; calibrated on tensors, the checkpoint is the contract in every linear it lists."""
+    model_type, sizes = VISION[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(model_type, **sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    pictures = torch.randn(12, 3, 32, 32)
+    save_file({"pixel_values": pictures[:8].contiguous()}, tmp_path / "pictures.safetensors")
+
+    def seen(network: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return network(pixel_values=pictures[8:]).logits
+
+    by_hand = load(tmp_path / "model", torch.float32)
+    torch.testing.assert_close(seen(by_hand), seen(model), rtol=1e-5, atol=1e-5)
+    settings = {"calibration": (str(tmp_path / "pictures.safetensors"),), "samples": 8, "group_size": 32, "device": "cpu"}
+    report = duotone.quantize(tmp_path / "model", tmp_path / "out", **settings)
+    found, source = load(tmp_path / "out", torch.float32), open_source(tmp_path / "out")
+    named = named_source(source, build_skeleton(source.config, torch.float32))
+    fill(
+        by_hand,
+        named.load([key for key in expected_tensors(by_hand) if key in named.tensors]),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    run_by_hand(by_hand, WeightReader(named), [layer.layer for layer in report.layers])
+    expected = seen(by_hand)
+    assert ((seen(found) - expected).norm() / expected.norm()).item() < 0.02
+    assert {*(layer.layer for layer in report.layers), *report.kept} >= set(find_linears(by_hand))
+    with pytest.raises(DuotoneError, match="reads pixel_values, expected --calibration"):
+        duotone.quantize(tmp_path / "model", tmp_path / "text", calibration=("some.txt",), device="cpu")
