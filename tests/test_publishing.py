@@ -238,8 +238,17 @@ def test_no_whole_checkpoint(hub: Hub, checkpoint: Path, damage: Callable[[Path]
 )
 def test_names_of_the_folders_own(model_type: str, sizes: dict, tiny_model: ModelMaker, tmp_path: Path) -> None:
     """A checkpoint is whole too where its tensors are called or laid otherwise than the model's."""
-    duotone.quantize(tiny_model(model_type, **sizes), tmp_path / "out", method="rtn", group_size=32, device="cpu")
-    verify(tmp_path / "out")
+    out = tmp_path / "out"
+    duotone.quantize(tiny_model(model_type, **sizes), out, method="rtn", group_size=32, device="cpu")
+    read: list[str] = []
+    verify(out, lambda _, __, name: read.append(name))
+    tensors = load_file(out / "model.safetensors")
+    packed = [name for name in tensors if name.endswith(".weight_packed")]
+    assert len(set(read)) == len(read) == len(packed) + sum(".weight_" not in name for name in tensors)
+    del tensors[packed[-1].replace("_packed", "_scale")]
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(DuotoneError, match=r"lacks .*weight_scale"):
+        verify(out)
 
 
 def test_another_model_is_none_of_ours(tiny_model: ModelMaker, hub: Hub) -> None:
