@@ -4,7 +4,6 @@ Usage: python tools/render.py [--check]. Between `<!-- table: NAME -->` and `<!-
 """
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 from scale import scale_lines
 
+from duotone.examining import mcnemar
 from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -423,8 +423,7 @@ def paired_outcomes(cells: list[dict[str, Any]]) -> tuple[str, str]:
         lost, gained, items = cell["lost"], cell["gained"], cell["items"]
         differences.append((gained - lost) / items)
         errors.append(((gained + lost) / items - differences[-1] ** 2) ** 0.5 / items**0.5)
-        tail = sum(math.comb(gained + lost, count) for count in range(min(gained, lost) + 1))
-        values.append(min(1.0, 2 * tail / 2 ** (gained + lost)))
+        values.append(mcnemar(gained, lost))
     return f"{100 * mean(differences):+.2f} ± {100 * mean(errors):.2f}", f"{min(values):.2f}"
 
 
