@@ -112,38 +112,15 @@ def quantize(  # noqa: PLR0913 - every option of the command
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model: its linears shrink to about a quarter. `torchrun -m duotone quantize ...` shares it among processes."""
+    asked: dict[str, Any] = dict(locals())  # options are named as the config's fields; what is missing there is a KeyError
     from duotone.ranks import joined
 
     with joined() as ranks:  # around the checks too: of several processes only one tells what is wrong
         from duotone.settings import QuantizeConfig
 
-        config = QuantizeConfig(
-            method=method,
-            target=target,
-            group_size=group_size,
-            symmetric=not asymmetric,
-            ignore=tuple(ignore or ()),
-            calibration=tuple(calibration or ()),
-            samples=samples,
-            seq_len=seq_len,
-            damping_frac=damping,
-            order=order,
-            refresh_scales=refresh_scales,
-            effort=effort,
-            rotate=rotate,
-            equalize=equalize,
-            kv_cache=kv_cache,
-            kv_cache_strategy=kv_cache_strategy,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            strict=strict,
-            quantize_vision=quantize_vision,
-            memory_budget=memory_budget,
-            runtime=runtime,
-            gpu=gpu,
-            tensor_parallel=tensor_parallel,
-        )
+        lists = {"ignore": tuple(ignore or ()), "calibration": tuple(calibration or ())}
+        asked |= lists | {"symmetric": not asymmetric, "damping_frac": damping}
+        config = QuantizeConfig(**{field.name: asked[field.name] for field in dataclasses.fields(QuantizeConfig)})
         saving = {"resume": resume, "save_every": save_every, "offload": offload}
         result, render = (
             _planned(model, out, config) if dry_run else _quantized(model, out, config, saving, as_json, quiet, ranks)
