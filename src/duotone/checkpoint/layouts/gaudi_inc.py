@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.headers import TensorSpec
-from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared, product_scale
+from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared, column_specs, product_scale
 from duotone.checkpoint.packing import pack_int4, unpack_int4
 from duotone.contract import fp8_product, tensor_outer_scale
 from duotone.qweight import QuantizedWeight, expand_groups
@@ -21,14 +21,7 @@ from duotone.scheme import GAUDI, Scheme
 
 def specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
     """qweight [K / 8, N], scales [G, N], qzeros [G, N / 8], scale_bf16_to_fp8 [1]."""
-    rows, columns = shape
-    groups = scheme.groups(columns)
-    return {
-        f"{layer}.qweight": TensorSpec("I32", (columns // 8, rows)),
-        f"{layer}.scales": TensorSpec("F16", (groups, rows)),
-        f"{layer}.qzeros": TensorSpec("I32", (groups, rows // 8)),
-        f"{layer}.scale_bf16_to_fp8": TensorSpec("F16", (1,)),
-    }
+    return column_specs(layer, shape, scheme) | {f"{layer}.scale_bf16_to_fp8": TensorSpec("F16", (1,))}
 
 
 def to_tensors(layer: str, weight: QuantizedWeight, shared: Shared = ALONE) -> dict[str, Tensor]:

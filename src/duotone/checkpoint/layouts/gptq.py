@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.headers import TensorSpec
-from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared, product_scale, products
+from duotone.checkpoint.layouts.layout import ALONE, Layout, Shared, column_specs, product_scale, products
 from duotone.checkpoint.packing import pack_int4, unpack_int4
 from duotone.qweight import QuantizedWeight
 from duotone.scheme import Scheme
@@ -23,14 +23,7 @@ _STORED_ZERO = 7
 
 def specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
     """qweight [K / 8, N], scales [G, N], qzeros [G, N / 8], g_idx [K]."""
-    rows, columns = shape
-    groups = scheme.groups(columns)
-    return {
-        f"{layer}.qweight": TensorSpec("I32", (columns // 8, rows)),
-        f"{layer}.scales": TensorSpec("F16", (groups, rows)),
-        f"{layer}.qzeros": TensorSpec("I32", (groups, rows // 8)),
-        f"{layer}.g_idx": TensorSpec("I32", (columns,)),
-    }
+    return column_specs(layer, shape, scheme) | {f"{layer}.g_idx": TensorSpec("I32", (shape[1],))}
 
 
 def to_tensors(layer: str, weight: QuantizedWeight, shared: Shared = ALONE) -> dict[str, Tensor]:

@@ -55,6 +55,17 @@ class Layout:
     keeps_kv_scales: bool = False
 
 
+def column_specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+    """What AutoGPTQ's layout and those made after it store: qweight [K / 8, N], scales [G, N], qzeros [G, N / 8]."""
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    return {
+        f"{layer}.qweight": TensorSpec("I32", (columns // 8, rows)),
+        f"{layer}.scales": TensorSpec("F16", (groups, rows)),
+        f"{layer}.qzeros": TensorSpec("I32", (groups, rows // 8)),
+    }
+
+
 def product_scale(weight: QuantizedWeight) -> Tensor:
     """Both scales as the one BF16 number of the file [N, G]; exact for every weight that `quantize` makes."""
     return (weight.group_scale * weight.outer_scale[:, None]).to(torch.bfloat16)
