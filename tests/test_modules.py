@@ -230,6 +230,23 @@ def test_norms_fold_where_they_alone_read() -> None:
     assert fold_norms(Shared().eval(), (torch.randn(2, 16, 4, 4),), {}) == []
 
 
+def test_norms_fold_into_what_wrote_their_input() -> None:
+    """Not into what later lay in its place: a convolution's output where the sum was that a norm read, and let go."""
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(20))
+            self.convs = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm, conv in zip(self.norms, self.convs, strict=True):
+                x = conv(norm(x + 1).relu())
+            return x
+
+    assert fold_norms(Behind().eval(), (torch.randn(2, 16, 4, 4),), {}) == []
+
+
 def test_samples_from_files(tmp_path: Path) -> None:
     """Tensors by the model's input names; a wrong name, shapes that do not belong together, NaN and other kinds are named."""
     good, values = tmp_path / "a.safetensors", torch.randn(10, 3, 4, 4)

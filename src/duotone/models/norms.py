@@ -36,9 +36,9 @@ def fold_norms(module: nn.Module, positional: Sequence[Any], named: Mapping[str,
     Which do is seen by calling the module. Norms and what they fold into must have run once. The module must be in eval mode.
     """
     gave: dict[int, str] = {}
-    read: dict[str, list[int]] = {}
+    read: dict[str, list[tuple[str, int]]] = {}  # a norm's calls: who wrote what it read, and where that lies
     runs: Counter[str] = Counter()
-    held: list[Tensor] = []
+    held: list[Tensor] = []  # a place that is freed is soon another tensor's
     uses = _Uses()
     handles: list[Any] = []
 
@@ -52,7 +52,12 @@ def fold_norms(module: nn.Module, positional: Sequence[Any], named: Mapping[str,
         return hook
 
     def note_input(name: str) -> Any:
-        return lambda _, inputs: read.setdefault(name, []).append(_place(inputs[0]))
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            held.append(inputs[0])
+            place = _place(inputs[0])
+            read.setdefault(name, []).append((gave.get(place, ""), place))
+
+        return hook
 
     for name, child in module.named_modules():
         if type(child) in _WRITERS:
@@ -66,9 +71,9 @@ def fold_norms(module: nn.Module, positional: Sequence[Any], named: Mapping[str,
         for handle in handles:
             handle.remove()
     folded = [
-        (name, gave[places[0]])
-        for name, places in read.items()
-        if len(places) == 1 and uses.count[places[0]] == 1 and runs[gave.get(places[0], "")] == 1
+        (name, writer)
+        for name, ((writer, place), *more) in read.items()
+        if not more and uses.count[place] == 1 and runs[writer] == 1
     ]
     for name, writer in folded:
         _fold(module, writer, name)
