@@ -1,0 +1,107 @@
+# Shapes: N out_features, K in_features.
+"""Does vLLM with Duotone's plugin hold our weights and write what our own runtime writes?
+
+    python bench/peers/vllm_plugin.py CHECKPOINT... --text FILE [--ranks 1 2] [--prompts 4]
+
+Runs vllm_plugin_cpu.py in vLLM's environment (setup.sh vllm_cpu, with duotone installed in it) and appends a row for each
+checkpoint and number of ranks to bench/records/vllm_plugin.jsonl: fused linears of all ranks and how many of them are the
+contract's weights, bit for bit; how many greedy tokens are those of `duotone.load` in BF16, how many are the likeliest of the
+same checkpoint in float32 around its W4A8 linears, and how far apart the logarithms of their probabilities lie.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from vllm_generate import compared, prompts_from
+
+from duotone.bench import append_records, provenance
+from duotone.checkpoint.reader import WeightReader
+from duotone.checkpoint.source import open_source
+from duotone.qweight import dequantize
+from duotone.runtime.load import load
+
+HERE = Path(__file__).resolve().parent
+RECORDS = HERE.parent / "records" / "vllm_plugin.jsonl"
+PYTHON = HERE / ".venvs" / "vllm_cpu" / "bin" / "python"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def main() -> None:
+    """One row for each checkpoint and number of ranks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, nargs="+")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--prompts", type=int, default=4)
+    arguments = parser.parse_args()
+    for checkpoint in arguments.checkpoint:
+        prompts = prompts_from(checkpoint, arguments.text, arguments.prompts)
+        for ranks in arguments.ranks:
+            row = provenance(0) | judged(checkpoint, prompts, ranks)
+            append_records(RECORDS, [row])
+            print({name: value for name, value in row.items() if name not in {"machine", "versions", "commit", "date"}})
+
+
+def judged(checkpoint: Path, prompts: list[list[int]], ranks: int) -> dict[str, Any]:
+    """What vLLM holds and writes, beside what it should."""
+    source = open_source(checkpoint)
+    reader = WeightReader(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "prompts.json").write_text(json.dumps(prompts))
+        command = [PYTHON, HERE / "vllm_plugin_cpu.py", checkpoint.resolve(), folder / "prompts.json", folder, str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+        if not (folder / "written.json").exists():
+            raise SystemExit(f"vllm_plugin_cpu.py ended with {done.returncode}: {done.stderr[-2000:]}")
+        found = json.loads((folder / "written.json").read_text())
+        layers, equal, size, count = 0, 0, 0, 0
+        for rank in range(ranks):
+            with safe_open(folder / f"{rank}.safetensors", "pt") as held:
+                size += int(held.metadata()["bytes"])
+                for name in held.keys():  # noqa: SIM118
+                    weight_NK = held.get_tensor(name)
+                    layers, count = layers + 1, count + weight_NK.numel()
+                    equal += torch.equal(weight_NK, share_of(reader, name, rank, ranks))
+    written = torch.tensor(found["tokens"])
+    ours = torch.tensor(greedy(checkpoint, prompts, written.shape[1]))
+    return {
+        "model": checkpoint.name, "target": reader.scheme.target.name, "vllm": found["vllm"], "ranks": ranks,
+        "runs": found["runs"], "layers": layers, "equal": equal, "bits_in_memory": 8 * size / count,
+        "tokens": written.numel(), "same": int((written == ours).sum()),
+    } | compared(load(checkpoint, torch.float32, "cpu", shortcuts=False), prompts, found)  # fmt: skip
+
+
+def share_of(reader: WeightReader, layer: str, rank: int, ranks: int) -> Tensor:
+    """A rank's rows of what vLLM fuses, or of what writes to the stream its columns."""
+    parent, _, leaf = layer.rpartition(".")
+    weights = [dequantize(reader.read(f"{parent}.{name}")) for name in FUSED.get(leaf, (leaf,))]
+    if leaf in {"o_proj", "down_proj"}:
+        return weights[0].chunk(ranks, 1)[rank]
+    return torch.cat([weight_NK.chunk(ranks)[rank] for weight_NK in weights])
+
+
+def greedy(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What our own runtime adds to each prompt in the checkpoint's dtype."""
+    model = load(checkpoint, device="cpu")
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    written = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+        written.append(out[0, len(prompt) :].tolist())
+    return written
+
+
+if __name__ == "__main__":
+    main()
