@@ -5,8 +5,9 @@
 
 Runs vllm_plugin_cpu.py in vLLM's environment (setup.sh vllm_cpu, with duotone installed in it) and appends a row for each
 checkpoint and number of ranks to bench/records/vllm_plugin.jsonl: fused linears of all ranks and how many of them are the
-contract's weights, bit for bit; how many greedy tokens are those of `duotone.load` in BF16, how many are the likeliest of the
-same checkpoint in float32 around its W4A8 linears, and how far apart the logarithms of their probabilities lie.
+contract's weights, bit for bit; how many greedy tokens are the likeliest of `duotone.load` in float32 around the W4A8 linears,
+given what vLLM wrote, and how far apart the logarithms of their probabilities lie; `ours`: the same of what `duotone.load`
+writes in BF16, as vLLM computes, and `same`: how many tokens the two have in common.
 """
 
 import argparse
@@ -69,13 +70,14 @@ def judged(checkpoint: Path, prompts: list[list[int]], ranks: int) -> dict[str, 
                     weight_NK = held.get_tensor(name)
                     layers, count = layers + 1, count + weight_NK.numel()
                     equal += torch.equal(weight_NK, share_of(reader, name, rank, ranks))
-    written = torch.tensor(found["tokens"])
-    ours = torch.tensor(greedy(checkpoint, prompts, written.shape[1]))
+    ours, model = greedy(checkpoint, prompts, len(found["tokens"][0])), load(checkpoint, torch.float32, "cpu", shortcuts=False)
+    theirs, same = torch.tensor(found["tokens"]), torch.tensor(ours["tokens"])
     return {
         "model": checkpoint.name, "target": reader.scheme.target.name, "vllm": found["vllm"], "ranks": ranks,
         "runs": found["runs"], "layers": layers, "equal": equal, "bits_in_memory": 8 * size / count,
-        "tokens": written.numel(), "same": int((written == ours).sum()),
-    } | compared(load(checkpoint, torch.float32, "cpu", shortcuts=False), prompts, found)  # fmt: skip
+        "tokens": theirs.numel(), "same": int((theirs == same).sum()), **compared(model, prompts, found),
+        "ours": compared(model, prompts, ours),
+    }  # fmt: skip
 
 
 def share_of(reader: WeightReader, layer: str, rank: int, ranks: int) -> Tensor:
@@ -87,20 +89,23 @@ def share_of(reader: WeightReader, layer: str, rank: int, ranks: int) -> Tensor:
     return torch.cat([weight_NK.chunk(ranks)[rank] for weight_NK in weights])
 
 
-def greedy(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What our own runtime adds to each prompt in the checkpoint's dtype."""
+def greedy(checkpoint: Path, prompts: list[list[int]], count: int) -> dict[str, list[Any]]:
+    """What our own runtime adds to each prompt in the checkpoint's dtype, and the logarithm of each token's probability."""
     model = load(checkpoint, device="cpu")
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
-    written = []
+    written, logprobs = [], []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
         with torch.no_grad():
             out = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, pad_token_id=0
-            )
-        written.append(out[0, len(prompt) :].tolist())
-    return written
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False, pad_token_id=0,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        new = out.sequences[0, len(prompt) :]
+        likely = torch.cat(out.logits).float().log_softmax(-1).gather(1, new[:, None])[:, 0]
+        written, logprobs = [*written, new.tolist()], [*logprobs, likely.tolist()]
+    return {"tokens": written, "logprobs": logprobs}
 
 
 if __name__ == "__main__":
