@@ -1,13 +1,14 @@
 # Shapes: N out_features, K in_features.
 """Does vLLM with Duotone's plugin hold our weights and write what our own runtime writes?
 
-    python bench/peers/vllm_plugin.py CHECKPOINT... --text FILE [--ranks 1 2] [--prompts 4]
+    python bench/peers/vllm_plugin.py CHECKPOINT... --text FILE [--ranks 1 2] [--dtype bfloat16] [--prompts 4]
 
 Runs vllm_plugin_cpu.py in vLLM's environment (setup.sh vllm_cpu, with duotone installed in it) and appends a row for each
 checkpoint and number of ranks to bench/records/vllm_plugin.jsonl: fused linears of all ranks and how many of them are the
 contract's weights, bit for bit; how many greedy tokens are the likeliest of `duotone.load` in float32 around the W4A8 linears,
 given what vLLM wrote, and how far apart the logarithms of their probabilities lie; `ours`: the same of what `duotone.load`
-writes in BF16, as vLLM computes, and `same`: how many tokens the two have in common.
+writes in vLLM's dtype, and `same`: how many tokens the two have in common. In float32 both compute the same but for the order
+of sums; a rank of several scales activations by its own columns, as vLLM's kernels do.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from vllm_generate import compared, prompts_from
 
 from duotone.bench import append_records, provenance
@@ -40,24 +42,33 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="+")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=4)
     arguments = parser.parse_args()
     for checkpoint in arguments.checkpoint:
         prompts = prompts_from(checkpoint, arguments.text, arguments.prompts)
         for ranks in arguments.ranks:
-            row = provenance(0) | judged(checkpoint, prompts, ranks)
+            row = provenance(0) | judged(checkpoint, prompts, ranks, arguments.dtype)
             append_records(RECORDS, [row])
             print({name: value for name, value in row.items() if name not in {"machine", "versions", "commit", "date"}})
 
 
-def judged(checkpoint: Path, prompts: list[list[int]], ranks: int) -> dict[str, Any]:
+def judged(checkpoint: Path, prompts: list[list[int]], ranks: int, dtype: str) -> dict[str, Any]:
     """What vLLM holds and writes, beside what it should."""
     source = open_source(checkpoint)
     reader = WeightReader(source)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "prompts.json").write_text(json.dumps(prompts))
-        command = [PYTHON, HERE / "vllm_plugin_cpu.py", checkpoint.resolve(), folder / "prompts.json", folder, str(ranks)]
+        command = [
+            PYTHON,
+            HERE / "vllm_plugin_cpu.py",
+            checkpoint.resolve(),
+            folder / "prompts.json",
+            folder,
+            str(ranks),
+            dtype,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         if not (folder / "written.json").exists():
             raise SystemExit(f"vllm_plugin_cpu.py ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -70,10 +81,11 @@ def judged(checkpoint: Path, prompts: list[list[int]], ranks: int) -> dict[str, 
                     weight_NK = held.get_tensor(name)
                     layers, count = layers + 1, count + weight_NK.numel()
                     equal += torch.equal(weight_NK, share_of(reader, name, rank, ranks))
-    ours, model = greedy(checkpoint, prompts, len(found["tokens"][0])), load(checkpoint, torch.float32, "cpu", shortcuts=False)
+    ours = greedy(load(checkpoint, getattr(torch, dtype), "cpu"), prompts, len(found["tokens"][0]))
+    model = load(checkpoint, torch.float32, "cpu", shortcuts=False)
     theirs, same = torch.tensor(found["tokens"]), torch.tensor(ours["tokens"])
     return {
-        "model": checkpoint.name, "target": reader.scheme.target.name, "vllm": found["vllm"], "ranks": ranks,
+        "model": checkpoint.name, "target": reader.scheme.target.name, "vllm": found["vllm"], "ranks": ranks, "dtype": dtype,
         "runs": found["runs"], "layers": layers, "equal": equal, "bits_in_memory": 8 * size / count,
         "tokens": theirs.numel(), "same": int((theirs == same).sum()), **compared(model, prompts, found),
         "ours": compared(model, prompts, ours),
@@ -89,9 +101,8 @@ def share_of(reader: WeightReader, layer: str, rank: int, ranks: int) -> Tensor:
     return torch.cat([weight_NK.chunk(ranks)[rank] for weight_NK in weights])
 
 
-def greedy(checkpoint: Path, prompts: list[list[int]], count: int) -> dict[str, list[Any]]:
-    """What our own runtime adds to each prompt in the checkpoint's dtype, and the logarithm of each token's probability."""
-    model = load(checkpoint, device="cpu")
+def greedy(model: PreTrainedModel, prompts: list[list[int]], count: int) -> dict[str, list[Any]]:
+    """What a model of our own runtime adds to each prompt, and the logarithm of each token's probability."""
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     written, logprobs = [], []

@@ -1,6 +1,6 @@
 """vLLM on a CPU with Duotone's plugin, on one rank or several: what it has loaded, and what it writes.
 
-    .venvs/vllm_cpu/bin/python vllm_plugin_cpu.py CHECKPOINT PROMPTS.json OUT RANKS
+    .venvs/vllm_cpu/bin/python vllm_plugin_cpu.py CHECKPOINT PROMPTS.json OUT RANKS DTYPE
 
 The environment has duotone, installed beside vLLM. PROMPTS: lists of token ids. OUT gets `written.json` as of vllm_cpu.py with
 what multiplies, and for each rank RANK.safetensors: the real weights [N, K] of each of vLLM's fused linears, float32, out of
@@ -22,7 +22,7 @@ SETTINGS = {"VLLM_PLUGINS": "duotone", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
 
 def main() -> None:
     """One checkpoint."""
-    checkpoint, out, ranks = sys.argv[1], Path(sys.argv[3]), int(sys.argv[4])
+    checkpoint, out, ranks, dtype = sys.argv[1], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     prompts = json.loads(Path(sys.argv[2]).read_text())
     os.environ.update(SETTINGS | {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))})
     if ranks > 1:
@@ -30,7 +30,7 @@ def main() -> None:
     import vllm_plugin_cpu  # what ranks can import: this file, not as the program
     from vllm import LLM, __version__
 
-    model = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, max_model_len=256, seed=0, tensor_parallel_size=ranks)
+    model = LLM(checkpoint, dtype=dtype, enforce_eager=True, max_model_len=256, seed=0, tensor_parallel_size=ranks)
     (runs,) = set(model.apply_model(partial(vllm_plugin_cpu.save_weights, out)))
     found = {"vllm": __version__, "runs": runs, **vllm_cpu.written_by(model, prompts)}
     (out / "written.json").write_text(json.dumps(found))
