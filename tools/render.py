@@ -695,6 +695,7 @@ def vllm_generate_table() -> str:
 #: How a page calls what it shows of a runtime, and the device groups it puts side by side.
 RUNTIME_TITLES = {
     "vllm": "vLLM",
+    "vllm-plugin": "Duotone's plugin in vLLM",
     "sglang": "SGLang",
     "tensorrt-llm": "TensorRT-LLM",
     "transformers": "transformers",

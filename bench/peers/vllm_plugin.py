@@ -60,15 +60,8 @@ def judged(checkpoint: Path, prompts: list[list[int]], ranks: int, dtype: str) -
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "prompts.json").write_text(json.dumps(prompts))
-        command = [
-            PYTHON,
-            HERE / "vllm_plugin_cpu.py",
-            checkpoint.resolve(),
-            folder / "prompts.json",
-            folder,
-            str(ranks),
-            dtype,
-        ]
+        inputs = [checkpoint.resolve(), folder / "prompts.json", folder, str(ranks), dtype]
+        command = [PYTHON, HERE / "vllm_plugin_cpu.py", *inputs]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         if not (folder / "written.json").exists():
             raise SystemExit(f"vllm_plugin_cpu.py ended with {done.returncode}: {done.stderr[-2000:]}")
