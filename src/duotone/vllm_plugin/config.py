@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from duotone.checkpoint.compressed_tensors import SideScales, scheme_from_config
-from duotone.checkpoint.sidecar import SIDECAR, layer_scales
+from duotone.checkpoint.sidecar import SIDECAR, checked_sidecar, layer_scales
 from duotone.errors import DuotoneError
 from duotone.kernels import reference
 from duotone.runtime.linear import QuantizedLinear, share_call
@@ -83,7 +83,8 @@ class DuotoneConfig(CompressedTensorsConfig):
         sidecar = get_hf_file_to_dict(SIDECAR, model_name, revision)
         if sidecar is None:
             raise DuotoneError(f"{model_name}: found no {SIDECAR}, expected the scales of target {self.w4a8.target.name} there")
-        found = {name: layer_scales(sidecar, name) for name in sidecar.get("layers", {})}
+        layers = checked_sidecar(sidecar, f"{model_name}/{SIDECAR}").get("layers", {})
+        found = {name: layer_scales(sidecar, name) for name in layers}
         self.sides = {name: scales for name, scales in found.items() if scales is not None}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

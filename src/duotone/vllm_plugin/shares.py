@@ -7,7 +7,7 @@ smaller ones that have the same scale.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,7 +92,7 @@ def weights_of(share: Share, stored: dict[str, Tensor], sides: Sequence[SideScal
                 outer.to(codes.device),
                 scheme,
                 None if zero is None else zero[first:last],
-                input_scale,
+                None if input_scale is None else input_scale.to(codes.device),
                 cut=share.is_cut,
             )
             for first, last, outer, input_scale in parts
@@ -101,7 +101,7 @@ def weights_of(share: Share, stored: dict[str, Tensor], sides: Sequence[SideScal
         raise DuotoneError(f"{share.name}: the checkpoint's scales are not valid: {error}") from None
 
 
-def _by_tensor(share: Share, sides: Sequence[SideScales | None]):
+def _by_tensor(share: Share, sides: Sequence[SideScales | None]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """First and last row, outer scale and activation scale of each fused linear."""
     first = 0
     for rows, side in zip(share.rows, sides, strict=True):
