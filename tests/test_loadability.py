@@ -230,16 +230,21 @@ def test_the_plugin_cuts_columns_by_eights(ranks: int, loads: bool) -> None:
 
 
 def test_vllm_with_the_plugin_does_what_the_rules_say() -> None:
-    """The records of bench/peers/vllm_plugin.py: every weight of every rank the contract's, the tokens our own runtime's."""
+    """The records of bench/peers/vllm_plugin.py: every weight of every rank is the contract's.
+
+    In float32 the tokens are our own runtime's, on two ranks where activations have a scale of all columns. In BF16 vLLM is about
+    as far from that as our own runtime in BF16.
+    """
     rows = [json.loads(line) for line in (ROOT / "bench" / "records" / "vllm_plugin.jsonl").read_text().splitlines()]
-    assert {(row["target"], row["ranks"]) for row in rows} == {
-        (target, ranks) for target in ("hopper", "gaudi") for ranks in (1, 2)
-    }
+    assert {(row["target"], row["ranks"]) for row in rows} == {("hopper", 1), ("hopper", 2), ("gaudi", 1), ("gaudi", 2)}
     for row in rows:
         layout = "compressed-tensors" if row["target"] == "hopper" else "duotone-gaudi"
         assert judge(llama(layout), "vllm-plugin", "cpu", row["ranks"]).loads
         assert row["equal"] == row["layers"] > 0 and row["bits_in_memory"] < 5
-        assert row["likeliest"] >= 0.95 * row["tokens"] > 0
+        if row.get("dtype") == "float32":
+            assert row["same"] == row["tokens"] > 0
+        else:
+            assert row["mean_difference"] < 2 * row["ours"]["mean_difference"]
 
 
 def test_every_rule_has_a_source() -> None:

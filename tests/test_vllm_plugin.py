@@ -130,5 +130,5 @@ def test_vllm_finds_it_and_nobody_else_imports_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["duotone", "True", "False"]
-    importers = [path for path in (ROOT / "src").rglob("*.py") if "vllm_plugin" in path.read_text(encoding="utf-8")]
+    importers = [path for path in (ROOT / "src").rglob("*.py") if "duotone.vllm_plugin" in path.read_text(encoding="utf-8")]
     assert {path.parent.name for path in importers} == {"vllm_plugin"}
