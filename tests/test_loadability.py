@@ -232,8 +232,8 @@ def test_the_plugin_cuts_columns_by_eights(ranks: int, loads: bool) -> None:
 def test_vllm_with_the_plugin_does_what_the_rules_say() -> None:
     """The records of bench/peers/vllm_plugin.py: every weight of every rank is the contract's.
 
-    In float32 the tokens are our own runtime's, on two ranks where activations have a scale of all columns. In BF16 vLLM is about
-    as far from that as our own runtime in BF16.
+    In float32 the tokens are our own runtime's, on two ranks where activations have a scale of all columns. In BF16 vLLM is
+    about as far from that as our own runtime in BF16.
     """
     rows = [json.loads(line) for line in (ROOT / "bench" / "records" / "vllm_plugin.jsonl").read_text().splitlines()]
     assert {(row["target"], row["ranks"]) for row in rows} == {("hopper", 1), ("hopper", 2), ("gaudi", 1), ("gaudi", 2)}

@@ -7,6 +7,7 @@ With vLLM's own classes it is run by bench/peers/vllm_plugin.py.
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from duotone.checkpoint.compressed_tensors import SideScales, to_tensors
 from duotone.errors import DuotoneError
 from duotone.kernels import cpu, dispatch
-from duotone.qweight import QuantizedWeight, dequantize
-from duotone.scheme import GAUDI, HOPPER, Scheme
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight, dequantize
+from duotone.scheme import GAUDI, HOPPER, Fp8Scheme, Scheme, Target
 from duotone.vllm_plugin.shares import Share, is_left_to_vllm, weights_of
 from tests.conftest import ROOT
 from tests.kernels.test_reference import make_weight
@@ -26,19 +27,19 @@ from tests.kernels.test_reference import make_weight
 SCHEMES = st.builds(Scheme, st.sampled_from([HOPPER, GAUDI]), st.sampled_from([32, 64, 128]), st.booleans())
 
 
-def side(weight: QuantizedWeight) -> SideScales | None:
+def side(weight: AnyWeight) -> SideScales | None:
     """What duotone.json has of a weight."""
     return None if weight.input_scale is None else SideScales(float(weight.outer_scale), float(weight.input_scale))
 
 
-def dealt(share: Share, weights: list[QuantizedWeight], rank: int, ranks: int) -> dict[str, Tensor]:
+def dealt(share: Share, weights: Sequence[AnyWeight], rank: int, ranks: int) -> dict[str, Tensor]:
     """The file's tensors as vLLM's parameters take them: rows of each linear, or columns of the codes, of this rank."""
     stored: dict[str, Tensor] = {}
     for name, (rows, width) in share.shapes.items():
         tensors = [to_tensors("x", weight)[f"x.{name}"] for weight in weights]
         if share.is_cut:
             (whole,) = tensors
-            stored[name] = whole[:, rank * width : (rank + 1) * width] if name == "weight_packed" else whole
+            stored[name] = whole[:, rank * width : (rank + 1) * width] if name in {"weight_packed", "weight"} else whole
         else:
             stored[name] = torch.cat([tensor.chunk(ranks)[rank] for tensor in tensors])
         assert stored[name].shape == (rows, width)
@@ -71,8 +72,31 @@ def test_columns_on_several_ranks(scheme: Scheme, rows: int, columns: int, ranks
     for rank in range(ranks):
         share = Share("o_proj", (rows,), 8 * columns, 8 * columns * ranks, rank * 8 * columns, scheme)
         (found,) = weights_of(share, dealt(share, [weight], rank, ranks), [side(weight)])
-        assert found.cut and torch.equal(dequantize(found), dequantize(weight).chunk(ranks, 1)[rank])
+        assert isinstance(found, QuantizedWeight) and found.cut
+        assert torch.equal(dequantize(found), dequantize(weight).chunk(ranks, 1)[rank])
         assert scheme.group_size % found.scheme.group_size == 0
+
+
+@pytest.mark.parametrize("target", [HOPPER, GAUDI])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_linears_in_fp8(target: Target, ranks: int) -> None:
+    """Fused and cut, what is stored in FP8 is the contract's too."""
+    static = None if target.dynamic_activations else torch.tensor(0.5)
+
+    def weight(rows: int) -> Fp8Weight:
+        values = target.fp8.round(torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows)) * 100)
+        outer = torch.full((rows,), 3.0) if target.channel_outer_scale else torch.tensor([rows / 4])
+        return Fp8Weight(values.to(torch.float8_e4m3fn), outer, Fp8Scheme(target), static)
+
+    weights = [weight(8), weight(16)]
+    for rank in range(ranks):
+        fused = Share("gate_up", (8 // ranks, 16 // ranks), 48, 48, 0, Fp8Scheme(target))
+        found = weights_of(fused, dealt(fused, weights, rank, ranks), [side(one) for one in weights])
+        expected = torch.cat([dequantize(one).chunk(ranks)[rank] for one in weights])
+        assert torch.equal(torch.cat([dequantize(one) for one in found]), expected)
+        cut = Share("down", (16,), 48 // ranks, 48, rank * 48 // ranks, Fp8Scheme(target))
+        (one,) = weights_of(cut, dealt(cut, weights[1:], rank, ranks), [side(weights[1])])
+        assert torch.equal(dequantize(one), dequantize(weights[1]).chunk(ranks, 1)[rank])
 
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme(symmetric=False), Scheme(GAUDI)])

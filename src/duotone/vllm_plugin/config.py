@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
+    ModelWeightParameter,
     PackedColumnParameter,
     PackedvLLMParameter,
 )
@@ -26,7 +27,7 @@ from duotone.checkpoint.sidecar import SIDECAR, checked_sidecar, layer_scales
 from duotone.errors import DuotoneError
 from duotone.kernels import reference
 from duotone.runtime.linear import QuantizedLinear, share_call
-from duotone.scheme import Scheme
+from duotone.scheme import AnyScheme, Fp8Scheme, Scheme
 from duotone.vllm_plugin import NAME
 from duotone.vllm_plugin.shares import Share, is_left_to_vllm, weights_of
 
@@ -36,7 +37,7 @@ _said: set[str] = set()
 
 
 class DuotoneConfig(CompressedTensorsConfig):
-    """The `quantization_config` of a W4A8 checkpoint, `pack-quantized` or `duotone-gaudi`."""
+    """The `quantization_config` of a W4A8 checkpoint, `pack-quantized` or `duotone-gaudi`; some linears may be in FP8."""
 
     w4a8: Scheme
     #: Of `gaudi`, by the names of vLLM's modules.
@@ -95,8 +96,10 @@ class DuotoneConfig(CompressedTensorsConfig):
 
     def get_scheme(self, layer: nn.Module, layer_name: str | None = None) -> "DuotoneScheme | None":
         """Ours for every quantized linear, None for the others."""
-        matched = self.get_scheme_dict(layer, layer_name) or {}
-        return None if matched.get("weights") is None else DuotoneScheme(self, layer_name or "")
+        weights: Any = (self.get_scheme_dict(layer, layer_name) or {}).get("weights")
+        if weights is None:
+            return None
+        return DuotoneScheme(self, layer_name or "", self.w4a8 if weights.num_bits == 4 else Fp8Scheme(self.w4a8.target))
 
     def sides_of(self, layer_name: str) -> list[SideScales | None]:
         """Of each linear that is fused in one of vLLM's."""
@@ -110,9 +113,9 @@ class DuotoneConfig(CompressedTensorsConfig):
 class DuotoneScheme:
     """What vLLM's CompressedTensorsLinearMethod asks of a scheme: parameters to load, what becomes of them, the product."""
 
-    def __init__(self, config: DuotoneConfig, layer_name: str) -> None:
+    def __init__(self, config: DuotoneConfig, layer_name: str, scheme: AnyScheme) -> None:
         """layer_name: of vLLM's module, which may be several linears."""
-        self._config, self._name = config, layer_name
+        self._config, self._name, self._scheme = config, layer_name, scheme
         self._share: Share | None = None
 
     def create_weights(
@@ -125,21 +128,13 @@ class DuotoneScheme:
     ) -> None:
         """The tensors of the file, as this process loads them."""
         start = layer.tp_rank * input_size_per_partition if input_size != input_size_per_partition else 0
-        share = Share(self._name, tuple(output_partition_sizes), input_size_per_partition, input_size, start, self._config.w4a8)
-        self._share, loader = share, {"weight_loader": options["weight_loader"]}
-        shapes = share.shapes
-        words = torch.empty(shapes["weight_packed"], dtype=torch.int32)
-        scale = torch.empty(shapes["weight_scale"], dtype=torch.bfloat16)
-        packing = {"packed_factor": 8, "output_dim": 0}
-        layer.register_parameter(
-            "weight_packed", PackedvLLMParameter(data=words, input_dim=1, packed_dim=1, **packing, **loader)
-        )
-        # Without an input_dim: all columns' on every process.
-        layer.register_parameter("weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, **loader))
-        layer.register_parameter("weight_shape", BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), **loader))
-        if "weight_zero_point" in shapes:
-            zero = torch.empty(shapes["weight_zero_point"], dtype=torch.int32)
-            layer.register_parameter("weight_zero_point", PackedColumnParameter(data=zero, packed_dim=0, **packing, **loader))
+        share = Share(self._name, tuple(output_partition_sizes), input_size_per_partition, input_size, start, self._scheme)
+        self._share = share
+        for name, shape in share.shapes.items():
+            layer.register_parameter(name, _parameter(name, shape, options["weight_loader"]))
+        if "weight_packed" in share.shapes:
+            shape = BasevLLMParameter(data=torch.empty(2, dtype=torch.int64), weight_loader=options["weight_loader"])
+            layer.register_parameter("weight_shape", shape)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Put QuantizedLinears in the place of the parameters. Raises DuotoneError for scales that are not valid."""
@@ -147,9 +142,9 @@ class DuotoneScheme:
         stored = {name: layer.get_parameter(name).data for name in self._share.shapes}
         sides = self._config.sides_of(self._name)
         parts = nn.ModuleList(
-            QuantizedLinear(weight, None, weight.codes.device) for weight in weights_of(self._share, stored, sides)
+            QuantizedLinear(weight, None, weight.outer_scale.device) for weight in weights_of(self._share, stored, sides)
         )
-        for name in (*stored, "weight_shape"):
+        for name in [name for name, _ in layer.named_parameters() if name.startswith("weight")]:
             delattr(layer, name)
         share_call(list(parts))
         layer.duotone = parts
@@ -160,6 +155,20 @@ class DuotoneScheme:
         outputs = [part(x) for part in layer.duotone]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y if bias is None else y + bias
+
+
+def _parameter(name: str, shape: tuple[int, int], loader: Any) -> BasevLLMParameter:
+    """What vLLM loads one of the file's tensors into: how ranks and fused linears divide it."""
+    common = {"weight_loader": loader, "output_dim": 0}
+    if name == "weight":
+        return ModelWeightParameter(data=torch.empty(shape, dtype=torch.float8_e4m3fn), input_dim=1, **common)
+    if name == "weight_packed":
+        words = torch.empty(shape, dtype=torch.int32)
+        return PackedvLLMParameter(data=words, input_dim=1, packed_dim=1, packed_factor=8, **common)
+    # Without an input_dim: all columns' on every process.
+    if name == "weight_scale":
+        return ChannelQuantScaleParameter(data=torch.empty(shape, dtype=torch.bfloat16), **common)
+    return PackedColumnParameter(data=torch.empty(shape, dtype=torch.int32), packed_dim=0, packed_factor=8, **common)
 
 
 def _say(linear: nn.Module) -> None:

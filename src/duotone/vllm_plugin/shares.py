@@ -17,8 +17,8 @@ from duotone.checkpoint.compressed_tensors import SideScales
 from duotone.checkpoint.packing import unpack_int4
 from duotone.contract import split_scale
 from duotone.errors import DuotoneError
-from duotone.qweight import QuantizedWeight
-from duotone.scheme import Scheme
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight
+from duotone.scheme import AnyScheme, Fp8Scheme, Scheme
 
 _NIBBLES = 8
 
@@ -35,9 +35,11 @@ class Share:
     columns: int
     all_columns: int
     start: int
-    scheme: Scheme
+    scheme: AnyScheme
 
     def __post_init__(self) -> None:
+        if isinstance(self.scheme, Fp8Scheme):
+            return
         if self.is_cut and self.columns % _NIBBLES:
             raise DuotoneError(
                 f"{self.name}: found {self.columns} columns on each process, expected a multiple of {_NIBBLES}; use another "
@@ -56,20 +58,48 @@ class Share:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of the tensors that have to be loaded: codes of these columns, scales (and zero points) of all."""
-        groups, rows = self.scheme.groups(self.all_columns), sum(self.rows)
+        """Of the tensors that have to be loaded: codes or FP8 values of these columns, scales (and zero points) of all."""
+        rows = sum(self.rows)
+        if isinstance(self.scheme, Fp8Scheme):
+            values = {"weight": (rows, self.columns)}
+            return values | ({"weight_scale": (rows, 1)} if self.scheme.target.channel_outer_scale else {})
+        groups = self.scheme.groups(self.all_columns)
         width = self.columns if self.is_cut else groups * self.scheme.group_size
         found = {"weight_packed": (rows, width // _NIBBLES), "weight_scale": (rows, groups)}
         return found if self.scheme.symmetric else found | {"weight_zero_point": (rows // _NIBBLES, groups)}
 
 
-def weights_of(share: Share, stored: dict[str, Tensor], sides: Sequence[SideScales | None]) -> list[QuantizedWeight]:
+def weights_of(share: Share, stored: dict[str, Tensor], sides: Sequence[SideScales | None]) -> list[AnyWeight]:
     """The quantized weights of a share: one, or where the outer scale is a tensor's (`gaudi`) one for each fused linear.
 
     stored: tensors by the names of `shapes`. sides: the scales in duotone.json of each fused linear.
     Raises DuotoneError naming the linear for scales that are missing or not valid.
     """
-    scheme, packed, scale = share.scheme, stored["weight_packed"], stored["weight_scale"]
+    try:
+        if isinstance(share.scheme, Fp8Scheme):
+            return list(_fp8_weights(share, share.scheme, stored, sides))
+        return list(_packed_weights(share, share.scheme, stored, sides))
+    except ValueError as error:
+        raise DuotoneError(f"{share.name}: the checkpoint's scales are not valid: {error}") from None
+
+
+def _fp8_weights(
+    share: Share, scheme: Fp8Scheme, stored: dict[str, Tensor], sides: Sequence[SideScales | None]
+) -> Iterator[AnyWeight]:
+    """Of a linear in FP8."""
+    values = stored["weight"]
+    if scheme.target.channel_outer_scale:
+        yield Fp8Weight(values, stored["weight_scale"].float().flatten(), scheme)
+        return
+    for first, last, outer, input_scale in _by_tensor(share, sides):
+        yield Fp8Weight(values[first:last], outer.to(values.device), scheme, input_scale.to(values.device))
+
+
+def _packed_weights(
+    share: Share, scheme: Scheme, stored: dict[str, Tensor], sides: Sequence[SideScales | None]
+) -> Iterator[AnyWeight]:
+    """Of a linear in 4 bits."""
+    packed, scale = stored["weight_packed"], stored["weight_scale"]
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
         raise DuotoneError(f"{share.name}.weight_scale: found negative or non-finite scales, expected positive ones")
     zero = None
@@ -80,25 +110,20 @@ def weights_of(share: Share, stored: dict[str, Tensor], sides: Sequence[SideScal
         parts = [(0, sum(share.rows), outer, None)]
     else:
         group, parts = scale.float(), list(_by_tensor(share, sides))
-    size, place = _regrouped(share)
+    size, place = _regrouped(share, scheme.group_size)
     codes, group = unpack_int4(packed, share.columns), group[:, place]
     zero = None if zero is None else zero[:, place].contiguous()
     scheme = replace(scheme, group_size=size)
-    try:
-        return [
-            QuantizedWeight(
-                codes[first:last],
-                group[first:last].contiguous(),
-                outer.to(codes.device),
-                scheme,
-                None if zero is None else zero[first:last],
-                None if input_scale is None else input_scale.to(codes.device),
-                cut=share.is_cut,
-            )
-            for first, last, outer, input_scale in parts
-        ]
-    except ValueError as error:
-        raise DuotoneError(f"{share.name}: the checkpoint's scales are not valid: {error}") from None
+    for first, last, outer, input_scale in parts:
+        yield QuantizedWeight(
+            codes[first:last],
+            group[first:last].contiguous(),
+            outer.to(codes.device),
+            scheme,
+            None if zero is None else zero[first:last],
+            None if input_scale is None else input_scale.to(codes.device),
+            cut=share.is_cut,
+        )
 
 
 def _by_tensor(share: Share, sides: Sequence[SideScales | None]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -114,13 +139,11 @@ def _by_tensor(share: Share, sides: Sequence[SideScales | None]) -> Iterator[tup
         first += rows
 
 
-def _regrouped(share: Share) -> tuple[int, list[int]]:
+def _regrouped(share: Share, group_size: int) -> tuple[int, list[int]]:
     """A group size that divides what this process has, and which of all groups each such group is of."""
-    size = share.scheme.group_size
-    if share.is_cut:
-        size = math.gcd(size, share.columns)
+    size = math.gcd(group_size, share.columns) if share.is_cut else group_size
     groups = -(-share.columns // size)
-    return size, [(share.start + i * size) // share.scheme.group_size for i in range(groups)]
+    return size, [(share.start + i * size) // group_size for i in range(groups)]
 
 
 def is_left_to_vllm(scheme: Scheme, capability: tuple[int, int] | None) -> bool:
