@@ -20,6 +20,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("transforms",),
     ("calibrate", "runtime"),
+    ("vllm_plugin",),
     ("loadability",),
     ("settings",),
     ("choices", "inspection"),
