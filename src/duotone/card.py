@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
+from duotone.calibrate.sources import titles
 from duotone.checkpoint.sidecar import EVALUATION_RECORD, FORMAT_VERSION
 from duotone.checkpoint.writer import write_json, write_text
 from duotone.errors import DuotoneError
@@ -92,8 +93,8 @@ def put_evaluation(folder: Path, text: Sequence[str], figures: Mapping[str, Any]
     """
     before, after = card_around(folder)
     write_text(folder / CARD, "\n".join((before + _BEGIN, *_evaluation(text, figures), _END)) + after)
-    names = [Path(source.partition("#")[0]).name for source in text]
-    write_json(folder / EVALUATION_RECORD, {"format_version": FORMAT_VERSION, "text": names, "figures": dict(figures)})
+    record = {"format_version": FORMAT_VERSION, "text": titles(text), "figures": dict(figures)}
+    write_json(folder / EVALUATION_RECORD, record)
 
 
 def card_around(folder: Path) -> tuple[str, str]:
@@ -108,7 +109,7 @@ def card_around(folder: Path) -> tuple[str, str]:
 
 
 def _evaluation(text: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
-    names = ", ".join(Path(source.partition("#")[0]).name for source in text)
+    names = ", ".join(titles(text))
     rows = [("perplexity", f"{figures['perplexity']:.4f}")]
     if figures["reference_perplexity"] is not None:
         rows.append(("perplexity of the original", f"{figures['reference_perplexity']:.4f}"))

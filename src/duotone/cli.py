@@ -48,7 +48,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares. For a "
+            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares, or each with "
+            "its weight, a.jsonl#question,answer:0.7,b.txt:0.3 (a last :NUMBER is a weight: a file named a:1 is a:1:1). For a "
             "model that sees also FILE.jsonl with an image and text or messages in a row, or a folder of images with captions."
         ),
     ] = None,

@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from duotone.calibrate.data import TokenWindows
 from duotone.calibrate.samples import Samples
+from duotone.calibrate.sources import titles
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
 from duotone.plan import Plan
@@ -50,13 +51,17 @@ class QuantizeReport:
 
 
 def calibration_facts(windows: Samples | None, dtype: torch.dtype) -> dict[str, Any] | None:
-    """The text that was calibrated on: file names without folders, counts, a hash of the tokens, the forward's dtype."""
+    """The text that was calibrated on: as it was named but without folders, counts, a hash of it, the forward's dtype.
+
+    windows_of and rendering, of token windows: how many of each text, and how its rows became text.
+    """
     if windows is None:
         return None
-    files = [Path(source.partition("#")[0]) for source in windows.sources]
-    names = [file.name if file.exists() else source for file, source in zip(files, windows.sources, strict=True)]
-    counts = {"tokens": windows.positions, "windows": len(windows)}
-    return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
+    facts: dict[str, Any] = {"text": titles(windows.sources), "tokens": windows.positions, "windows": len(windows)}
+    if isinstance(windows, TokenWindows):
+        facts["windows_of"] = list(windows.counts)
+        facts["rendering"] = [" and ".join(kinds) for kinds in windows.rendering]
+    return facts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def notes_of(plan: Plan, windows: Samples | None) -> list[str]:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from duotone.calibrate.cache import CacheWatch
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.data import calibration_sources
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.pairs import ImageTextPairs, draw_samples
 from duotone.calibrate.samples import Samples, are_tensors, read_samples
+from duotone.calibrate.sources import calibration_sources
 from duotone.calibrate.stream import BlockStream, Observer
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import scale_tensors

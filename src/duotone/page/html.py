@@ -87,6 +87,7 @@ def _shown(facts: Facts) -> dict[str, Any]:
         "e4m3": facts.scheme.startswith(HOPPER.name),
         "peak": f"{Scheme(HOPPER, symmetric=bool(settings.get('symmetric', True))).peak_group_scale:g}",
         "kept": view.kept_by_reason(facts),
+        "calibration": view.calibration_rows(facts) if facts.calibration else [],
         "phases": view.phase_rows(facts),
         "seconds": sum((facts.run or {}).get("seconds", {}).values()),
         "gpus": gpus,

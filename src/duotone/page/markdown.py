@@ -27,8 +27,7 @@ def write_markdown(facts: Facts) -> str:
         rows = [(reason, _names([one.layer for one in layers]), view.size(nbytes)) for reason, layers, nbytes in grouped]
         parts += ["", "## Not quantized", "", *_table(("why", "matrices", "bytes"), rows)]
     if facts.calibration and facts.settings:
-        told = {**facts.calibration, "text": ", ".join(facts.calibration["text"]), "seed": facts.settings["seed"]}
-        parts += ["", "## Calibration", "", *_table(("", ""), [(name, str(value)) for name, value in told.items()])]
+        parts += ["", "## Calibration", "", *_table(("", ""), view.calibration_rows(facts))]
     if facts.run:
         rows = [(phase, spent.label, held.label if held else "") for phase, spent, held in view.phase_rows(facts)]
         parts += ["", "## Time and memory", ""]
