@@ -32,6 +32,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("evaluation", "questions", "modules"),
     ("tasks",),
+    ("harness",),
     ("examining",),
     ("bench", "report", "comparing"),
     ("report_bench",),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+from duotone.card import TASK_HEADER, task_cells
 from duotone.page import view
 from duotone.page.facts import Facts, Place
 from duotone.page.html import tiles
@@ -21,6 +22,8 @@ def write_markdown(facts: Facts) -> str:
     shown = [(title, f"**{figure}** {unit}".strip(), words) for title, figure, unit, words in tiles(facts)]
     parts += _table(("", "", ""), shown)
     parts += _measured(facts.measured) if facts.measured else []
+    if facts.tasks:
+        parts += ["", "## Tasks", "", *_table(TASK_HEADER, [task_cells(one) for one in facts.tasks])]
     parts += _errors(facts)
     if facts.kept:
         grouped = view.kept_by_reason(facts)
