@@ -40,7 +40,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("speed",),
     ("speed_model",),
     ("cli_options",),
-    ("cli_bench", "cli_eval", "cli_hub", "cli_layouts", "cli_report"),
+    ("cli_advise", "cli_bench", "cli_eval", "cli_hub", "cli_layouts", "cli_report"),
     ("cli", "__init__"),
     ("__main__",),
 )

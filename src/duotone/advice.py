@@ -2,7 +2,7 @@
 """Whether a text suits a model, as far as its tokens alone tell: how many, how varied, how alike to another text's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,6 @@ from duotone.calibrate.data import TokenWindows
 from duotone.calibrate.samples import Samples
 from duotone.calibrate.sources import PLAIN, TURNS
 from duotone.plan import Plan
-from duotone.solver.methods import LayerReport
 
 #: Tokens for each input of the widest linear below which more of them still help (docs/calibration.md has the curve).
 TOKENS_AN_INPUT = 16
@@ -21,6 +20,8 @@ RUN = 16
 REPEATED, OVERLAPPING = 0.2, 0.01
 #: Divergence of two texts' tokens, in bits from 0 to 1, from which on they are of another kind.
 DIVERGENT = 0.35
+#: Share of a linear's inputs that may be idle without a word.
+IDLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,25 @@ class Advice:
     sentence: str
 
 
-def advice_before(plan: Plan, samples: Samples | None, chats: bool) -> list[Advice]:
-    """What can be told of a calibration text before any forward pass. chats: the model has a chat template."""
+def advice_before(plan: Plan, samples: Samples | None) -> list[Advice]:
+    """What can be told of a calibration text before any forward pass."""
     if not isinstance(samples, TokenWindows):
         return []
-    return [*_few(plan, samples), *_repeating(samples), *_rendered(samples, chats)]
+    return [*_few(plan, samples), *_repeating(samples), *_rendered(samples)]
 
 
-def advice_after(layers: Sequence[LayerReport]) -> list[Advice]:
-    """What a run has seen of its calibration text on the way."""
-    return idle_advice({layer.layer: layer.dead_columns for layer in layers if layer.dead_columns})
-
-
-def idle_advice(dead: dict[str, int]) -> list[Advice]:
-    """Of linears with inputs that were always zero, by how many."""
-    if not dead:
+def idle_advice(plan: Plan, idle: Mapping[str, int]) -> list[Advice]:
+    """What the text did not reach. idle: of linears, by name, how many of their inputs were zero on all of it."""
+    found = {layer: count / plan.shapes[layer][1] for layer, count in idle.items() if count > IDLE * plan.shapes[layer][1]}
+    if not found:
         return []
-    worst = max(dead, key=lambda layer: dead[layer])
+    worst = max(found, key=lambda layer: found[layer])
     return [
         Advice(
             "idle inputs",
-            len(dead),
-            f"{len(dead)} linears have inputs that were zero on all of the calibration text, most of them {worst} with "
-            f"{dead[worst]}; what the weights behind them do is not calibrated",
+            found[worst],
+            f"linears with inputs that were zero on all of the calibration text: {len(found)}, most so {worst} with "
+            f"{100 * found[worst]:.0f} % of its inputs; what the weights behind them do is not calibrated: more, or other text",
         )
     ]
 
@@ -115,13 +112,13 @@ def _repeating(windows: TokenWindows) -> list[Advice]:
     ]
 
 
-def _rendered(windows: TokenWindows, chats: bool) -> list[Advice]:
+def _rendered(windows: TokenWindows) -> list[Advice]:
     plain = [count for count, kinds in zip(windows.counts, windows.rendering, strict=True) if kinds == (PLAIN,)]
     turns = sum(TURNS in kinds for kinds in windows.rendering)
     if turns:
         sentence = "the calibration text has conversations, the model no chat template: their turns were joined by line"
         return [Advice("no chat template", turns, sentence)]
-    if chats and windows.counts and sum(plain) == len(windows):
+    if windows.chats and windows.counts and sum(plain) == len(windows):
         sentence = "the model has a chat template, the calibration text no conversation; mix some in as the model will see them"
         return [Advice("no conversations", sum(plain) / len(windows), sentence)]
     return []

@@ -142,7 +142,7 @@ def advise(
             divergence=divergence(windows.tokens, other.tokens, network.config.get_text_config().vocab_size),
             overlap=overlap(windows.tokens, other.tokens),
         )
-    return replace(facts, advice=[*advice_before(plan, windows, bool(tokenizer.chat_template)), *_advice(facts)])
+    return replace(facts, advice=[*advice_before(plan, windows), *idle_advice(plan, facts.idle), *_advice(facts)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +240,6 @@ def _advice(facts: Suitability) -> list[Advice]:
             "all then; more --samples, or text of more kinds, lets the router choose"
         )
         advice.append(Advice("starved experts", facts.starved, sentence))
-    advice += idle_advice(facts.idle)
     if facts.overlap is not None and facts.overlap >= OVERLAPPING:
         sentence = (
             f"{100 * facts.overlap:.0f} % of the other text's runs of {RUN} tokens stand in the calibration text: figures "

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from duotone.cli_advise import advise_app
 from duotone.cli_bench import bench_app
 from duotone.cli_eval import eval_app
 from duotone.cli_hub import hub_app
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-for commands in (eval_app, layouts_app, report_app, hub_app):
+for commands in (advise_app, eval_app, layouts_app, report_app, hub_app):
     app.registered_commands += commands.registered_commands
 
 

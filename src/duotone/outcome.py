@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from duotone.advice import advice_before
 from duotone.calibrate.data import TokenWindows
 from duotone.calibrate.samples import Samples
 from duotone.calibrate.sources import titles
@@ -73,7 +74,7 @@ def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
         notes.append("no table of this architecture: the linears that read one input were found by tracing a forward pass")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
-    return notes + loading_notes(plan)
+    return notes + [advice.sentence for advice in advice_before(plan, windows)] + loading_notes(plan)
 
 
 def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, Any]]) -> dict[str, Any]:

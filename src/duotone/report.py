@@ -87,6 +87,27 @@ def tasks_summary(found: list[dict[str, Any]]) -> RenderableType:
     return table
 
 
+def advice_summary(found: dict[str, Any]) -> RenderableType:
+    """What `duotone advise` measured, and what to do about it."""
+    table = Table("text", "windows", "tokens", "repeated", "perplexity", "of zlib's bits", "by heart", box=None, pad_edge=False)
+    for role, texts in (("calibration", found["calibration"]), ("compared with", found["text"])):
+        for one in texts:
+            error = "" if one["log_stderr"] is None else f" ± {one['perplexity'] * one['log_stderr']:.2f}"
+            percents = (f"{100 * one[name]:.1f} %" for name in ("repeated", "zlib_ratio", "by_heart"))
+            repeated, ratio, by_heart = percents
+            title, perplexity = f"{role}: {one['text']} ({one['rendering']})", f"{one['perplexity']:.2f}{error}"
+            table.add_row(title, str(one["windows"]), str(one["tokens"]), repeated, perplexity, ratio, by_heart)
+    facts = _facts()
+    facts.add_row("tokens", f"{found['tokens_an_input']:.1f} for each of the {found['inputs']} inputs of {found['widest']}")
+    if found["divergence"] is not None:
+        facts.add_row("against the other text", f"perplexity {found['perplexity_ratio']:.2f} times as high")
+        facts.add_row("", f"divergence of the tokens {found['divergence']:.3f} of 1, {100 * found['overlap']:.1f} % in common")
+    if found["experts"]:
+        facts.add_row("experts", f"{found['starved']} of {found['experts']} with too few tokens")
+    advice = [Text(f"{one['about']}: {one['sentence']}", style="yellow") for one in found["advice"]]
+    return Group(table, "", facts, "", *(advice or [Text("nothing to advise: the text suits the model", style="green")]))
+
+
 def inspection_summary(facts: dict[str, Any]) -> RenderableType:
     """What `duotone inspect` found."""
     table = Table(header_style="bold", box=None, pad_edge=False)

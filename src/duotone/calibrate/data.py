@@ -24,7 +24,8 @@ class TokenWindows:
     """Token windows int64 [count, seq_len] and where they came from.
 
     sha256: of the whole texts. text_bytes: UTF-8 bytes of the tokens that are predicted, all but each window's first.
-    counts: windows of each source. rendering: how the rows of each became text (`sources.SourceText`).
+    counts: windows of each source. rendering: how the rows of each became text (`sources.SourceText`). chats: the tokenizer has
+    a chat template.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class TokenWindows:
     notes: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
     rendering: tuple[tuple[str, ...], ...] = ()
+    chats: bool = False
 
     def __len__(self) -> int:
         """How many windows."""
@@ -91,8 +93,16 @@ def draw_windows(
         text_bytes += nbytes
         renderings.append(read.rendering)
     counts = tuple(len(part) for part in parts)
-    whole = torch.cat(parts)
-    return TokenWindows(whole, tuple(sources), digest.hexdigest(), text_bytes, tuple(notes), counts, tuple(renderings))
+    return TokenWindows(
+        tokens=torch.cat(parts),
+        sources=tuple(sources),
+        sha256=digest.hexdigest(),
+        text_bytes=text_bytes,
+        notes=tuple(notes),
+        counts=counts,
+        rendering=tuple(renderings),
+        chats=bool(tokenizer.chat_template),
+    )
 
 
 def _windows_of(
