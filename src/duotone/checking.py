@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_strategy_of
+from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
@@ -43,8 +44,9 @@ def check(
     Raises DuotoneError for a model that cannot be read or planned, and for names that are not known.
     """
     source = open_source(locate_model(model))
-    if source.config.get("quantization_config") is None:
-        subject = subject_of_plan(make_plan(source, config or QuantizeConfig()))
+    original = widened(source)
+    if original.config.get("quantization_config") is None:
+        subject = subject_of_plan(make_plan(original, config or QuantizeConfig()))
     else:
         subject = subject_of_checkpoint(source)
     devices = list(gpus) or list(GPUS)

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.kv_cache import scale_specs
-from duotone.checkpoint.source import Source, SourceFolder
+from duotone.checkpoint.prequantized import original_weights
+from duotone.checkpoint.source import Source
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.anatomy import Anatomy
@@ -160,14 +161,11 @@ class Plan:
         return len(self.blocks) - len(self.anatomy.blocks)
 
 
-def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
+def make_plan(folder: Source, config: QuantizeConfig) -> Plan:
     """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
-    found = folder.config.get("quantization_config")
-    if found is not None:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-        raise DuotoneError(f"{folder.path}: is already quantized ({method}), expected original weights")
-    model = build_skeleton(folder.config, torch.float32)
-    return plan_of(named_source(folder, model), model, full_anatomy(folder.config, model, config.quantize_vision), config)
+    source = original_weights(folder)
+    model = build_skeleton(source.config, torch.float32)
+    return plan_of(named_source(source, model), model, full_anatomy(source.config, model, config.quantize_vision), config)
 
 
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
