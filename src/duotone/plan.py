@@ -187,6 +187,8 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
         norms = _norms_before(part.path, groups, residual)
         caches = (attention, written_attention(source, attention)) if attention else None
         blocks.append(BlockPlan(part.path, groups, tensors, streams, norms, *_experts_of(part.experts, groups), caches))
+    if config.calibrate_all_experts and not any(block.banks for block in blocks):
+        raise DuotoneError(f"--calibrate-all-experts: {source.path} has no experts to quantize, expected a mixture of them")
     shapes = {
         layer: (linears[layer].out_features, linears[layer].in_features)
         for block in blocks
