@@ -129,6 +129,7 @@ class Plan:
         """Ranks that will each have a part of this linear's columns: all that serve it, of one that writes to the stream."""
         groups = self.config.scheme.groups(self.shapes[layer][1])
         writes = any(layer in block.streams for block in self.blocks)
+        writes |= layer.endswith(".down_proj") and any(layer in block.experts for block in self.blocks)
         return self.config.tensor_parallel if writes and groups % self.config.tensor_parallel == 0 else 1
 
     @property

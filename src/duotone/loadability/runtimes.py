@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from duotone.loadability.caches import VLLM_CACHE
+from duotone.loadability.mixtures import VLLM_EXPERTS
 from duotone.loadability.rules import (
     Rule,
     capability,
@@ -95,6 +96,7 @@ VLLM = Runtime(
                 symmetric(_CUTLASS),
                 dtype(_CUTLASS, "bfloat16"),
                 multiples(_CUTLASS, 128, 128),
+                *VLLM_EXPERTS,
                 *_VLLM_PARALLEL,
                 VLLM_CACHE,
             ),
