@@ -1,6 +1,7 @@
 """The runtimes: which layouts each reads, what multiplies them, and what that asks for. Data, each with its source."""
 
 from duotone.loadability.caches import VLLM_CACHE
+from duotone.loadability.mixtures import VLLM_EXPERTS
 from duotone.loadability.plugin import with_plugin
 from duotone.loadability.routes import Route, Runtime
 from duotone.loadability.rules import (
@@ -67,6 +68,7 @@ VLLM = Runtime(
                 symmetric(_CUTLASS),
                 dtype(_CUTLASS, "bfloat16"),
                 multiples(_CUTLASS, 128, 128),
+                *VLLM_EXPERTS,
                 *_VLLM_PARALLEL,
                 VLLM_CACHE,
             ),
