@@ -4,6 +4,7 @@
 The FP8 operand is kept in BF16, which holds every E4M3 value exactly; products are exact in float32 and summed there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from duotone.qweight import QuantizedWeight, fp8_values, runnable_input_scale
 from duotone.scheme import Scheme, Target
 
 NAME = "torch"
+#: Its weights go anywhere.
+DEVICE: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,12 @@ def prepack(weight: QuantizedWeight) -> Packed:
 def values(packed: Packed) -> Tensor:
     """The FP8 operand, float32 [N, K]."""
     return packed.values.float()
+
+
+def can_merge(weights: Sequence[Packed]) -> bool:
+    """Whether weights may be one: never, a call costs nothing here that several could share."""
+    del weights
+    return False
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
