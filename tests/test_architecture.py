@@ -37,7 +37,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("report_bench",),
     ("page",),
     ("speed",),
-    ("speed_model",),
+    ("speed_gpu", "speed_model"),
     ("cli_options",),
     ("cli_bench", "cli_eval", "cli_hub", "cli_layouts", "cli_report"),
     ("cli", "__init__"),

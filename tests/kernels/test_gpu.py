@@ -7,6 +7,7 @@ what only a compiler can tell is in test_gpu_compiled.py.
 import ast
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,18 @@ import torch
 from torch import Tensor
 
 import duotone
+from duotone import speed_gpu
 from duotone.contract import quantize_activations
+from duotone.errors import DuotoneError
 from duotone.kernels import dispatch, reference
 from duotone.kernels.gpu import backend, layout
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.runtime.linear import QuantizedLinear, share_call
+from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Scheme, Target
 from tests.kernels.test_reference import make_weight
+from tests.test_cli import invoke
+from tests.test_speed import COLUMNS
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
 
@@ -321,3 +327,50 @@ def test_triton_is_imported_only_where_it_runs() -> None:
         at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
         names = {f"{node.module}.{alias.name}" for node in at_once for alias in node.names}
         assert not names & {"duotone.kernels.gpu.launch", "duotone.kernels.gpu.kernels", "duotone.kernels.gpu.trial"}, path
+
+
+def test_a_whole_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Loaded on these kernels, its linears sharing calls, a model answers as on plain torch but for roundings."""
+    duotone.quantize(
+        tiny_model("llama", num_hidden_layers=1, num_key_value_heads=4), tmp_path / "out", method="rtn", device="cpu"
+    )
+    logits: list[Tensor] = []
+    for chosen in (backend, reference):
+        monkeypatch.setattr(backend, "refuses", lambda *_: None)
+        monkeypatch.setattr(dispatch, "BACKENDS", (chosen,))
+        model = load(tmp_path / "out", device=DEVICE.type, shortcuts=False)
+        linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        assert linears and all(linear.backend is chosen for linear in linears)
+        assert sum(linear._shared is not None for linear in linears) == (5 if chosen is backend else 0)
+        with torch.no_grad():
+            logits.append(model(torch.arange(5, device=DEVICE)[None]).logits.float())
+    assert torch.allclose(*logits, atol=0.02 * float(logits[1].abs().max()))
+
+
+def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as `bench linear` writes them, after a comparison with the contract that a wrong product does not pass."""
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+    monkeypatch.setattr(speed_gpu, "_OUT_OF_CACHE", 2**16)
+    monkeypatch.setattr(speed_gpu, "_PEAK_SIZE", 64)
+    bench = speed_gpu.GpuBench(((48, 256),), (1, 2), rounds=1)
+    rows = list(speed_gpu.gpu_rows(bench, DEVICE))
+    assert [(row["kernel"], row["tokens"]) for row in rows] == [
+        (name, tokens) for tokens in (1, 2) for name in (speed_gpu.OURS, speed_gpu.BF16, speed_gpu.FP8)
+    ]
+    for row in rows:
+        assert row.keys() == COLUMNS | {"device"} and 0 < row["ms_min"] <= row["ms"]
+        assert set(row["times_as_fast_as"]) == {speed_gpu.OURS, speed_gpu.BF16, speed_gpu.FP8} - {row["kernel"]}
+    original = backend.linear
+    monkeypatch.setattr(backend, "linear", lambda x, packed: original(x, packed).roll(1, -1))
+    with pytest.raises(DuotoneError, match=r"^bench gpu: 48x256 with 1 tokens: found other products than the contract's$"):
+        next(speed_gpu.gpu_rows(bench, DEVICE))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU, and this one has one")
+def test_bench_without_a_gpu(tmp_path: Path) -> None:
+    """One sentence, exit code 2, no file."""
+    result = invoke("bench", "gpu", "--out", str(tmp_path / "records.jsonl"))
+    assert result.code == 2 and "bench gpu: found no NVIDIA GPU" in result.err
+    assert not list(tmp_path.iterdir())
+    result = invoke("bench", "gpu", "--shape", "40x128")
+    assert result.code == 2 and "--shape 40x128: expected NxK, N a multiple of 16" in result.err

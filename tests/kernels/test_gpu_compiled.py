@@ -21,8 +21,8 @@ PRODUCTS = {
     "sm_90": {f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.e4m3.e4m3" for tokens in (16, 32, 64)},
     "sm_100": {"tcgen05.mma.cta_group::1.kind::f8f6f4"},
 }
-#: Two programs and more fit a multiprocessor then, whose registers are 65536 and whose shared memory is 99 KiB at least.
-MOST_REGISTERS, MOST_SHARED = 128, 99 * 1024
+#: Three programs of 4 warps fit a multiprocessor's 65536 registers then, one at least its shared memory of 99 KiB (Ada).
+MOST_REGISTERS, MOST_SHARED = 168, 99 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_fp8_products(facts: dict[str, dict[str, Any]]) -> None:
 
 
 def test_nothing_is_spilled(facts: dict[str, dict[str, Any]]) -> None:
-    """No local memory, and registers and shared memory for more than one program a multiprocessor."""
+    """No local memory, and no more registers and shared memory than leave room for other programs."""
     for name, fact in facts.items():
         spilled = fact["local_in_ptx"], fact["stack"], fact["instructions"]["LDL"], fact["instructions"]["STL"]
         assert spilled == (0, 0, 0, 0), f"{name} spills: {spilled}"

@@ -51,12 +51,12 @@ def _difference(group_size: int, is_signed: bool, device: torch.device) -> str |
             x, *packed[:3], weight.outer_scale, None, None, *packed[3:], group_size,
             HOPPER.fp8.max, HOPPER.smallest_activation_scale,
         )  # fmt: skip
-        if not _is_near(y, x8, operand, weight.outer_scale * scale):
+        if not is_near(y, x8, operand, weight.outer_scale * scale):
             return f"products of {tokens} tokens"
     return None
 
 
-def _is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
+def is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
     """Within the rounding to BF16 of the sum in float64, and what the units' own sums may lose: Hopper's keep 13 bits."""
     exact = x8.double() @ w8.double().T * scale
     lost = x8.double().abs() @ w8.double().abs().T * scale * 2.0**-12
