@@ -164,8 +164,8 @@ class _Prepared:
         """Raise DuotoneError where our product is not the contract's."""
         from duotone.kernels.gpu.trial import is_near
 
-        y, (x8, scale) = backend.linear(x, self.packed)[:_COMPARED], quantize_activations(x[:_COMPARED], HOPPER)
-        if not is_near(y, x8, fp8_values(self.weight), self.weight.outer_scale * scale):
+        y, (x8, scale) = backend.linear(x, self.packed)[:_COMPARED], quantize_activations(x[:_COMPARED].cpu(), HOPPER)
+        if not is_near(y, x8.to(y.device), fp8_values(self.weight), self.weight.outer_scale * scale.to(y.device)):
             rows, columns = self.weight.shape
             raise DuotoneError(f"bench gpu: {rows}x{columns} with {len(x)} tokens: found other products than the contract's")
 

@@ -74,13 +74,14 @@ def product(arch: int, tokens: int, is_signed: bool = False, group_size: int = 1
     """`multiply` as `launch` lays it out for so many tokens."""
     tile = launch.tile_for(tokens)
     constants = {"GROUP": group_size, "TO_A_WORD": 4, "SIGNED": is_signed, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split} | ENDING
+    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split} | ENDING | ({"M": 1} if tokens == 1 else {})
     return compiled(kernels.multiply, arch, constants, tile.warps, tile.stages)
 
 
 def main() -> None:
     """Hopper in full, Ada and Blackwell once."""
     facts = {
+        "sm_90 multiply 1": product(90, 1, is_split=False),  # Triton compiles for 1 anew
         "sm_90 multiply 16": product(90, 16),
         "sm_90 multiply 16 signed": product(90, 16, is_signed=True),
         "sm_90 multiply 32": product(90, 32, is_split=False),

@@ -98,19 +98,25 @@ def _linear(
     to_a_word, is_signed, group_size, fp8_max, smallest = facts
     flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), len(outer_scale)
     y = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
+    weight = Layout(codes, index, table, to_a_word, is_signed)
     if not y.numel():
         return y.view(*x.shape[:-1], rows)
-    weight = Layout(codes, index, table, to_a_word, is_signed)
-    x8, scales = quantize(flat, codes.shape[1], input_scale, fp8_max, smallest)
-    if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
-        w8 = write_values(weight, group_size)
-        outer = torch.nn.functional.pad(outer_scale, (0, len(w8) - rows))
-        product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - row-wise scales have no other name yet
-        y = product(x8, w8.T, scales[:, None], outer[None], out_dtype=x.dtype)[:, :rows]
-        y = y.contiguous() if bias is None else y + bias
-    else:
-        _multiply(x8, scales, weight, outer_scale, bias, y, group_size)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        x8, scales = quantize(flat, codes.shape[1], input_scale, fp8_max, smallest)
+        if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
+            y = _multiply_written(x8, scales, weight, outer_scale, group_size)
+            y = y if bias is None else y + bias
+        else:
+            _multiply(x8, scales, weight, outer_scale, bias, y, group_size)
     return y.view(*x.shape[:-1], rows)
+
+
+def _multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
+    """BF16 [M, N] of a prompt, by way of FP8 weights."""
+    w8, rows = write_values(weight, group_size), len(outer_scale)
+    outer = torch.nn.functional.pad(outer_scale, (0, len(w8) - rows))
+    product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - row-wise scales have no other name yet
+    return product(x8, w8.T, scales[:, None], outer[None], out_dtype=torch.bfloat16)[:, :rows].contiguous()
 
 
 def _multiply(

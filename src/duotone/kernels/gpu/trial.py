@@ -21,7 +21,7 @@ _ROWS, _COLUMNS = 144, 1056
 @cache
 def fault(group_size: int, device: torch.device) -> str | None:
     """What the kernels do that the contract does not, as a sentence; None: they agree."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(torch.empty(0, device=device)):
         try:
             for is_signed in (False, True):
                 if wrong := _difference(group_size, is_signed, device):
@@ -35,23 +35,23 @@ def fault(group_size: int, device: torch.device) -> str | None:
 def _difference(group_size: int, is_signed: bool, device: torch.device) -> str | None:
     from duotone.kernels.gpu import launch
 
-    weight = _weight(group_size, is_signed, device)
-    packed = layout.pack(weight)
-    operand = fp8_values(weight)
+    # Plain torch on a CPU has the say: on a GPU it divides by a number by multiplying with its inverse, which is not the same.
+    weight = _weight(group_size, is_signed)
+    held = layout.pack(weight)
+    packed = layout.Layout(held.codes.to(device), held.entries.to(device), held.table.to(device), *held[3:])
+    operand, outer = fp8_values(weight), weight.outer_scale
     w8 = launch.write_values(packed, group_size)
-    if not torch.equal(w8[:_ROWS, :_COLUMNS].float(), operand):
+    if not torch.equal(w8[:_ROWS, :_COLUMNS].float().cpu(), operand):
         return "FP8 weights"
     for tokens in _TOKENS:
-        x = torch.randn(tokens, _COLUMNS, generator=torch.Generator().manual_seed(tokens)).to(device, torch.bfloat16)
+        x = torch.randn(tokens, _COLUMNS, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         x8, scale = quantize_activations(x, HOPPER)
-        ours, scales = launch.quantize(x, packed.codes.shape[1], None, HOPPER.fp8.max, HOPPER.smallest_activation_scale)
-        if not (torch.equal(ours[:, :_COLUMNS].float(), x8) and torch.equal(scales[:, None], scale)):
+        there, facts = x.to(device), (HOPPER.fp8.max, HOPPER.smallest_activation_scale)
+        ours, scales = launch.quantize(there, packed.codes.shape[1], None, *facts)
+        if not (torch.equal(ours[:, :_COLUMNS].float().cpu(), x8) and torch.equal(scales.cpu()[:, None], scale)):
             return "FP8 activations"
-        y = launch.linear(
-            x, *packed[:3], weight.outer_scale, None, None, *packed[3:], group_size,
-            HOPPER.fp8.max, HOPPER.smallest_activation_scale,
-        )  # fmt: skip
-        if not is_near(y, x8, operand, weight.outer_scale * scale):
+        y = launch.linear(there, *packed[:3], outer.to(device), None, None, *packed[3:], group_size, *facts)
+        if not is_near(y.cpu(), x8, operand, outer * scale):
             return f"products of {tokens} tokens"
     return None
 
@@ -63,12 +63,11 @@ def is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
     return bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + lost).all())
 
 
-def _weight(group_size: int, is_signed: bool, device: torch.device) -> QuantizedWeight:
+def _weight(group_size: int, is_signed: bool) -> QuantizedWeight:
     """Random codes and scales in the canonical form."""
     generator, scheme = torch.Generator().manual_seed(group_size), Scheme(HOPPER, group_size)
     codes = torch.randint(int(is_signed), 16, (_ROWS, _COLUMNS), generator=generator, dtype=torch.uint8)
     group = HOPPER.fp8.round(torch.rand(_ROWS, scheme.groups(_COLUMNS), generator=generator) * 50 + 1)
     group[:, 0] = scheme.peak_group_scale
     largest = (torch.rand(_ROWS, generator=generator) + 0.1).bfloat16().float()
-    outer = largest / scheme.peak_group_scale
-    return QuantizedWeight(codes.to(device), group.to(device), outer.to(device), scheme)
+    return QuantizedWeight(codes, group, largest / scheme.peak_group_scale, scheme)
