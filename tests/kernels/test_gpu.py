@@ -24,7 +24,7 @@ from duotone.kernels.gpu import backend, layout
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.runtime.linear import QuantizedLinear, share_call
 from duotone.runtime.load import load
-from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+from duotone.scheme import GAUDI, HOPPER, Fp8Scheme, Scheme, Target
 from tests.kernels.test_reference import make_weight
 from tests.test_cli import invoke
 from tests.test_speed import COLUMNS
@@ -296,6 +296,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in one sentence: another device, no Triton or an old one, AMD, no GPU, an old one, groups, a failed trial."""
     scheme = Scheme(HOPPER, 128)
     assert backend.refuses(scheme, torch.device("cpu")) == "runs on NVIDIA GPUs, not on cpu"
+    assert backend.refuses(Fp8Scheme(HOPPER), CUDA) == "multiplies 4-bit codes, not FP8 weights"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.refuses(scheme, CUDA) == "found no NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

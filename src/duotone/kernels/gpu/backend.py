@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duotone.kernels.gpu import layout
 from duotone.qweight import QuantizedWeight, runnable_input_scale
-from duotone.scheme import Scheme
+from duotone.scheme import AnyScheme, Fp8Scheme, Scheme
 
 NAME = "triton"
 #: The kind of device that its weights stay on.
@@ -50,8 +50,10 @@ class Packed:
     parts: tuple[int, ...] = ()
 
 
-def refuses(scheme: Scheme, device: torch.device) -> str | None:
+def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
     """Why this backend cannot run weights of a scheme on a device, or None."""
+    if isinstance(scheme, Fp8Scheme):
+        return "multiplies 4-bit codes, not FP8 weights"
     if device.type != DEVICE:
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
