@@ -1,7 +1,8 @@
 # Shapes: M tokens, N rows, K columns, C chunks of 128 columns, S splits of K, R rows padded to whole blocks.
 # pyright: basic, reportMissingImports=false, reportMissingTypeStubs=false, reportUnboundVariable=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false, reportReturnType=false, reportRedeclaration=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportReturnType=false, reportRedeclaration=false
 """The Triton programs of the W4A8 linear: quantize activations, multiply 4-bit codes, write FP8 weights, add up.
 
 Only `launch` calls them. Whatever rounds is written in integers: what Triton's interpreter makes of a cast to FP8 or BF16 is
@@ -218,7 +219,7 @@ def add_up(
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
     """Sums [S, M, N] -> y [M, N], always in the same order."""
-    row, token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = token.to(tl.int64) * N + row
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):

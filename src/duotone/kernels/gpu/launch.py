@@ -138,7 +138,7 @@ def _multiply(
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
-        _programs.add_up[(triton.cdiv(rows, _BLOCK), tokens)](
+        _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
             partial, scales, outer_scale, added, raw, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
         )
 
