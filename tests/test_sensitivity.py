@@ -28,10 +28,10 @@ QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu", "group_si
 
 
 def of_numbers(kl: float, numbers: list[tuple[int, float, float]]) -> Sensitivity:
-    """Units of a size, and KL left with each in FP8 and in BF16."""
+    """Units of a size, and KL with each alone in 4 bits and in FP8."""
     units = tuple(
-        Unit((f"l{i}",), {"w4a8": size, "w8a8": 2 * size, "bf16": 4 * size}, 0.0, {"w8a8": eight, "bf16": whole})
-        for i, (size, eight, whole) in enumerate(numbers)
+        Unit((f"l{i}",), {"w4a8": size, "w8a8": 2 * size, "bf16": 4 * size}, {"w4a8": four, "w8a8": eight}, 0.0)
+        for i, (size, four, eight) in enumerate(numbers)
     )
     return Sensitivity("m", "dpq", "hopper", 128, kl, None, 1000, 2 * sum(n for n, *_ in numbers), units, ("t",), 4, 64)
 
@@ -39,12 +39,12 @@ def of_numbers(kl: float, numbers: list[tuple[int, float, float]]) -> Sensitivit
 @settings(max_examples=60, deadline=None)
 @given(
     kl=st.floats(0.001, 1),
-    numbers=st.lists(st.tuples(st.integers(10, 500), st.floats(-0.1, 1.1), st.floats(-0.1, 1.1)), min_size=1, max_size=6),
+    numbers=st.lists(st.tuples(st.integers(10, 500), st.floats(0.01, 1.1), st.floats(0.01, 1.1)), min_size=1, max_size=6),
     share=st.floats(0.0, 1.0),
 )
 def test_no_other_choice_is_better(kl: float, numbers: list[tuple[int, float, float]], share: float) -> None:
     """Of all choices within the bytes none is nearer, and of all near enough none is smaller."""
-    found = of_numbers(kl, [(size, kl * eight, kl * whole) for size, eight, whole in numbers])
+    found = of_numbers(kl, [(size, kl * four, kl * eight) for size, four, eight in numbers])
     gain, sizes = gains(found), [[unit.nbytes[name] for name in PRECISIONS] for unit in found.units]
     every = list(itertools.product(range(3), repeat=len(numbers)))
     nbytes = [1000 + sum(row[i] for row, i in zip(sizes, picks, strict=True)) for picks in every]
@@ -61,7 +61,7 @@ def test_no_other_choice_is_better(kl: float, numbers: list[tuple[int, float, fl
 
 def test_gains_end_where_they_must() -> None:
     """No less for more bits, none below nothing, and BF16 everywhere is the original at the most."""
-    found = of_numbers(0.1, [(10, 0.12, 0.02), (10, 0.03, 0.05), (10, 0.09, 0.08)])
+    found = of_numbers(0.1, [(10, 0.08, 0.12), (10, 0.05, 0.01), (10, 0.02, 0.01)])
     gain = gains(found)
     assert (gain[:, 1:] >= gain[:, :-1]).all() and (gain >= 0).all()
     assert gain[:, -1].sum() == pytest.approx(0.1)
@@ -97,16 +97,16 @@ def found(model: Path, text_file: Path) -> Sensitivity:
 
 
 def test_measured_as_checkpoints_would_be(found: Sensitivity, model: Path, text_file: Path, tmp_path: Path) -> None:
-    """Each unit's KL is that of a checkpoint made so by rules: with it alone in 4 bits, or alone in FP8 or BF16."""
+    """Each unit's KL is that of a checkpoint made so by rules: with it alone in 4 bits or FP8, or with all but it."""
     assert [unit.layers[0].rpartition(".")[2] for unit in found.units[:4]] == ["q_proj", "o_proj", "gate_proj", "down_proj"]
     unit = found.units[2]
     others = tuple(f"{layer}=bf16" for other in found.units if other is not unit for layer in other.layers)
     for number, (rules, expected) in enumerate(
         [
             ((), found.kl),
-            (others, unit.alone),
-            (tuple(f"{layer}=w8a8" for layer in unit.layers), unit.kept["w8a8"]),
-            (tuple(f"{layer}=bf16" for layer in unit.layers), unit.kept["bf16"]),
+            (others, unit.alone["w4a8"]),
+            ((*others, *(f"{layer}=w8a8" for layer in unit.layers)), unit.alone["w8a8"]),
+            (tuple(f"{layer}=bf16" for layer in unit.layers), unit.kept),
         ]
     ):
         out = tmp_path / str(number)
@@ -145,7 +145,7 @@ def test_from_the_command_line(found: Sensitivity, model: Path, text_file: Path,
     reached = invoke("quantize", model, tmp_path / "small", *more, "--max-bytes", goal["nbytes"], "--json").json()
     written = sum(spec.nbytes for spec in open_source(tmp_path / "small").tensors.values())
     assert written == reached["choice"]["nbytes"] <= goal["nbytes"]
-    assert reached["measured"]["kl"] < found.kl and set(reached["choice"]["precisions"]) == {"w4a8", "w8a8"}
+    assert reached["measured"]["kl"] < found.kl and len(set(reached["choice"]["precisions"])) > 1
     target = 0.5 * found.kl
     near = invoke("quantize", model, tmp_path / "near", *more, "--target-kl", target, "--json").json()
     measured = evaluate(tmp_path / "near", [str(text_file)], reference=model, seq_len=64, samples=6, device="cpu")

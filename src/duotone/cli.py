@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from duotone.cli_advise import advise_app
 from duotone.cli_bench import bench_app
 from duotone.cli_eval import eval_app
 from duotone.cli_hub import hub_app
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-for commands in (eval_app, layouts_app, report_app, sensitivity_app, hub_app):
+for commands in (advise_app, eval_app, layouts_app, report_app, sensitivity_app, hub_app):
     app.registered_commands += commands.registered_commands
 
 
@@ -56,7 +57,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares. For a "
+            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares, or each with "
+            "its weight, a.jsonl#question,answer:0.7,b.txt:0.3 (a last :NUMBER is a weight: a file named a:1 is a:1:1). For a "
             "model that sees also FILE.jsonl with an image and text or messages in a row, or a folder of images with captions."
         ),
     ] = None,
@@ -90,6 +92,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     ] = "auto",
     quantize_vision: Annotated[
         bool, typer.Option("--quantize-vision", help="The vision tower too, of a model that sees; it stays BF16 otherwise.")
+    ] = False,
+    calibrate_all_experts: Annotated[
+        bool, typer.Option("--calibrate-all-experts", help="Of a mixture: show every expert all tokens, not only its own.")
     ] = False,
     memory_budget: Annotated[
         float | None,

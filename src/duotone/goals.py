@@ -1,7 +1,7 @@
 """As near to the original as so many bytes allow, or as small as a distance allows: what each unit of linears is to be.
 
-From measured sensitivities (sensitivity.py) by integer programming. What a unit gains is taken to add up; where all gains
-together exceed the whole distance, they are shrunk to it, so both ends of the curve are right.
+From measured sensitivities (sensitivity.py) by integer programming. What units cost alone is taken to add up, and is brought
+to the distance of the whole: the method makes up for some of it, or errors make one another worse.
 """
 
 import math
@@ -71,10 +71,10 @@ class Reached:
 
 
 def gains(found: Sensitivity) -> np.ndarray:
-    """By unit and precision, how much nearer the model comes; no less for more bits, and all of the distance at most."""
-    raw = np.array([[0.0, *(found.kl - unit.kept[name] for name in PRECISIONS[1:])] for unit in found.units])
+    """By unit and precision, how much nearer the model comes; no less for more bits, and all of the distance with BF16."""
+    raw = np.array([[0.0, unit.alone["w4a8"] - unit.alone["w8a8"], unit.alone["w4a8"]] for unit in found.units])
     rising = np.maximum.accumulate(raw, axis=1)
-    return rising * min(1.0, found.kl / max(float(rising[:, -1].sum()), 1e-30))
+    return rising * found.kl / max(float(rising[:, -1].sum()), 1e-30)
 
 
 def choose(found: Sensitivity, goal: Goal) -> Choice:

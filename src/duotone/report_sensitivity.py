@@ -11,19 +11,14 @@ from duotone.report import megabytes
 def sensitivity_summary(found: dict[str, Any]) -> RenderableType:
     """What `duotone sensitivity` measured: the dearest units first, then the curve."""
     units = Table(title=f"KL {found['kl']:.5f} with all in 4 bits", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name, side in (
-        ("linears", "left"), ("alone in 4 bits", "right"), ("gain of FP8", "right"), ("for", "right"),
-        ("gain of BF16", "right"), ("for", "right"),
-    ):  # fmt: skip
-        units.add_column(name, justify=side)  # pyright: ignore[reportArgumentType]
-    for unit in sorted(found["units"], key=lambda unit: unit["kept"]["bf16"]):
+    for name in ("linears", "alone in 4 bits", "alone in FP8", "", "all others in 4 bits", ""):
+        units.add_column(name, justify="left" if name == "linears" else "right")
+    for unit in sorted(found["units"], key=lambda unit: -unit["alone"]["w4a8"]):
         first, *others = unit["layers"]
         more = f" and {len(others)} more" if others else ""
-        cells = [first + more, f"{unit['alone']:.5f}"]
-        for precision in ("w8a8", "bf16"):
-            cells += [f"{found['kl'] - unit['kept'][precision]:+.5f}"]
-            cells += [f"+{megabytes(unit['nbytes'][precision] - unit['nbytes']['w4a8'])}"]
-        units.add_row(*cells)
+        dearer = {name: f"+{megabytes(unit['nbytes'][name] - unit['nbytes']['w4a8'])}" for name in ("w8a8", "bf16")}
+        costs = [f"{unit['alone']['w4a8']:.5f}", f"{unit['alone']['w8a8']:.5f}", dearer["w8a8"]]
+        units.add_row(first + more, *costs, f"{unit['kept']:.5f}", dearer["bf16"])
     points = Table(title="the best choices", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("bits per weight", "all tensors", "KL to expect"):
         points.add_column(name, justify="right")

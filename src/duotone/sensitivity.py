@@ -1,8 +1,7 @@
 # Shapes: W windows of a text.
-"""Which linears 4 bits hurt: the distance from the original with each alone in 4 bits, and with each alone given more.
+"""Which linears 4 bits hurt: the distance from the original with each alone in 4 bits or FP8, and with each alone given back.
 
-What runtimes fuse is one unit: the linears that read one input, and all experts of a bank. Measured on the quantized model as
-`quantize` makes it, so what later layers make up for is counted.
+What runtimes fuse is one unit: the linears that read one input, and all experts of a bank.
 """
 
 import tempfile
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duotone.calibrate.data import TokenWindows, calibration_sources
+from duotone.calibrate.data import TokenWindows
+from duotone.calibrate.sources import calibration_sources, titles
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.source import open_source
@@ -42,14 +42,15 @@ _KEPT_LOGITS = 2 * 2**30
 class Unit:
     """Linears that get one precision together.
 
-    nbytes: by precision, what they take on disk. alone: mean KL with these in 4 bits and all others in BF16. kept: by
-    precision, mean KL with these in FP8 or BF16 and all others in 4 bits.
+    nbytes: by precision, what they take on disk. alone: by precision, mean KL with these in 4 bits or FP8 and all others in
+    BF16. kept: mean KL with these in BF16 and all others in 4 bits; what those behind them make up for is then made up for
+    though it is not there.
     """
 
     layers: tuple[str, ...]
     nbytes: dict[str, int]
-    alone: float
-    kept: dict[str, float]
+    alone: dict[str, float]
+    kept: float
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Sensitivity:
         """What `to_json` gave. Raises DuotoneError for anything else."""
         try:
             units = tuple(
-                Unit(tuple(unit["layers"]), dict(unit["nbytes"]), float(unit["alone"]), dict(unit["kept"]))
+                Unit(tuple(unit["layers"]), dict(unit["nbytes"]), dict(unit["alone"]), float(unit["kept"]))
                 for unit in value["units"]
             )
             return cls(**(dict(value) | {"units": units, "text": tuple(value["text"])}))
@@ -138,7 +139,7 @@ def measure_sensitivity(
         fixed_bytes=plan.disk_bytes - sum(unit.nbytes["w4a8"] for unit in found),
         weights=sum(rows * columns for rows, columns in (plan.shapes[layer] for layer in chosen)),
         units=tuple(found),
-        text=tuple(Path(source.partition("#")[0]).name + source[len(source.partition("#")[0]) :] for source in sources),
+        text=tuple(titles(sources)),
         windows=len(windows),
         seq_len=windows.tokens.shape[1],
     )
@@ -183,11 +184,11 @@ class _Bench:
             "bf16": sum(2 * rows * columns for rows, columns in shapes.values()),
         }
         others = {layer: module for layer, module in self.whole.items() if layer not in shapes}
-        kept = {
-            "w8a8": self._kl({layer: self._in_fp8(layer) for layer in layers}),
-            "bf16": self._kl({layer: self.whole[layer] for layer in layers}),
+        alone = {
+            "w4a8": self._kl(others),
+            "w8a8": self._kl(others | {layer: self._in_fp8(layer) for layer in layers}),
         }
-        return Unit(layers, nbytes, self._kl(others), kept)
+        return Unit(layers, nbytes, alone, self._kl({layer: self.whole[layer] for layer in layers}))
 
     def _in_fp8(self, layer: str) -> nn.Module:
         """The original linear in FP8, each weight to the nearest; with the static scale of its input, if there is one."""
