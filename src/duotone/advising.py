@@ -254,7 +254,7 @@ def _advice(facts: Suitability) -> list[Advice]:
     if facts.divergence is not None and facts.divergence - (facts.chance or 0) >= DIVERGENT:
         sentence = (
             f"the calibration text's tokens are far from the other text's (divergence {facts.divergence:.2f}, by chance "
-            f"{facts.chance:.2f}); text of the kind that the model will meet, if only a share of it, can be worth more than a method"
+            f"{facts.chance:.2f}); text of the kind that the model will meet, if only a share of it, may do more than a method"
         )
         advice.append(Advice("another kind of text", facts.divergence, sentence))
     ratio = facts.perplexity_ratio
