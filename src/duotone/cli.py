@@ -31,6 +31,24 @@ for commands in (eval_app, layouts_app, report_app, hub_app):
     app.registered_commands += commands.registered_commands
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from duotone.version import VERSION
+
+        typer.echo(f"duotone {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """What every command has before it."""
+    del version  # told by its callback
+
+
 @app.command(
     epilog="Example: duotone quantize meta-llama/Llama-3.2-1B Llama-3.2-1B-W4AFP8 --calibration text.txt\n\n"
     "With transforms: duotone quantize meta-llama/Llama-3.2-1B out --rotate --equalize 0.5 --calibration text.txt"
@@ -99,7 +117,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,
     save_every: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Work that a killed run may lose, at least; 0 saves after every block.")
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Work that a killed run may lose; 0 saves after every block."),
     ] = 60.0,
     offload: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep calibration's hidden states in files there, not in memory.")
@@ -218,7 +237,7 @@ def explain(model: Model, device: Device = "auto", as_json: Json = False, quiet:
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     device: Device = "auto",
 ) -> None:
     """Answer OpenAI-style requests: the server of transformers, with models run by duotone."""
