@@ -63,6 +63,13 @@ def quantize(  # noqa: PLR0913 - every option of the command
     target: Annotated[str, typer.Option(help="hopper (what vLLM runs) or gaudi (the paper's).")] = "hopper",
     group_size: Annotated[int, typer.Option(help="Weights along K that share a scale.")] = 128,
     ignore: Annotated[list[str] | None, typer.Option(help="A linear to leave in BF16, or re:PATTERN; repeatable.")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=SCHEME or re:PATTERN=SCHEME with w4a8, w8a8 (FP8 weights, for what 4 bits hurt) or bf16; the first that "
+            "names a linear decides, also of one that stays BF16 by default; repeatable."
+        ),
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,7 +144,7 @@ def quantize(  # noqa: PLR0913 - every option of the command
     with joined() as ranks:  # around the checks too: of several processes only one tells what is wrong
         from duotone.settings import QuantizeConfig
 
-        lists = {"ignore": tuple(ignore or ()), "calibration": tuple(calibration or ())}
+        lists = {"ignore": tuple(ignore or ()), "rules": tuple(rule or ()), "calibration": tuple(calibration or ())}
         asked |= lists | {"symmetric": not asymmetric, "damping_frac": damping}
         config = QuantizeConfig(**{field.name: asked[field.name] for field in dataclasses.fields(QuantizeConfig)})
         saving = {"resume": resume, "save_every": save_every, "offload": offload}
