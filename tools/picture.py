@@ -90,7 +90,8 @@ def _row(number: int, name: str, bits: str, kind: str, cells: Sequence[str], fra
 
 def _between(number: int, text: str) -> str:
     y = TOP + 88 * number + 66
-    return f'<path class="line" d="M{LEFT + 8} {y - 18}v20m-4 -5l4 5l4 -5"/><text class="small" x="{LEFT + 24}" y="{y}">{text}</text>'
+    arrow = f'<path class="line" d="M{LEFT + 8} {y - 18}v20m-4 -5l4 5l4 -5"/>'
+    return f'{arrow}<text class="small" x="{LEFT + 24}" y="{y}">{text}</text>'
 
 
 def _moved(products: torch.Tensor, values: torch.Tensor) -> str:
