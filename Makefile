@@ -27,7 +27,7 @@ format: $(READY)
 
 # The site, from docs/*.md, docstrings and --help; a broken link or reference is an error. Open build/docs/index.html.
 docs: $(READY)
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --write-all --builder html docs build/docs
 
 # What would be uploaded: the wheel is built from the source distribution, installed where nothing else is, and used there.
 dist: $(READY)

@@ -26,9 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(bench_app, name="bench")
-for commands in (eval_app, layouts_app, report_app, hub_app):
-    app.registered_commands += commands.registered_commands
 
 
 def _tell_version(asked: bool) -> None:
@@ -251,6 +248,12 @@ def serve(
     from duotone.runtime.serve import serve as run
 
     run(model, host, port, device)
+
+
+# In the order of --help: making and running a checkpoint first, then measuring, converting and telling.
+for commands in (eval_app, layouts_app, report_app, hub_app):
+    app.registered_commands += commands.registered_commands
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
