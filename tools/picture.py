@@ -32,7 +32,8 @@ STYLE = """
 def draw() -> str:
     """The picture as SVG text."""
     generator = torch.Generator().manual_seed(4)
-    w_NK, x_MK = (torch.randn(1, COLUMNS, generator=generator) * size for size in (0.06, 1.0))
+    # Rounded, since the last bits of randn are another CPU's to choose.
+    w_NK, x_MK = ((torch.randn(1, COLUMNS, generator=generator) * size).round(decimals=3) for size in (0.06, 1.0))
     w_NK[:, GROUP:] *= 0.4  # so that the groups have scales to tell apart
     w_NK = w_NK.bfloat16().float()
     scheme = Scheme(HOPPER, GROUP)
