@@ -256,6 +256,52 @@ def test_every_rule_has_a_source() -> None:
             assert rules and all(rule.source.startswith(f"{runtime.name} {runtime.version} ") for rule in rules)
 
 
+def mixture(hidden: int = 4096, wide: int = 14336, **changed: object) -> Subject:
+    """A layer of a Mixtral 8x7B, unless said otherwise: its attention, and two of its experts."""
+    bank, dense = "model.layers.0.mlp.experts", llama()
+    experts: list[tuple[Linear, ...]] = []
+    for expert in range(2):
+        gate, up = (Linear(f"{bank}.{expert}.{name}_proj", wide, hidden, "rows", bank=bank) for name in ("gate", "up"))
+        experts += [(gate, up), (Linear(f"{bank}.{expert}.down_proj", hidden, wide, "columns", bank=bank),)]
+    return replace(dense, fused=(*dense.fused[:2], *experts), **changed)
+
+
+@pytest.mark.parametrize(
+    ("subject", "ranks", "words"),
+    [
+        (mixture(), 1, ()),
+        (mixture(), 8, ()),  # 14336 / 8 = 7 x 256
+        (mixture(wide=1408), 1, ("the experts' gate_proj is 1408 x 4096", "are multiples of 256")),  # DeepSeek-V2-Lite
+        (mixture(wide=768), 2, ("the experts' down_proj of one rank of 2 is 4096 x 384",)),  # Qwen3-30B-A3B
+        (mixture(biased=frozenset({"model.layers.0.mlp.experts"})), 1, ("the experts have biases",)),
+        (mixture(kept={"model.layers.0.mlp.experts.1.down_proj": "ignored"}), 1, ("experts.1.down_proj is not in 4 bits",)),
+        (mixture(kept={"model.layers.1.mlp.experts.1.down_proj": "ignored"}), 1, ()),  # another layer's
+        (mixture(kept={"model.layers.0.mlp.gate": "a router"}), 1, ()),
+    ],
+)
+def test_experts_in_vllm(subject: Subject, ranks: int, words: tuple[str, ...]) -> None:
+    """Its kernel for all experts at once wants multiples of 256, one scheme, no biases."""
+    found = judge(subject, "vllm", "h100", ranks)
+    assert found.loads == (not words)
+    told = f"{found.reasons} {found.advice}"
+    assert all(word in told.replace('"', "'") for word in words)
+
+
+def test_experts_of_a_model(tiny_model: ModelMaker) -> None:
+    """Which linears are experts is known from the model: GPT-OSS's have biases, and a Mixtral of this size is too narrow."""
+    for model_type, words in (("gpt_oss", "the experts have biases"), ("mixtral", "the experts' gate_proj is 256 x 128")):
+        sizes: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        sizes |= {"layer_types": ["full_attention", "sliding_attention"]} if model_type == "gpt_oss" else {}
+        source = open_source(tiny_model(model_type, **sizes))
+        plan = make_plan(source, QuantizeConfig(tensor_parallel=2))
+        subject = subject_of_plan(plan)
+        assert any(words in reason for reason in judge(subject, "vllm", "h100").reasons)
+        assert not subject.experts
+        down = next(linear for fused in subject.fused for linear in fused if linear.bank and "down" in linear.name)
+        assert down.cut == "columns" and plan.shards(down.name) == 2
+        assert subject_of_plan(make_plan(source, QuantizeConfig(ignore=("re:.*self_attn.*",)))).experts
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

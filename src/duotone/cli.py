@@ -108,6 +108,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     quantize_vision: Annotated[
         bool, typer.Option("--quantize-vision", help="The vision tower too, of a model that sees; it stays BF16 otherwise.")
     ] = False,
+    calibrate_all_experts: Annotated[
+        bool, typer.Option("--calibrate-all-experts", help="Of a mixture: show every expert all tokens, not only its own.")
+    ] = False,
     memory_budget: Annotated[
         float | None,
         typer.Option(help="GiB that calibration may hold in a block; less is slower, and gives the same bytes."),

@@ -16,6 +16,7 @@ from duotone.calibrate.data import TokenWindows
 from duotone.card import base_name
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.source import open_source
 from duotone.converting import import_checkpoint
 from duotone.device import resolve_device
@@ -99,7 +100,7 @@ def compare(models: Sequence[str], asked: Asked, progress: Progress) -> list[Con
     if twice is not None:
         raise DuotoneError(f"MODELS: found {twice} twice, expected each once")
     place = locate_model(asked.original)
-    source, tokenizer = open_source(place), load_tokenizer(place)
+    source, tokenizer = widened(open_source(place)), load_tokenizer(place)
     if source.config.get("quantization_config") is not None:
         raise DuotoneError(f"--original: {asked.original} is quantized itself, expected what the checkpoints were made of")
     weights = sum(math.prod(spec.shape) for spec in source.tensors.values())

@@ -72,6 +72,8 @@ def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
     if plan.anatomy.traced:
         notes.append("no table of this architecture: the linears that read one input were found by tracing a forward pass")
+    if plan.config.calibrate_all_experts:
+        notes.append("every expert was shown all calibration tokens; what went on was the model's own routing")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
     return notes + [advice.sentence for advice in advice_before(plan, windows)] + loading_notes(plan)

@@ -28,6 +28,7 @@ class QuantizeConfig:
     fast and the model is not small, else float32. strict: a linear that must stay BF16 is an error. quantize_vision: the vision
     tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu with tensor_parallel ranks; it is an error
     if that would not load it. None: nothing is promised.
+    calibrate_all_experts: every expert of a mixture sees all calibration tokens; what goes on is the model's own routing.
     memory_budget: GiB that calibration may hold inside a block, the activations of batches that wait there and a group's
     second moments; with less, more batches walk the block anew for every group, and the numbers stay the same.
     """
@@ -54,6 +55,7 @@ class QuantizeConfig:
     dtype: str = "auto"
     strict: bool = False
     quantize_vision: bool = False
+    calibrate_all_experts: bool = False
     memory_budget: float | None = None
     runtime: str | None = None
     gpu: str = "h100"
@@ -81,6 +83,8 @@ class QuantizeConfig:
         if self.equalize is not None and not self.needs_statistics:
             able = ", ".join(name for name, method in METHODS.items() if method.needs_statistics)
             raise DuotoneError(f"--equalize: found --method {self.method}, expected one that looks at its inputs: {able}")
+        if self.calibrate_all_experts and not self.needs_calibration:
+            raise DuotoneError(f"--calibrate-all-experts: found --method {self.method}, expected one that looks at its inputs")
         if self.tensor_parallel < 1:
             raise DuotoneError(f"--tensor-parallel: found {self.tensor_parallel}, expected at least 1")
         if self.tensor_parallel > 1 and self.refresh_scales:

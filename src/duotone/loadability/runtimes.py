@@ -1,6 +1,7 @@
 """The runtimes: which layouts each reads, what multiplies them, and what that asks for. Data, each with its source."""
 
 from duotone.loadability.caches import VLLM_CACHE
+from duotone.loadability.mixtures import VLLM_EXPERTS
 from duotone.loadability.plugin import with_plugin
 from duotone.loadability.routes import Route, Runtime
 from duotone.loadability.rules import (
@@ -11,7 +12,6 @@ from duotone.loadability.rules import (
     groups_stay_whole,
     heads,
     multiples,
-    no_fp8,
     symmetric,
     vendor,
     whole_fusions,
@@ -67,6 +67,7 @@ VLLM = Runtime(
                 symmetric(_CUTLASS),
                 dtype(_CUTLASS, "bfloat16"),
                 multiples(_CUTLASS, 128, 128),
+                *VLLM_EXPERTS,
                 *_VLLM_PARALLEL,
                 VLLM_CACHE,
             ),
@@ -129,7 +130,6 @@ SGLANG = Runtime(
             "W4AFP8 experts",
             (
                 experts(f"{_SGLANG}/compressed_tensors/compressed_tensors.py _get_scheme_from_parts (NotImplementedError)"),
-                no_fp8("not read yet: how it treats FP8 linears beside W4AFP8 experts"),
                 group_size(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", 128),
                 capability(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", least=90),
             ),
