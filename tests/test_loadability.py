@@ -90,6 +90,9 @@ TABLE = {
     ("vllm", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("vllm", "gptq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("vllm", "awq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
+    ("vllm-plugin", "compressed-tensors"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a8"),
+    ("vllm-plugin", "duotone-gaudi"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a8"),
+    ("vllm-plugin", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("sglang", "compressed-tensors"): {},
     ("sglang", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("tensorrt-llm", "compressed-tensors"): {},
@@ -202,6 +205,46 @@ def test_vllm_on_a_cpu_does_what_the_rules_say() -> None:
     for layout in ("w4a16", "gptq"):
         assert rows[layout]["mean_difference"] < 3 * rows["dense-bf16"]["mean_difference"]
         assert rows[layout]["likeliest"] >= 0.95 * rows[layout]["tokens"] > 0
+
+
+def test_the_plugin_takes_what_vllm_refuses() -> None:
+    """vLLM's own kernel where it has one; elsewhere ours, advised where vLLM refuses, with what is known of it."""
+    assert judge(llama(), "vllm-plugin", "h100").runs == "CUTLASS W4A8"
+    refused = judge(llama(), "vllm", "cpu")
+    assert "with Duotone installed beside it (vllm-plugin) it loads there: Duotone's CPU kernel" in refused.advice
+    assert any("not run on a GPU" in advice for advice in judge(llama("duotone-gaudi"), "vllm", "l40s").advice)
+    odd = judge(llama(wide=14336 + 64), "vllm-plugin", "h100")  # 14400 is no multiple of 128: vLLM would refuse, and is left to
+    assert odd.runs is not None and odd.runs.startswith("with --quantization duotone")
+    assert not any("vllm-plugin" in advice for advice in judge(llama(), "vllm", "gaudi2").advice)
+
+
+@pytest.mark.parametrize(("ranks", "loads"), [(1, True), (2, True), (4, False)])
+def test_the_plugin_cuts_columns_by_eights(ranks: int, loads: bool) -> None:
+    """48 columns on four ranks are 12 each, half a word of the file; on one rank nothing is cut."""
+    found = judge(llama(heads=(4, 4), dim=32, wide=48), "vllm-plugin", "cpu", ranks)
+    assert found.loads == loads
+    assert (
+        loads
+        or "down_proj of one rank of 4 is 128 x 12, expected: in_features of a rank is a multiple of 8" in found.reasons[0]
+    )
+
+
+def test_vllm_with_the_plugin_does_what_the_rules_say() -> None:
+    """The records of bench/peers/vllm_plugin.py: every weight of every rank is the contract's.
+
+    In float32 the tokens are our own runtime's, on two ranks where activations have a scale of all columns. In BF16 vLLM is
+    about as far from that as our own runtime in BF16.
+    """
+    rows = [json.loads(line) for line in (ROOT / "bench" / "records" / "vllm_plugin.jsonl").read_text().splitlines()]
+    assert {(row["target"], row["ranks"]) for row in rows} == {("hopper", 1), ("hopper", 2), ("gaudi", 1), ("gaudi", 2)}
+    for row in rows:
+        layout = "compressed-tensors" if row["target"] == "hopper" else "duotone-gaudi"
+        assert judge(llama(layout), "vllm-plugin", "cpu", row["ranks"]).loads
+        assert row["equal"] == row["layers"] > 0 and row["bits_in_memory"] < 5
+        if row.get("dtype") == "float32":
+            assert row["same"] == row["tokens"] > 0
+        else:
+            assert row["mean_difference"] < 2 * row["ours"]["mean_difference"]
 
 
 def test_every_rule_has_a_source() -> None:
@@ -346,7 +389,7 @@ def test_loading_notes(tiny_model: ModelMaker) -> None:
         DuotoneError, match=r"--runtime: would not load in vllm \(0.33.0\) on h100: group_size is 32.*--group-size 128"
     ):
         loading_notes(replace(plan, config=QuantizeConfig(group_size=32, runtime="vllm")))
-    with pytest.raises(DuotoneError, match="--runtime: found 'vlm', expected one of vllm, sglang"):
+    with pytest.raises(DuotoneError, match="--runtime: found 'vlm', expected one of vllm, vllm-plugin, sglang"):
         QuantizeConfig(runtime="vlm")
 
 

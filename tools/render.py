@@ -606,14 +606,16 @@ def vllm_cache_table() -> str:
 
 def vllm_load_table() -> str:
     """What vLLM's own loading code makes of our checkpoints, the newest row of each."""
-    newest = {(row["model"], row["ranks"]): row for row in records("vllm_load") if not row.get("kv_cache")}
-    head = ("checkpoint", "vLLM", "ranks", "fused linears, all ranks", "the contract's bits", "`duotone check`")
+    rows = [row for row in records("vllm_load") if not row.get("kv_cache")]
+    newest = {(row["model"], row.get("plugin", False), row["ranks"]): row for row in rows}
+    head = ("checkpoint", "vLLM", "loaded by", "ranks", "fused linears, all ranks", "the contract's bits", "`duotone check`")
     return markdown(
         head,
         [
             (
                 row["model"],
                 row["vllm"],
+                "Duotone's plugin, on an L40S" if row.get("plugin") else "vLLM, on an H100",
                 str(row["ranks"]),
                 "refused: " + row["refused"] if row["refused"] else str(row["layers"]),
                 "-" if row["refused"] else str(row["equal"]),
@@ -692,9 +694,41 @@ def vllm_generate_table() -> str:
     return markdown(head, found)
 
 
+def vllm_plugin_table() -> str:
+    """What vLLM's CPU build holds and writes with our plugin, the newest row of each."""
+    rows = [row | {"dtype": row.get("dtype", "bfloat16")} for row in records("vllm_plugin")]
+    newest = {(row["model"], row["dtype"], row["ranks"]): row for row in rows}
+    head = (
+        "checkpoint", "target", "dtype", "ranks", "fused linears, all ranks", "the contract's bits", "bits a weight in memory",
+        "tokens", "as `duotone.load` writes them", "its likeliest in float32", "log-probability apart",
+        "the last two of `duotone.load` itself",
+    )  # fmt: skip
+    found = []
+    for row in sorted(newest.values(), key=lambda row: (row["model"], row["dtype"] == "bfloat16", row["ranks"])):
+        counts = (row["layers"], row["equal"], f"{row['bits_in_memory']:.2f}", row["tokens"], row["same"], row["likeliest"])
+        own = f"{row['ours']['likeliest']}, {row['ours']['mean_difference']:.4f}"
+        facts = (row["model"], row["target"], row["dtype"], row["ranks"], *counts, f"{row['mean_difference']:.4f}", own)
+        found.append(tuple(map(str, facts)))
+    return markdown(head, found)
+
+
+def vllm_speed_table() -> str:
+    """vLLM's CPU build in turns with itself: our plugin and what it has of its own."""
+    newest = {(row["model"], row["threads"], row["runs"]): row for row in records("vllm_speed")}
+    head = ("model", "threads", "vLLM runs", "first token", "each further token", "the plugin is as fast: first", "each")
+    found = []
+    for row in newest.values():
+        times = row["plugin_times_as_fast"]
+        spread = f"{times['each']:.2f} times ({times['each_spread'][0]:.2f} to {times['each_spread'][1]:.2f})"
+        seconds = (f"{1000 * row['first_token_s']:.0f} ms", f"{1000 * row['each_token_s']:.1f} ms")
+        found.append((row["model"], str(row["threads"]), row["runs"], *seconds, f"{times['first']:.2f} times", spread))
+    return markdown(head, found)
+
+
 #: How a page calls what it shows of a runtime, and the device groups it puts side by side.
 RUNTIME_TITLES = {
     "vllm": "vLLM",
+    "vllm-plugin": "Duotone's plugin in vLLM",
     "sglang": "SGLang",
     "tensorrt-llm": "TensorRT-LLM",
     "transformers": "transformers",
@@ -765,6 +799,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-cache": kv_cache_table,
     "readers": readers_table,
     "vllm-generate": vllm_generate_table,
+    "vllm-plugin": vllm_plugin_table,
+    "vllm-speed": vllm_speed_table,
     "loads": loads_table,
     "random-models": random_models_table,
     "ablation": ablation_table,

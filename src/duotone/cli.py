@@ -10,12 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from duotone.cli_advise import advise_app
 from duotone.cli_bench import bench_app
 from duotone.cli_eval import eval_app
 from duotone.cli_hub import hub_app
 from duotone.cli_layouts import layouts_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
 from duotone.cli_report import report_app
+from duotone.cli_sensitivity import sensitivity_app
 from duotone.errors import DuotoneError, ToldError
 
 app = typer.Typer(
@@ -27,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-for commands in (eval_app, layouts_app, report_app, hub_app):
+for commands in (advise_app, eval_app, layouts_app, report_app, sensitivity_app, hub_app):
     app.registered_commands += commands.registered_commands
 
 
@@ -55,7 +57,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares. For a "
+            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares, or each with "
+            "its weight, a.jsonl#question,answer:0.7,b.txt:0.3 (a last :NUMBER is a weight: a file named a:1 is a:1:1). For a "
             "model that sees also FILE.jsonl with an image and text or messages in a row, or a folder of images with captions."
         ),
     ] = None,
@@ -105,6 +108,20 @@ def quantize(  # noqa: PLR0913 - every option of the command
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks that will share each linear when served: scales are made for that.")
     ] = 1,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="For each linear 4 bits, FP8 or BF16: what is nearest the original in 900MB, 1.1GB, ..."),
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Or what is smallest and at most so far from it: mean KL in nats a token.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For these two, what duotone sensitivity wrote; measured without.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="For these two, what KL is measured on; the calibration text without; repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="For these two, windows of it.")] = 32,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,
@@ -132,11 +149,27 @@ def quantize(  # noqa: PLR0913 - every option of the command
         asked |= lists | {"symmetric": not asymmetric, "damping_frac": damping}
         config = QuantizeConfig(**{field.name: asked[field.name] for field in dataclasses.fields(QuantizeConfig)})
         saving = {"resume": resume, "save_every": save_every, "offload": offload}
-        result, render = (
-            _planned(model, out, config) if dry_run else _quantized(model, out, config, saving, as_json, quiet, ranks)
-        )
+        if max_bytes is not None or target_kl is not None:
+            unable = {"--resume": resume, "--offload": offload, "--dry-run": dry_run, "several processes": ranks.size > 1}
+            for option in [option for option, given in unable.items() if given]:
+                raise DuotoneError(f"--max-bytes, --target-kl: found {option} beside it, which a choice cannot be made with")
+            result, render = _reached(model, out, config, asked, as_json or quiet)
+        elif dry_run:
+            result, render = _planned(model, out, config)
+        else:
+            result, render = _quantized(model, out, config, saving, as_json, quiet, ranks)
     if ranks.first:
         print_result(result, render, as_json)
+
+
+def _reached(
+    model: str, out: Path, config: Any, asked: dict[str, Any], hidden: bool
+) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """A run to a goal as plain values, and what shows it to people."""
+    from duotone.cli_sensitivity import reach
+    from duotone.report_sensitivity import reached_summary
+
+    return dataclasses.asdict(reach(model, out, config, asked["max_bytes"], asked["target_kl"], asked, hidden)), reached_summary
 
 
 def _quantized(

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from duotone.advice import idle_advice
 from duotone.calibrate.cache import CacheWatch
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.data import calibration_sources
 from duotone.calibrate.observer import Observer
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.pairs import ImageTextPairs, draw_samples
 from duotone.calibrate.samples import Samples, are_tensors, read_samples
+from duotone.calibrate.sources import calibration_sources
 from duotone.calibrate.stream import BlockStream
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import scale_tensors
@@ -113,6 +114,8 @@ def quantize(
                 output.save_if_due(index, stream)
             tell(before + index, steps, block.path)
             output.write_block(block, *quantize_block(run, index, block, skeleton, stream))
+        idle = {layer.layer: layer.dead_columns for layer in report.layers}
+        report.notes += [one.sentence for one in idle_advice(plan, idle) if one.sentence not in report.notes]
         tell(steps, steps, "writing")
         output.finish()
     report.seconds = dict(phases.seconds)

@@ -3,6 +3,7 @@
 A path that this CPU lacks is skipped by name; `portable` runs everywhere.
 """
 
+import copy
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
-from duotone.kernels import cpu, dispatch, native, reference
+from duotone.kernels import cpu, dispatch, layout, native, reference
 from duotone.kernels.layout import mantissa_table
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.runtime.linear import QuantizedLinear
@@ -352,6 +353,32 @@ def test_the_mantissas_are_nobodys_to_change() -> None:
     assert first is not None and second is not None and not second.is_inference() and second.device == CPU
     second.zero_()
     assert torch.equal(first, mantissa_table(scheme)) and int(first.max()) > 128
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(symmetric=False), Scheme(GAUDI), Scheme(levels=BENT)])
+def test_the_default_dtype_changes_nothing(scheme: Scheme) -> None:
+    """Loaders of others, vLLM's and transformers', set it to the model's: tables and paths are those of float32."""
+    weight = make_weight(24, 256, scheme)
+    expected, values = cpu.prepack(weight), fp8_values(weight)
+    layout._mantissa_values.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        packed, found = cpu.prepack(weight), fp8_values(weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        layout._mantissa_values.cache_clear()
+    assert packed.path == expected.path and torch.equal(found, values)
+    assert torch.equal(cpu.values(packed), cpu.values(expected))
+
+
+def test_a_copied_scheme_is_the_same_scheme() -> None:
+    """As other processes get it, whose formats are equal to ours and not the same objects."""
+    scheme = Scheme(HOPPER, 64)
+    copied = copy.deepcopy(scheme)
+    layout._mantissa_values.cache_clear()
+    assert copied.target.fp8 is not scheme.target.fp8 and mantissa_table(copied) is not None
+    weight = make_weight(16, 128, scheme)
+    assert torch.equal(layout.in_blocks(replace(weight, scheme=copied)).table, layout.in_blocks(weight).table)
 
 
 def test_without_the_extension() -> None:

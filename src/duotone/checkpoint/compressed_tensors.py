@@ -104,7 +104,8 @@ def from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Scheme, side: S
     elif side is None:
         raise DuotoneError(f"{layer}: duotone.json has no scales for it, expected them for target {scheme.target.name}")
     else:
-        group, outer, input_scale = scale.float(), torch.tensor([side.outer_scale]), torch.tensor(side.input_scale)
+        outer = torch.tensor([side.outer_scale], dtype=torch.float32)
+        group, input_scale = scale.float(), torch.tensor(side.input_scale, dtype=torch.float32)
     try:
         return QuantizedWeight(unpack_int4(packed, columns), group, outer, scheme, zero, input_scale)
     except ValueError as error:
