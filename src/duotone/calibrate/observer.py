@@ -2,7 +2,7 @@
 """What is seen of all batches on their way through one block: moments of what linears read, and how far it has drifted."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from duotone.phases import Phases
 from duotone.ranks import ALONE, Ranks
 from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
+#: Tokens for each of an expert's inputs, below which its drift is left alone: its estimate would be noise. docs/LOG.md.
+ENOUGH_TOKENS = 4
 _END: Any = object()
 
 
@@ -38,7 +40,7 @@ class Observer:
         """Walk on to the linear `name`; second moments of what it reads there, and its drift when the original walks along.
 
         Without `statistics` only the largest input magnitudes are taken. expert: batches may send it no token; the original
-        runs it on the same tokens first.
+        runs it on the same tokens first. Of few tokens the drift is not told.
         """
         sums: StatisticsAccumulator | None = None
         arrivals = self.quantized.past(name) if expert else self.quantized.until(name)
@@ -58,7 +60,10 @@ class Observer:
                     sums.add(at.x, *self._meant(name, at, meant, expert))
         if self.ranks.size > 1:
             sums = self._pool(name, sums, statistics)
-        return None if sums is None else sums.finish(name)
+        found = None if sums is None else sums.finish(name)
+        if expert and found is not None and found.tokens < ENOUGH_TOKENS * len(found.hessian):
+            return replace(found, input_drift=None, input_drift_mean=None)
+        return found
 
     def show_starved(self, bank: str, experts: Experts, original: Experts | None, least: int = FEW_TOKENS) -> int:
         """Walk on to a bank of experts and see which of them get too few tokens to calibrate on: these will be shown all.
