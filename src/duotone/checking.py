@@ -14,14 +14,15 @@ from transformers import PreTrainedConfig
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_strategy_of
-from duotone.checkpoint.sidecar import read_sidecar
+from duotone.checkpoint.sidecar import read_sidecar, recorded_inputs
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
 from duotone.inspection import why_kept
 from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
 from duotone.models.anatomy import Anatomy, linears_by_input
+from duotone.models.diffusion import library_of
 from duotone.models.names import named_source
-from duotone.models.skeleton import build_skeleton, find_linears
+from duotone.models.skeleton import build_skeleton, find_linears, text_config
 from duotone.models.vision import full_anatomy, vision_path
 from duotone.plan import Plan, make_plan
 from duotone.runtime.load import config_dtype
@@ -58,7 +59,7 @@ def subject_of_plan(plan: Plan) -> Subject:
     grid = (scheme.group_size, scheme.symmetric)
     subject = _subject(plan.text, plan.anatomy, layout, grid, plan.shapes, plan.kept, "bfloat16")
     ranks = plan.config.tensor_parallel if plan.config.method == "dpq" else 1
-    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy)
+    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy, library=library_of(plan.source.config))
 
 
 def subject_of_checkpoint(source: SourceFolder) -> Subject:
@@ -79,8 +80,13 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
         raise DuotoneError(f"{source.path}: found no quantized linear, expected some of the layout {layout}")
     tower = vision_path(model)
     subject = _subject(
-        model.config.get_text_config(),
-        full_anatomy(source.config, model, tower is not None and any(name.startswith(f"{tower}.") for name in shapes)),
+        text_config(model),
+        full_anatomy(
+            source.config,
+            model,
+            tower is not None and any(name.startswith(f"{tower}.") for name in shapes),
+            recorded_inputs(source.path),
+        ),
         layout,
         (group_size, symmetric),
         shapes,
@@ -89,7 +95,8 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
     )
     settings = sidecar.get("settings", {})
     ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
-    return replace(subject, made_for=int(ranks), kv_cache=kv_strategy_of(quantization))
+    cache, library = kv_strategy_of(quantization), library_of(source.config)
+    return replace(subject, made_for=int(ranks), kv_cache=cache, library=library)
 
 
 def _subject(

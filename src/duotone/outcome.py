@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from duotone.calibrate.samples import Samples
+from duotone.calibrate.samples import Samples, TensorSamples
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
+from duotone.models.diffusion import is_diffusers
 from duotone.plan import Plan
 from duotone.settings import QuantizeConfig
 from duotone.solver.methods import LayerReport
@@ -56,7 +57,8 @@ def calibration_facts(windows: Samples | None, dtype: torch.dtype) -> dict[str, 
     files = [Path(source.partition("#")[0]) for source in windows.sources]
     names = [file.name if file.exists() else source for file, source in zip(files, windows.sources, strict=True)]
     counts = {"tokens": windows.positions, "windows": len(windows)}
-    return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
+    inputs = {"inputs": windows.shapes} if isinstance(windows, TensorSamples) else {}
+    return {"text": names} | counts | inputs | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
@@ -66,6 +68,10 @@ def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
     if plan.anatomy.traced:
         notes.append("no table of this architecture: the linears that read one input were found by tracing a forward pass")
+    if is_diffusers(plan.source.config):
+        notes.append(
+            f"{plan.source.path.name} is one component: DiffusionPipeline.from_pretrained(PIPELINE, NAME=duotone.load(OUT))"
+        )
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
     return notes + loading_notes(plan)

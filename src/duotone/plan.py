@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from duotone.calibrate.samples import first_sample
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.kv_cache import scale_specs
@@ -17,7 +18,7 @@ from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.anatomy import Anatomy
 from duotone.models.caching import caching_attentions, key_heads, written_attention
 from duotone.models.names import named_source
-from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others
+from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others, text_config
 from duotone.models.table import NormedStream
 from duotone.models.vision import full_anatomy, image_tokens
 from duotone.scheme import Scheme, matches
@@ -167,7 +168,8 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise DuotoneError(f"{folder.path}: is already quantized ({method}), expected original weights")
     model = build_skeleton(folder.config, torch.float32)
-    return plan_of(named_source(folder, model), model, full_anatomy(folder.config, model, config.quantize_vision), config)
+    anatomy = full_anatomy(folder.config, model, config.quantize_vision, first_sample(config.calibration))
+    return plan_of(named_source(folder, model), model, anatomy, config)
 
 
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
@@ -217,9 +219,8 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
     writes = isinstance(model, PreTrainedModel) and model.can_generate()
-    text, sees = (model.config.get_text_config(), image_tokens(model)) if isinstance(model, PreTrainedModel) else (None, ())
-    facts = (kept, shapes, share, outputs, converted, tuple(transforms), writes, text, sees)
-    return Plan(config, source, anatomy, tuple(blocks), outside, *facts)
+    facts = (kept, shapes, share, outputs, converted, tuple(transforms), writes, text_config(model))
+    return Plan(config, source, anatomy, tuple(blocks), outside, *facts, image_tokens(model) if writes else ())
 
 
 def _norms_before(

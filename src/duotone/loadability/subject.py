@@ -35,7 +35,7 @@ class Subject:
     into one matrix together. split: linears left in BF16, each with the quantized ones that runtimes fuse with it. heads: of
     queries and of keys; 0 where there are none. experts: whether the linears are a mixture's experts. made_for: ranks whose
     shares of columns rebuild the same scales. kv_cache: what shares a scale of its FP8 cache, if it has one
-    (`scheme.KV_CACHE_STRATEGIES`).
+    (`scheme.KV_CACHE_STRATEGIES`). library: whose model it is, transformers' or diffusers'.
     """
 
     layout: str
@@ -49,3 +49,4 @@ class Subject:
     experts: bool = False
     made_for: int = 1
     kv_cache: str | None = None
+    library: str = "transformers"
