@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import duotone
@@ -146,13 +146,19 @@ def test_dit_goes_block_by_block(tmp_path: Path) -> None:
 
 def test_pipeline(diffusers: Any, tmp_path: Path) -> None:
     """Of a pipeline its denoiser is quantized, in BF16 where asked; the result is a component of diffusers' own pipeline."""
-    model, inputs = denoiser("UNet2DModel"), inputs_of("UNet2DModel", 16)
+    model = denoiser("UNet2DModel")
     whole = diffusers.DDPMPipeline(model, diffusers.DDPMScheduler(num_train_timesteps=10))
     whole.save_pretrained(tmp_path / "pipeline")
     # As large models are saved: in shards with an index.
     model.save_pretrained(tmp_path / "pipeline" / "unet", max_shard_size="200KB")
     (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    save_file(inputs, tmp_path / "samples.safetensors")
+    whole.set_progress_bar_config(disable=True)
+    with duotone.note_inputs(model, tmp_path / "samples.safetensors"):
+        whole(batch_size=4, num_inference_steps=5, generator=torch.Generator().manual_seed(1))
+    noted = load_file(tmp_path / "samples.safetensors")
+    assert noted["sample"].shape == (20, 3, 8, 8) and noted["timestep"].tolist() == [
+        t for t in (8, 6, 4, 2, 0) for _ in range(4)
+    ]
     report = duotone.quantize(
         tmp_path / "pipeline", tmp_path / "out", method="gptq", dtype="bfloat16",
         calibration=(str(tmp_path / "samples.safetensors"),), **SETTINGS,
@@ -166,7 +172,6 @@ def test_pipeline(diffusers: Any, tmp_path: Path) -> None:
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipeline", unet=unet)
     pipeline.set_progress_bar_config(disable=True)
     found = pipeline(batch_size=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
-    whole.set_progress_bar_config(disable=True)
     meant = whole(batch_size=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert found.shape == (1, 8, 8, 3) and 0 < abs(found - meant).mean() < 0.1
     outcomes = {one.runtime: one for one in check(tmp_path / "out", gpus=["h100"])}
@@ -230,6 +235,26 @@ def test_inputs_are_recorded(tmp_path: Path) -> None:
     for bad in ({"x": ["float32", 1 << 40]}, {"x": ["float32", -1]}, {"x": ["os", 1]}, {"x": 3}, [1], {"x": ["int64"]}):
         with pytest.raises(DuotoneError, match="expected a dtype and sizes for each"):
             recorded(bad)
+
+
+def test_notes_what_a_module_is_called_with(tmp_path: Path) -> None:
+    """By position and by name, in dicts too, what is one for all samples for each of them; calls that do not fit are refused."""
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor, step: Tensor, more: dict[str, Tensor] | None = None, flag: bool = True) -> Tensor:
+            return x + step if flag and more is None else x
+
+    file = tmp_path / "noted.safetensors"
+    with duotone.note_inputs(module := Reads(), file):
+        module(torch.ones(2, 3), torch.tensor(7), more={"ids": torch.arange(5)}, flag=False)
+        module(torch.zeros(4, 3), step=torch.arange(4), more={"ids": torch.arange(5)})
+    found = load_file(file)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {"x": (6, 3), "step": (6,), "more.ids": (6, 5)}
+    assert found["step"].tolist() == [7, 7, 0, 1, 2, 3]
+    for calls in ([], [(torch.ones(2, 3), torch.tensor(1)), (torch.ones(2, 4), torch.tensor(1))]):
+        with pytest.raises(DuotoneError, match="Reads: "), duotone.note_inputs(module, file):
+            for call in calls:
+                module(*call)
 
 
 def test_inputs_that_never_vary() -> None:

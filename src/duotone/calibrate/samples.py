@@ -1,6 +1,7 @@
 """Calibration samples that are tensors already: a model's inputs by name, out of a file or out of Python."""
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from duotone.calibrate.data import TokenWindows
 from duotone.calibrate.pairs import ImageTextPairs
@@ -95,6 +97,41 @@ def read_samples(sources: Sequence[str], inputs: Sequence[str], count: int, seed
     order = list(inputs)  # a whole model is called with its first input by position
     names = sorted(tensors, key=lambda name: order.index(name.partition(".")[0]))
     return TensorSamples({name: tensors[name][chosen] for name in names}, tuple(sources), digest.hexdigest(), notes)
+
+
+@contextmanager
+def note_inputs(module: nn.Module, path: str | Path) -> Iterator[None]:
+    """Write down what a module is called with while this lasts, as samples to calibrate on: a .safetensors file at the end.
+
+    Such as a pipeline's unet, while pictures are made. What one call gives once for all its samples (a time step, positions) is
+    written for each. Raises DuotoneError when the module was not called, or with tensors that do not fit together.
+    """
+    noted: dict[str, list[Tensor]] = {}
+    signature = inspect.signature(module.forward)
+
+    def note(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = signature.bind(*positional, **named).arguments
+        flat = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        for name, inner in given.items():
+            if isinstance(inner, Mapping):
+                flat |= {f"{name}.{key}": value for key, value in inner.items() if isinstance(value, Tensor)}
+        count = len(next(iter(flat.values()), torch.zeros(0)))
+        for name, value in flat.items():
+            each = value if value.shape[:1] == (count,) else value.expand(count, *value.shape)
+            noted.setdefault(name, []).append(each.detach().cpu())
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    try:
+        tensors = {name: torch.cat(parts) for name, parts in noted.items()}
+    except RuntimeError as error:
+        raise DuotoneError(f"{type(module).__name__}: its calls differ, expected inputs of one shape each ({error})") from None
+    if len({len(tensor) for tensor in tensors.values()}) != 1:
+        raise DuotoneError(f"{type(module).__name__}: found calls with {sorted(noted)}, expected the same inputs in all")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 @contextmanager
