@@ -238,7 +238,7 @@ def test_inputs_are_recorded(tmp_path: Path) -> None:
 
 
 def test_notes_what_a_module_is_called_with(tmp_path: Path) -> None:
-    """By position and by name, in dicts too, what is one for all samples for each of them; calls that do not fit are refused."""
+    """By position, by name and in dicts; what is one for all samples goes to each; calls that do not fit are refused."""
 
     class Reads(nn.Module):
         def forward(self, x: Tensor, step: Tensor, more: dict[str, Tensor] | None = None, flag: bool = True) -> Tensor:

@@ -125,6 +125,8 @@ def note_inputs(module: nn.Module, path: str | Path) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+    if not noted:
+        raise DuotoneError(f"{type(module).__name__}: was not called, expected calls to note")
     try:
         tensors = {name: torch.cat(parts) for name, parts in noted.items()}
     except RuntimeError as error:
