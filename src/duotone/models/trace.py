@@ -36,10 +36,10 @@ class Trace:
     calls: each linear's calls, by name, as the key of what it read. readers: for each tensor, the modules that were called with
     it. added: for every sum of two, one a linear's output and one not, which linear's and which other. passed: of each module
     in `watched`, the keys of what it was called with first and of what it gave first; given: how many things it gave in a
-    tuple, None if it gave one as it is; leaning: those called with something else that another one gave, as T5's are. answers:
-    linears whose output the model gave, as it was or with its numbers in another order. written: by its place, the linear
-    that a tensor is the output of; moved: the same of its numbers elsewhere. held: tensors that must stay, so that their keys
-    stay theirs.
+    tuple, None if it gave one as it is; leaning: those called with something else that another one gave, as T5's are, or
+    that gave sizes. answers: linears whose output the model gave, as it was or with its numbers in another order. written: by
+    its place, the linear that a tensor is the output of; moved: the same of its numbers elsewhere. held: tensors that must
+    stay, so that their keys stay theirs.
     """
 
     calls: dict[str, list[Key]] = field(default_factory=dict)
@@ -138,6 +138,8 @@ def _hooks(model: nn.Module, found: Trace, watched: Sequence[str]) -> Iterator[N
             if not beside.isdisjoint(_places([inputs[1:], list(named.values())])):
                 found.leaning.add(name)
             more = list(output[1:]) if isinstance(output, tuple) else []
+            if any(isinstance(leaf, int) for leaf in tree_leaves(more)):  # Swin v2's stages: the picture's size
+                found.leaning.add(name)
             found.held.extend(part for part in more if isinstance(part, Tensor))
             beside.update(_places(more).difference(_places([inputs, list(named.values())])))
             first = output[0] if isinstance(output, tuple) else output
