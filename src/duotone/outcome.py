@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from duotone.calibrate.samples import Samples, TensorSamples
+from duotone.calibrate.samples import Samples
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
 from duotone.models.diffusion import is_diffusers
@@ -25,7 +25,8 @@ class QuantizeReport:
     """Everything `quantize` has to say. kept: linears left in BF16, each with its reason.
 
     seconds: by phase. work: what each phase had to compute (floors.py). phase_bytes: memory seen in each phase (phases.py).
-    resumed_at: the block from which this run went on with one that was killed, None for a run of its own.
+    resumed_at: the block from which this run went on with one that was killed, None for a run of its own. inputs: of a model
+    calibrated on tensors, dtype and sizes of each in one sample (`samples.input_shapes`).
     """
 
     model: str
@@ -44,6 +45,7 @@ class QuantizeReport:
     peak_bytes: int = 0
     phase_bytes: dict[str, int] = field(default_factory=dict)
     resumed_at: int | None = None
+    inputs: dict[str, list[Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -57,8 +59,7 @@ def calibration_facts(windows: Samples | None, dtype: torch.dtype) -> dict[str, 
     files = [Path(source.partition("#")[0]) for source in windows.sources]
     names = [file.name if file.exists() else source for file, source in zip(files, windows.sources, strict=True)]
     counts = {"tokens": windows.positions, "windows": len(windows)}
-    inputs = {"inputs": windows.shapes} if isinstance(windows, TensorSamples) else {}
-    return {"text": names} | counts | inputs | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
+    return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
@@ -89,6 +90,7 @@ def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, A
         "producer": f"duotone {VERSION}",
         "settings": settings | {"order": plan.config.solver.order},
         "calibration": report.calibration,
+        **({"inputs": report.inputs} if report.inputs else {}),
         "bits_per_weight": report.bits_per_weight,
         "quantized_macs_share": report.quantized_macs_share,
         "layers": layers,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import duotone
-from duotone.calibrate.samples import first_sample, read_samples
+from duotone.calibrate.samples import first_sample, input_shapes, read_samples
 from duotone.checking import check
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.reader import WeightReader, packed_layers
@@ -130,6 +130,18 @@ def test_folder(tmp_path: Path, name: str) -> None:
 
 
 @needs_diffusers
+def test_rounding_alone(tmp_path: Path) -> None:
+    """`rtn` looks at no sample, but their shapes are needed to find out what reads what, when it is loaded too."""
+    model, inputs = denoiser("SD3Transformer2DModel"), inputs_of("SD3Transformer2DModel", 2)
+    model.save_pretrained(tmp_path / "model")
+    save_file(inputs, tmp_path / "samples.safetensors")
+    samples = (str(tmp_path / "samples.safetensors"),)
+    duotone.quantize(tmp_path / "model", tmp_path / "out", method="rtn", calibration=samples, **SETTINGS)
+    found = duotone.load(tmp_path / "out", torch.float32, "cpu")
+    assert 0 < relative(answer(found, inputs), answer(model, inputs)) < 0.25
+
+
+@needs_diffusers
 def test_dit_goes_block_by_block(tmp_path: Path) -> None:
     """DiT's blocks are a chain; a projection that all its blocks' embedding runs twice, and the last one, stay."""
     denoiser("DiTTransformer2DModel").save_pretrained(tmp_path)
@@ -221,15 +233,16 @@ def test_inputs_are_recorded(tmp_path: Path) -> None:
     samples = read_samples([str(tmp_path / "samples.safetensors")], ["sample", "timestep", "kwargs"], 4, seed=0)
     (batch,) = samples.batches()
     assert list(batch) == ["sample", "kwargs"] and batch["kwargs"]["ids"].shape == (4, 2)
-    assert samples.shapes == {"sample": ["float32", 1, 3, 4, 4], "kwargs.ids": ["int64", 1, 2]}
+    shapes = input_shapes([str(tmp_path / "samples.safetensors")])
+    assert shapes == {"sample": ["float32", 1, 3, 4, 4], "kwargs.ids": ["int64", 1, 2]} and input_shapes(["text.txt"]) == {}
 
     def recorded(inputs: object) -> dict[str, Tensor] | None:
-        sidecar = {"format_version": 1, "calibration": {"inputs": inputs}}
+        sidecar = {"format_version": 1, "inputs": inputs}
         (tmp_path / "duotone.json").write_text(json.dumps(sidecar))
         return recorded_inputs(tmp_path)
 
     assert recorded_inputs(tmp_path) is None and recorded(None) is None
-    found, first = recorded(samples.shapes), first_sample([str(tmp_path / "samples.safetensors")])
+    found, first = recorded(shapes), first_sample([str(tmp_path / "samples.safetensors")])
     assert found is not None and first is not None and found.keys() == first.keys()
     assert all(torch.equal(found[name], first[name]) and found[name].dtype == first[name].dtype for name in found)
     for bad in ({"x": ["float32", 1 << 40]}, {"x": ["float32", -1]}, {"x": ["os", 1]}, {"x": 3}, [1], {"x": ["int64"]}):

@@ -46,11 +46,6 @@ class TensorSamples:
         cut = {name: tensor[share].split(max(1, _BATCH_NUMBERS // one)) for name, tensor in self.tensors.items()}
         return [nested(dict(zip(cut, parts, strict=True))) for parts in zip(*cut.values(), strict=True)]
 
-    @property
-    def shapes(self) -> dict[str, list[Any]]:
-        """Of each input of one sample: the dtype's name, then the sizes."""
-        return {name: [str(tensor.dtype).removeprefix("torch."), 1, *tensor.shape[1:]] for name, tensor in self.tensors.items()}
-
 
 #: What can be calibrated on.
 Samples = TokenWindows | ImageTextPairs | TensorSamples
@@ -76,6 +71,12 @@ def first_sample(sources: Sequence[str]) -> dict[str, Tensor] | None:
         if any(not part.get_shape() or not part.get_shape()[0] for part in parts.values()):
             raise DuotoneError(f"{sources[0]}: holds a tensor without samples, expected a first dimension of them")
         return {name: torch.zeros_like(part[:1]) for name, part in parts.items()}
+
+
+def input_shapes(sources: Sequence[str]) -> dict[str, list[Any]]:
+    """Of each input of a first sample: the dtype's name, then the sizes. Raises DuotoneError as `first_sample`."""
+    first = first_sample(sources) or {}
+    return {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in first.items()}
 
 
 def read_samples(sources: Sequence[str], inputs: Sequence[str], count: int, seed: int) -> TensorSamples:

@@ -52,11 +52,11 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def recorded_inputs(folder: Path) -> dict[str, Tensor] | None:
-    """Zeros in the shape of the sample of tensors that a checkpoint was calibrated on, None where there was none.
+    """Zeros in the shape of a sample of the tensors that a checkpoint was calibrated on, None where there were none.
 
     Raises DuotoneError for what are no shapes.
     """
-    inputs: Any = cast("dict[str, Any]", (read_sidecar(folder) or {}).get("calibration") or {}).get("inputs")
+    inputs: Any = (read_sidecar(folder) or {}).get("inputs")
     if inputs is None:
         return None
     try:
