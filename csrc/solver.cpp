@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> sweep(Tensor base, Tensor reference, Tensor coupling,
                                  std::optional<Tensor> zero_point, Tensor outer_scale, Tensor group, double lowest_level,
                                  double fp8_max, int64_t rule) {
   STD_TORCH_CHECK(base.dim() == 2, "base: expected two dimensions");
-  STD_TORCH_CHECK(rule >= 0 && rule <= 2, "rule: expected 0, 1 or 2");
+  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule: expected 0, 1, 2 or 3");
   const int64_t columns = base.size(0), rows = base.size(1);
   check_shape(reference, {columns, rows}, "reference");
   check_shape(coupling, {columns, columns}, "coupling");

@@ -28,7 +28,7 @@ namespace duotone {
 constexpr int LANES = 64;      // rows of a tile of `sweep`: enough independent sums to hide the latency of an addition
 constexpr int SUM_LANES = 16;  // partial sums of `scale_error`: part of its definition, not of the machine
 
-enum Rule : int64_t { NEAREST_VALUE = 0, NEAREST_LEVEL = 1, INT4_ONLY = 2 };
+enum Rule : int64_t { NEAREST_VALUE = 0, NEAREST_LEVEL = 1, INT4_ONLY = 2, FP8_VALUE = 3 };
 
 // Ordered so that each is one min or max instruction, NaN passing through.
 DUOTONE_INLINE float clamp(float x, float low, float high) {
@@ -83,6 +83,11 @@ template <int rule>
 DUOTONE_INLINE void round_tile(Tile& t, float low, float high, float fp8_max) {
   for (int q = 0; q < LANES; q++) {
     const float w = t.wish[q], zero = t.zero[q], scale = t.scale[q], outer = t.outer[q], step = scale * outer;
+    if (rule == FP8_VALUE) {
+      t.level[q] = low;
+      t.value[q] = fp8_round(clamp(w / outer, -fp8_max, fp8_max)) * outer;
+      continue;
+    }
     const float level = nearest_level(w, step, zero, low, high);
     if (rule == INT4_ONLY) {
       t.level[q] = level;
@@ -129,6 +134,7 @@ DUOTONE_INLINE void sweep_column(const Sweep& s, Tile& t, float* change, int64_t
   switch (s.rule) {
     case NEAREST_VALUE: round_tile<NEAREST_VALUE>(t, low, high, s.fp8_max); break;
     case NEAREST_LEVEL: round_tile<NEAREST_LEVEL>(t, low, high, s.fp8_max); break;
+    case FP8_VALUE: round_tile<FP8_VALUE>(t, low, high, s.fp8_max); break;
     default: round_tile<INT4_ONLY>(t, low, high, s.fp8_max); break;
   }
   float* left = change + j * LANES;

@@ -22,10 +22,11 @@ QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu"}
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """`name=value,...` as arguments; numbers and `yes` as what they mean."""
-    found = dict(option.split("=") for option in text.split(",") if option)
+    """`name=value,...` as arguments; numbers and `yes` as what they mean, one rule as a tuple of it."""
+    found = dict(option.split("=", 1) for option in text.split(",") if option)
     return QUICK | {
-        name: True if value == "yes" else float(value) if value[0].isdigit() else value for name, value in found.items()
+        name: (value,) if name == "rules" else True if value == "yes" else float(value) if value[0].isdigit() else value
+        for name, value in found.items()
     }
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_strategy_of
+from duotone.checkpoint.reader import is_fp8_weight
 from duotone.checkpoint.sidecar import read_sidecar, recorded_inputs
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
@@ -26,6 +27,7 @@ from duotone.models.skeleton import build_skeleton, find_linears, text_config
 from duotone.models.vision import full_anatomy, vision_path
 from duotone.plan import Plan, make_plan
 from duotone.runtime.load import config_dtype
+from duotone.scheme import Fp8Scheme
 from duotone.settings import QuantizeConfig
 
 #: How the packed weight of a linear is called in the layouts that are known.
@@ -57,7 +59,8 @@ def subject_of_plan(plan: Plan) -> Subject:
     scheme = plan.config.scheme
     layout = "compressed-tensors" if scheme.target.channel_outer_scale else "duotone-gaudi"
     grid = (scheme.group_size, scheme.symmetric)
-    subject = _subject(plan.text, plan.anatomy, layout, grid, plan.shapes, plan.kept, "bfloat16")
+    in_fp8 = frozenset(name for name, kind in plan.schemes.items() if isinstance(kind, Fp8Scheme))
+    subject = _subject(plan.text, plan.anatomy, layout, grid, plan.shapes, plan.kept, "bfloat16", in_fp8)
     ranks = plan.config.tensor_parallel if plan.config.method == "dpq" else 1
     return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy, library=library_of(plan.source.config))
 
@@ -68,12 +71,15 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
     layout, group_size, symmetric = layout_of(quantization)
     dtype = config_dtype(source.config)
     sidecar = read_sidecar(source.path) or {}
-    shapes, kept = {}, {}
+    shapes, kept, in_fp8 = {}, {}, set[str]()
     model = build_skeleton(source.config, dtype)
     named = named_source(source, model)
     for name, linear in find_linears(model).items():
-        if any(f"{name}{suffix}" in named.tensors for suffix in _PACKED):
+        weight = f"{name}.weight"
+        is_fp8 = weight in named.tensors and is_fp8_weight(named, weight)
+        if is_fp8 or any(f"{name}{suffix}" in named.tensors for suffix in _PACKED):
             shapes[name] = (linear.out_features, linear.in_features)
+            in_fp8 |= {name} if is_fp8 else set()
         else:
             kept[name] = why_kept(named.written_as(name), sidecar, quantization) or "not quantized"
     if not shapes:
@@ -92,6 +98,7 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
         shapes,
         kept,
         str(dtype).removeprefix("torch."),
+        frozenset(in_fp8),
     )
     settings = sidecar.get("settings", {})
     ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
@@ -107,18 +114,23 @@ def _subject(
     shapes: Mapping[str, tuple[int, int]],
     kept: dict[str, str],
     dtype: str,
+    in_fp8: frozenset[str] = frozenset(),
 ) -> Subject:
     """The linears as runtimes see them: fused where they read the same input, cut along K where they write to the stream."""
     queries = _count(text, "num_attention_heads")
     heads = queries, _count(text, "num_key_value_heads") or queries
     fused: list[tuple[Linear, ...]] = []
+    fused_fp8: list[tuple[Linear, ...]] = []
     split: dict[str, tuple[str, ...]] = {}
     for names in linears_by_input(anatomy, [*shapes, *kept]):
-        partners = tuple(name for name in names if name in shapes)
-        if partners:
-            split |= {name: partners for name in names if name in kept}
-            fused.append(tuple(_linear(anatomy, name, shapes[name], names.index(name), len(names), heads) for name in partners))
-    return Subject(layout, *grid, dtype, tuple(fused), split, kept, heads)
+        coded = tuple(name for name in names if name in shapes and name not in in_fp8)
+        narrow = tuple(name for name in names if name in in_fp8)
+        split |= {name: coded or narrow for name in names if name in kept and (coded or narrow)}
+        split |= {name: coded for name in narrow if coded}
+        for found, partners in ((fused, coded), (fused_fp8, narrow)):
+            linears = (_linear(anatomy, name, shapes[name], names.index(name), len(names), heads) for name in partners)
+            found += [tuple(linears)] if partners else []
+    return Subject(layout, *grid, dtype, tuple(fused), split, kept, heads, fp8=tuple(fused_fp8))
 
 
 def _count(text: PreTrainedConfig | None, name: str) -> int:

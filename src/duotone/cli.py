@@ -16,6 +16,7 @@ from duotone.cli_hub import hub_app
 from duotone.cli_layouts import layouts_app
 from duotone.cli_options import Device, Json, Model, Quiet, print_result, progress_bar
 from duotone.cli_report import report_app
+from duotone.cli_sensitivity import sensitivity_app
 from duotone.errors import DuotoneError, ToldError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench_app, name="bench")
-for commands in (eval_app, layouts_app, report_app, hub_app):
+for commands in (eval_app, layouts_app, report_app, sensitivity_app, hub_app):
     app.registered_commands += commands.registered_commands
 
 
@@ -45,6 +46,13 @@ def quantize(  # noqa: PLR0913 - every option of the command
     target: Annotated[str, typer.Option(help="hopper (what vLLM runs) or gaudi (the paper's).")] = "hopper",
     group_size: Annotated[int, typer.Option(help="Weights along K that share a scale.")] = 128,
     ignore: Annotated[list[str] | None, typer.Option(help="A linear to leave in BF16, or re:PATTERN; repeatable.")] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=SCHEME or re:PATTERN=SCHEME with w4a8, w8a8 (FP8 weights, for what 4 bits hurt) or bf16; the first that "
+            "names a linear decides, also of one that stays BF16 by default; repeatable."
+        ),
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,6 +103,20 @@ def quantize(  # noqa: PLR0913 - every option of the command
     tensor_parallel: Annotated[
         int, typer.Option(help="Ranks that will share each linear when served: scales are made for that.")
     ] = 1,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="For each linear 4 bits, FP8 or BF16: what is nearest the original in 900MB, 1.1GB, ..."),
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Or what is smallest and at most so far from it: mean KL in nats a token.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For these two, what duotone sensitivity wrote; measured without.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="For these two, what KL is measured on; the calibration text without; repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="For these two, windows of it.")] = 32,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,
@@ -118,15 +140,31 @@ def quantize(  # noqa: PLR0913 - every option of the command
     with joined() as ranks:  # around the checks too: of several processes only one tells what is wrong
         from duotone.settings import QuantizeConfig
 
-        lists = {"ignore": tuple(ignore or ()), "calibration": tuple(calibration or ())}
+        lists = {"ignore": tuple(ignore or ()), "rules": tuple(rule or ()), "calibration": tuple(calibration or ())}
         asked |= lists | {"symmetric": not asymmetric, "damping_frac": damping}
         config = QuantizeConfig(**{field.name: asked[field.name] for field in dataclasses.fields(QuantizeConfig)})
         saving = {"resume": resume, "save_every": save_every, "offload": offload}
-        result, render = (
-            _planned(model, out, config) if dry_run else _quantized(model, out, config, saving, as_json, quiet, ranks)
-        )
+        if max_bytes is not None or target_kl is not None:
+            unable = {"--resume": resume, "--offload": offload, "--dry-run": dry_run, "several processes": ranks.size > 1}
+            for option in [option for option, given in unable.items() if given]:
+                raise DuotoneError(f"--max-bytes, --target-kl: found {option} beside it, which a choice cannot be made with")
+            result, render = _reached(model, out, config, asked, as_json or quiet)
+        elif dry_run:
+            result, render = _planned(model, out, config)
+        else:
+            result, render = _quantized(model, out, config, saving, as_json, quiet, ranks)
     if ranks.first:
         print_result(result, render, as_json)
+
+
+def _reached(
+    model: str, out: Path, config: Any, asked: dict[str, Any], hidden: bool
+) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """A run to a goal as plain values, and what shows it to people."""
+    from duotone.cli_sensitivity import reach
+    from duotone.report_sensitivity import reached_summary
+
+    return dataclasses.asdict(reach(model, out, config, asked["max_bytes"], asked["target_kl"], asked, hidden)), reached_summary
 
 
 def _quantized(

@@ -16,6 +16,7 @@ from duotone.kernels.dispatch import Verdict, explain
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.runtime.load import config_dtype
+from duotone.scheme import Fp8Scheme
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def explain_model(model: str | Path, device: str = "auto") -> Explanation:
     if stray:
         raise DuotoneError(f"{source.path}: holds a packed weight {stray[0]!r}, found no such linear in this architecture")
     ordinary = Verdict("nn.Linear", f"torch's own linear in {str(dtype).removeprefix('torch.')}", ())
-    packed = ordinary if quantization is None else explain(scheme_from_config(quantization), place)
+    packed = {"w4a8": ordinary, "w8a8": ordinary}
+    if quantization is not None:
+        scheme = scheme_from_config(quantization)
+        packed = {"w4a8": explain(scheme, place), "w8a8": explain(Fp8Scheme(scheme.target), place)}
     macs = sum(linear.weight.numel() for linear in linears.values())
     layers: list[LayerKernel] = []
     for name, linear in linears.items():
@@ -89,7 +93,7 @@ def explain_model(model: str | Path, device: str = "auto") -> Explanation:
         reason = None
         if not (fact and fact.is_quantized):
             reason = why_kept(name, sidecar, quantization) or "the model is not quantized"
-        verdict = ordinary if reason else packed
+        verdict = ordinary if reason or fact is None else packed[fact.scheme.split()[0]]
         shape = (linear.out_features, linear.in_features)
         share = linear.weight.numel() / macs
         layers.append(LayerKernel(name, shape, _scheme(fact), verdict.backend, verdict.runs, verdict.refusals, reason, share))

@@ -9,13 +9,14 @@ import torch
 from duotone.checkpoint.compressed_tensors import scheme_from_config, tensor_specs
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import describe_kv_cache
+from duotone.checkpoint.reader import is_fp8_weight, packed_layers
 from duotone.checkpoint.sidecar import read_sidecar
 from duotone.checkpoint.source import SourceFolder, architecture_of, open_source
 from duotone.kernels.dispatch import explain
-from duotone.scheme import Scheme
+from duotone.scheme import Fp8Scheme, Scheme
 
 #: How the scheme of a quantized layer begins.
-_QUANTIZED = "w4a8"
+_QUANTIZED = ("w4a8", "w8a8")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LayerFacts:
 
     @property
     def is_quantized(self) -> bool:
-        """Does it hold packed 4-bit codes?"""
+        """Does it hold 4-bit codes or FP8 values?"""
         return self.scheme.startswith(_QUANTIZED)
 
 
@@ -86,16 +87,18 @@ def inspect_source(source: SourceFolder) -> Inspection:
 
 
 def _quantized_layers(source: SourceFolder, scheme: Scheme, sidecar: dict[str, Any]) -> list[LayerFacts]:
-    kind = f"{_QUANTIZED} {scheme.target.name} g{scheme.group_size}" + ("" if scheme.symmetric else " asymmetric")
-    shapes = source.load(name for name in source.tensors if name.endswith(".weight_shape"))
+    stored = source.load(name for name in source.tensors if name.endswith(".weight_shape"))
+    shapes = {name.removesuffix(".weight_shape"): tuple(int(size) for size in shape) for name, shape in stored.items()}
     layers: list[LayerFacts] = []
-    for name, shape in shapes.items():
-        layer, (rows, columns) = name.removesuffix(".weight_shape"), (int(size) for size in shape)
+    for layer in packed_layers(source):
+        found = shapes.get(layer)
+        kind = Fp8Scheme(scheme.target) if found is None else scheme
+        rows, columns = found or source.tensors[f"{layer}.weight"].shape
         nbytes = sum(
-            source.tensors[part].nbytes for part in tensor_specs(layer, (rows, columns), scheme) if part in source.tensors
+            source.tensors[part].nbytes for part in tensor_specs(layer, (rows, columns), kind) if part in source.tensors
         )
         error = sidecar.get("layers", {}).get(layer, {}).get("output_error")
-        layers.append(LayerFacts(layer, (rows, columns), kind, nbytes, error))
+        layers.append(LayerFacts(layer, (rows, columns), kind.label, nbytes, error))
     return layers
 
 
@@ -103,7 +106,7 @@ def _other_layers(source: SourceFolder, sidecar: dict[str, Any], quantization: d
     """Matrices that are stored as floats, with the reason where one is known."""
     layers: list[LayerFacts] = []
     for name, spec in source.tensors.items():
-        if len(spec.shape) != 2 or not spec.is_float or not name.endswith(".weight"):
+        if len(spec.shape) != 2 or not spec.is_float or not name.endswith(".weight") or is_fp8_weight(source, name):
             continue
         layer = name.removesuffix(".weight")
         kept_because = why_kept(layer, sidecar, quantization)

@@ -32,11 +32,12 @@ from duotone.outcome import QuantizeReport, sidecar_of
 from duotone.phases import Phases
 from duotone.pipeline import quantize_block
 from duotone.plan import Plan, plan_of
-from duotone.qweight import QuantizedWeight
+from duotone.qweight import AnyWeight
 from duotone.ranks import ALONE
 from duotone.run import Run
 from duotone.runtime.linear import QuantizedLinear
 from duotone.settings import QuantizeConfig
+from duotone.solving import round_unseen
 
 #: What config.json says a saved module is; only `load_module` reads it.
 MODEL_TYPE = "duotone-module"
@@ -48,7 +49,7 @@ class QuantizedModule:
 
     module: nn.Module
     report: QuantizeReport
-    weights: dict[str, QuantizedWeight] = field(repr=False)
+    weights: dict[str, AnyWeight] = field(repr=False)
     _plan: Plan = field(repr=False)
 
     def save(self, out: str | Path) -> None:
@@ -65,7 +66,7 @@ class QuantizedModule:
             writer = CheckpointWriter(folder, specs)
             writer.write(tensors)
             writer.finish()
-            scheme = quantization_config(self._plan.config.scheme, self._plan.ignored)
+            scheme = quantization_config(self._plan.config.scheme, self._plan.ignored, fp8=self._plan.in_fp8)
             write_json(folder / "config.json", {"model_type": MODEL_TYPE, "quantization_config": scheme})
             write_json(folder / SIDECAR, sidecar_of(self.report, self._plan, sides))
 
@@ -97,6 +98,7 @@ def quantize_module(module: nn.Module, calibration_batches: Iterable[Any], **opt
         run = Run(plan, device, torch.float32, Phases(), report, ALONE)
         stream = _stream(calls, run, config) if config.needs_calibration else None
         weights, changed = quantize_block(run, 0, plan.blocks[0], copy.deepcopy(found), stream)
+        weights |= {layer: round_unseen(run, layer, found.get_parameter(f"{layer}.weight")) for layer in plan.unseen}
     report.seconds = dict(run.phases.seconds)
     for name, value in changed.items():
         if name.removesuffix(".weight") not in weights:
@@ -174,7 +176,7 @@ def _facts(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[str,
     return {"text": ["batches given in Python"], "windows": len(calls)}
 
 
-def _with(module: nn.Module, weights: Mapping[str, QuantizedWeight], device: torch.device) -> nn.Module:
+def _with(module: nn.Module, weights: Mapping[str, AnyWeight], device: torch.device) -> nn.Module:
     """Put the quantized linears in their places."""
     for layer, weight in weights.items():
         bias: Any = module.get_submodule(layer).bias

@@ -21,8 +21,9 @@ from duotone.device import processor_name
 from duotone.models.diffusion import library_of
 from duotone.outcome import sidecar_of
 from duotone.plan import BlockPlan
-from duotone.qweight import QuantizedWeight
+from duotone.qweight import AnyWeight
 from duotone.run import Run
+from duotone.solving import round_unseen
 from duotone.unfinished import facts_of, recall
 
 
@@ -63,24 +64,17 @@ class Output:
                 self._writer.settle()
                 journal.save(done, self._writer.written, facts_of(run.report, run.sidecar_layers, run.phases), held)
 
-    def write_block(self, block: BlockPlan, weights: Mapping[str, QuantizedWeight], changed: Mapping[str, Tensor]) -> None:
+    def write_block(self, block: BlockPlan, weights: Mapping[str, AnyWeight], changed: Mapping[str, Tensor]) -> None:
         """Pack a block's weights, copy its other tensors, and put all of them on disk."""
         if self._writer is None:
             return
-        source = self._run.plan.source
         with self._run.phases("write"):
             for layer, weight in weights.items():
-                parts = to_tensors(layer, weight)
-                self._writer.write({source.written_as(name): part for name, part in parts.items()})
-                self._run.sidecar_layers[layer] = dict(side_scales(weight))
+                self._write_weight(self._writer, layer, weight)
             packed = {f"{layer}.weight" for layer in weights}
-            self._writer.write(
-                {
-                    source.written_as(name): tensor.to("cpu", torch.bfloat16)
-                    for name, tensor in changed.items()
-                    if name not in packed
-                }
-            )
+            for name, tensor in changed.items():
+                if name not in packed:
+                    self._write_other(self._writer, name, tensor.to("cpu", torch.bfloat16))
             replaced = packed | changed.keys()
             self._copy_through(self._writer, tuple(name for name in block.tensors if name not in replaced))
 
@@ -93,7 +87,7 @@ class Output:
             run.report.weight_bytes = self._writer.finish()
             config = {key: value for key, value in run.plan.source.config.items() if key != "torch_dtype"}
             settings = run.plan.config
-            quantization = quantization_config(settings.scheme, run.plan.ignored, settings.kv_strategy)
+            quantization = quantization_config(settings.scheme, run.plan.ignored, settings.kv_strategy, run.plan.in_fp8)
             config |= {"dtype": "bfloat16", "quantization_config": quantization}
             write_json(self.folder / "config.json", config)
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
@@ -127,11 +121,23 @@ class Output:
 
     def _copy_through(self, writer: CheckpointWriter, names: Sequence[str]) -> None:
         """Copy tensors that are not quantized, floats as BF16, one at a time."""
-        plan = self._run.plan
         for name in names:
-            tensor, written = load_finite(plan.source, (name,))[name], plan.source.written_as(name)
-            tensor = plan.source.as_stored(name, tensor)
-            writer.write({written: tensor.to(torch.bfloat16) if plan.outputs[written].dtype == "BF16" else tensor})
+            self._write_other(writer, name, load_finite(self._run.plan.source, (name,))[name])
+
+    def _write_other(self, writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
+        """A tensor that calibration has not quantized: the weight of an unseen linear in FP8, all others as they are."""
+        plan, layer = self._run.plan, name.removesuffix(".weight")
+        if layer in plan.unseen and layer != name:
+            self._write_weight(writer, layer, round_unseen(self._run, layer, tensor))
+            return
+        written = plan.source.written_as(name)
+        tensor = plan.source.as_stored(name, tensor)
+        writer.write({written: tensor.to(torch.bfloat16) if plan.outputs[written].dtype == "BF16" else tensor})
+
+    def _write_weight(self, writer: CheckpointWriter, layer: str, weight: AnyWeight) -> None:
+        source = self._run.plan.source
+        writer.write({source.written_as(name): part for name, part in to_tensors(layer, weight).items()})
+        self._run.sidecar_layers[layer] = dict(side_scales(weight))
 
 
 @contextmanager

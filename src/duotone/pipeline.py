@@ -40,7 +40,7 @@ from duotone.outcome import QuantizeReport, calibration_facts, notes_of
 from duotone.output import made_output
 from duotone.phases import Phases, return_memory
 from duotone.plan import BlockPlan, Plan, make_plan
-from duotone.qweight import QuantizedWeight, dequantize
+from duotone.qweight import AnyWeight, dequantize
 from duotone.ranks import ALONE, Ranks
 from duotone.run import Progress, Run
 from duotone.settings import QuantizeConfig
@@ -121,7 +121,7 @@ def quantize(
 
 def quantize_block(
     run: Run, index: int, block: BlockPlan, skeleton: nn.Module, stream: BlockStream | None
-) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+) -> tuple[dict[str, AnyWeight], dict[str, Tensor]]:
     """Load one block and solve its linears, group after group, while the calibration windows walk through it.
 
     Returns the quantized weights, and the other tensors that have changed with them: biases, norms that were equalized, and
@@ -129,7 +129,7 @@ def quantize_block(
     """
     with run.phases("read"):
         originals = load_finite(run.plan.source, block.tensors)
-    weights: dict[str, QuantizedWeight] = {}
+    weights: dict[str, AnyWeight] = {}
     changed: dict[str, Tensor] = {}
     if stream is None:
         for group in block.shared_inputs:
@@ -209,11 +209,9 @@ def _set(linear: nn.Module, name: str, value: Tensor) -> None:
     parameter.data = value.to(parameter.dtype)
 
 
-def _with_input_scales(
-    block: BlockPlan, weights: dict[str, QuantizedWeight], absmax: dict[str, Tensor]
-) -> dict[str, QuantizedWeight]:
+def _with_input_scales(block: BlockPlan, weights: dict[str, AnyWeight], absmax: dict[str, Tensor]) -> dict[str, AnyWeight]:
     """Add the static activation scale of each shared input, measured on the quantized block (activation scales come last)."""
-    scaled: dict[str, QuantizedWeight] = {}
+    scaled: dict[str, AnyWeight] = {}
     for group in block.shared_inputs:
         for layer in group:
             scale = static_activation_scale(absmax[group[0]].amax(), weights[layer].scheme.target)

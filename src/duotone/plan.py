@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from duotone.calibrate.samples import first_sample
@@ -13,6 +12,7 @@ from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.kv_cache import scale_specs
 from duotone.checkpoint.source import Source, SourceFolder
+from duotone.choices import choose_schemes
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.anatomy import Anatomy
@@ -21,7 +21,7 @@ from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others, text_config
 from duotone.models.table import NormedStream
 from duotone.models.vision import full_anatomy, image_tokens
-from duotone.scheme import Scheme, matches
+from duotone.scheme import AnyScheme, Fp8Scheme
 from duotone.settings import QuantizeConfig
 from duotone.transforms.rotated import rotate
 
@@ -69,11 +69,12 @@ class BlockPlan:
 class Plan:
     """The whole job.
 
-    kept: linears left in BF16 with their reason. quantized_macs_share: of all linears' multiply-accumulates, the share that
-    will run quantized. outputs: every tensor of the new checkpoint, in order. converted: those whose floats become BF16.
-    transforms: what is done to the model before it is quantized, a line each. source: the model under its modules' names, and
-    behind its rotation, if any. generates: whether the model writes text. text: what config.json says of the language model,
-    defaults and all. image_tokens: those in whose places a model puts what it sees.
+    kept: linears left in BF16 with their reason. shapes, schemes: of every linear to quantize. unseen: those of them that
+    calibration does not pass, rounded to FP8 as they are. quantized_macs_share: of all linears' multiply-accumulates, the
+    share that will run quantized. outputs: every tensor of the new checkpoint, in order. converted: those whose floats become
+    BF16. transforms: what is done to the model before it is quantized, a line each. source: the model under its modules'
+    names, and behind its rotation, if any. generates: whether the model writes text. text: what config.json says of the
+    language model, defaults and all. image_tokens: those in whose places a model puts what it sees.
     """
 
     config: QuantizeConfig
@@ -83,6 +84,8 @@ class Plan:
     outside: tuple[str, ...]
     kept: dict[str, str]
     shapes: dict[str, tuple[int, int]]
+    schemes: dict[str, AnyScheme]
+    unseen: frozenset[str]
     quantized_macs_share: float
     outputs: dict[str, TensorSpec]
     converted: tuple[str, ...]
@@ -93,7 +96,7 @@ class Plan:
 
     @property
     def layers(self) -> list[str]:
-        """Full names of all linears to quantize, in order."""
+        """Full names of all linears to quantize that calibration passes, in order."""
         return [layer for block in self.blocks for group in block.shared_inputs for layer in group]
 
     @property
@@ -106,6 +109,12 @@ class Plan:
         if self.anatomy.tower_path is not None and self.anatomy.tower is None:
             names.add(rf"re:.*\b{self.anatomy.tower_path.rpartition('.')[2]}\..*")
         return sorted(names)
+
+    @property
+    def in_fp8(self) -> list[str]:
+        """Linears that become FP8, as a config names them (`ignored`)."""
+        names = [name for name, scheme in self.schemes.items() if isinstance(scheme, Fp8Scheme)]
+        return sorted({*names, *(self.written_layer(name) for name in names)})
 
     def written_layer(self, layer: str) -> str:
         """A linear's name in the new folder."""
@@ -141,7 +150,7 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Bits on disk of everything a quantized weight is stored as, for each of its values."""
         stored = [
-            spec for layer, shape in self.shapes.items() for spec in tensor_specs(layer, shape, self.config.scheme).values()
+            spec for layer, shape in self.shapes.items() for spec in tensor_specs(layer, shape, self.schemes[layer]).values()
         ]
         return 8 * sum(spec.nbytes for spec in stored) / self.weights
 
@@ -175,7 +184,9 @@ def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
     """`make_plan` of a model that has been made, whose tensors are the source's."""
     linears, others = find_linears(model), find_others(model)
-    kept = _tied(model) | _kept_linears(anatomy, list(linears), config) | {name: why for name, (why, _) in others.items()}
+    choices = choose_schemes(model, anatomy, config)
+    kept = choices.kept | {name: why for name, (why, _) in others.items()}
+    calibrated = choices.schemes.keys() - choices.unseen
     wanted = expected_tensors(model)
     buffers = {name for name, _ in model.named_buffers()}
     _check_source(source, wanted, buffers)
@@ -184,19 +195,17 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     attentions = [*(None for _ in anatomy.all_blocks[len(anatomy.blocks) :]), *attentions]  # a tower keeps nothing
     blocks: list[BlockPlan] = []
     for part, attention in zip(anatomy.all_blocks, attentions, strict=True):
-        groups = (tuple(name for name in group if name not in kept) for group in part.shared_inputs)
+        groups = (tuple(name for name in group if name in calibrated) for group in part.shared_inputs)
         groups = tuple(group for group in groups if group)
         tensors = tuple(name for name in wanted if name.startswith(part.prefix))
         streams = {writer: reader for writer, reader in part.streams.items() if (writer,) in groups}
         norms = _norms_before(part.path, groups, residual)
         caches = (attention, written_attention(source, attention)) if attention else None
         blocks.append(BlockPlan(part.path, groups, tensors, streams, norms, *_experts_of(part.experts, groups), caches))
-    shapes = {
-        layer: (linears[layer].out_features, linears[layer].in_features)
-        for block in blocks
-        for group in block.shared_inputs
-        for layer in group
-    }
+    walked = [layer for block in blocks for group in block.shared_inputs for layer in group]
+    order = [*walked, *(name for name in linears if name in choices.unseen)]
+    shapes = {layer: (linears[layer].out_features, linears[layer].in_features) for layer in order}
+    schemes = {layer: choices.schemes[layer] for layer in order}
     if not shapes:
         raise DuotoneError(f"{source.path}: every linear is left in BF16, expected at least one to quantize (see --ignore)")
     transforms: list[str] = []
@@ -212,14 +221,14 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
         )
     in_blocks = dict.fromkeys(name for block in blocks for name in block.tensors)
     outside = tuple(name for name in source.tensors if name not in in_blocks)
-    outputs, converted = _outputs(source, (*outside, *in_blocks), shapes, buffers, config.scheme)
+    outputs, converted = _outputs(source, (*outside, *in_blocks), shapes, buffers, schemes)
     for block in blocks:
         if block.caches:
             outputs |= scale_specs(block.caches[1], config.kv_cache_strategy, key_heads(model))
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
     writes = isinstance(model, PreTrainedModel) and model.can_generate()
-    facts = (kept, shapes, share, outputs, converted, tuple(transforms), writes, text_config(model))
+    facts = (kept, shapes, schemes, choices.unseen, share, outputs, converted, tuple(transforms), writes, text_config(model))
     return Plan(config, source, anatomy, tuple(blocks), outside, *facts, image_tokens(model) if writes else ())
 
 
@@ -245,42 +254,6 @@ def _experts_of(banks: tuple[str, ...], groups: tuple[tuple[str, ...], ...]) -> 
     return first, frozenset(inside)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Linears whose weight is another module's too, each with its reason: the other needs it as it is."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{leaf}")
-    linears = {f"{name}.weight": name for name in find_linears(model)}
-    return {
-        linears[name]: f"its weight is also {next(other for other in names if other != name)}"
-        for names in owners.values()
-        for name in names
-        if name in linears and len(names) > 1
-    }
-
-
-def _kept_linears(anatomy: Anatomy, linears: list[str], config: QuantizeConfig) -> dict[str, str]:
-    """Linears that stay BF16, each with its reason. Raises DuotoneError for a rule that matches nothing, or under strict."""
-    for rule in config.ignore:
-        if not any(matches(name, rule) for name in linears):
-            raise DuotoneError(f"--ignore {rule}: matches no linear of this model; names look like {linears[0]!r}")
-    known = {name for block in anatomy.all_blocks for group in block.shared_inputs for name in group}
-    kept: dict[str, str] = {}
-    for name in linears:
-        rule = next((rule for rule in config.ignore if matches(name, rule)), None)
-        if rule is not None:
-            kept[name] = f"ignored by the rule {rule}"
-        elif name in anatomy.keep:
-            kept[name] = anatomy.keep[name]
-        elif name not in known:
-            inside = any(name.startswith(block.prefix) for block in anatomy.all_blocks)
-            kept[name] = "not in the architecture's table" if inside else "outside the blocks"
-            if config.strict:
-                raise DuotoneError(f"{name}: must stay BF16 ({kept[name]}), which --strict forbids; name it with --ignore")
-    return kept
-
-
 def _check_source(source: Source, shapes: dict[str, tuple[int, ...]], buffers: set[str]) -> None:
     """Every tensor the architecture needs is there, with its shape; parameters are floats."""
     for name, shape in shapes.items():
@@ -300,7 +273,7 @@ def _outputs(
     names: tuple[str, ...],
     shapes: dict[str, tuple[int, int]],
     buffers: set[str],
-    scheme: Scheme,
+    schemes: dict[str, AnyScheme],
 ) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
     """Specs of all tensors by the names they are written under, and the names of those whose float dtype becomes BF16."""
     outputs: dict[str, TensorSpec] = {}
@@ -309,7 +282,7 @@ def _outputs(
         layer = name.removesuffix(".weight")
         spec = source.tensors[name]
         if layer in shapes:
-            parts = tensor_specs(layer, shapes[layer], scheme)
+            parts = tensor_specs(layer, shapes[layer], schemes[layer])
             outputs |= {source.written_as(part): part_spec for part, part_spec in parts.items()}
             continue
         narrows = spec.is_float and name not in buffers

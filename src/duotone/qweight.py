@@ -1,5 +1,5 @@
 # Shapes: N out_features, K in_features, G = ceil(K / group_size) groups.
-"""The quantized value that flows between all rooms: frozen, its invariants checked once, at birth."""
+"""The quantized values that flow between all rooms, in 4 bits or in FP8: frozen, invariants checked once, at birth."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from duotone.contract import fp8_product, join_scale, split_scale
-from duotone.scheme import Scheme
+from duotone.scheme import Fp8Scheme, Scheme, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class QuantizedWeight:
         _expect_scale("group_scale", self.group_scale)
         _expect_scale("outer_scale", self.outer_scale)
         self._check_zero_point()
-        self._check_input_scale()
+        _check_input_scale(self.input_scale, target)
         self._check_canonical()
 
     def _check_zero_point(self) -> None:
@@ -52,14 +52,6 @@ class QuantizedWeight:
         low, high = self.scheme.levels[0], self.scheme.levels[-1]
         if not bool(((self.zero_point >= low) & (self.zero_point <= high) & (self.zero_point % 1 == 0)).all()):
             raise ValueError(f"zero_point: expected integers in [{low:g}, {high:g}]")
-
-    def _check_input_scale(self) -> None:
-        if self.input_scale is None:
-            return
-        if self.scheme.target.dynamic_activations:
-            raise ValueError("input_scale: must not be given, activations of this target are scaled per token")
-        _expect("input_scale", self.input_scale, (), torch.float32)
-        _expect_scale("input_scale", self.input_scale)
 
     def _check_canonical(self) -> None:
         """Each target has one legal pair of scales: the one that a reader of the file gets back bit for bit."""
@@ -84,7 +76,46 @@ class QuantizedWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
 
-def runnable_input_scale(weight: QuantizedWeight) -> Tensor | None:
+@dataclass(frozen=True, eq=False)
+class Fp8Weight:
+    """A weight as FP8 values and an outer scale: real = value * outer_scale.
+
+    Shapes: values float8_e4m3fn [N, K], none beyond the target's largest; outer_scale float32 [N], of BF16 values, or [1], a
+    power of two; input_scale as in `QuantizedWeight`. Raises ValueError with the name of the field, what was found and what
+    was expected.
+    """
+
+    values: Tensor
+    outer_scale: Tensor
+    scheme: Fp8Scheme
+    input_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 2:
+            raise ValueError(f"values: found shape {tuple(self.values.shape)}, expected [N, K]")
+        target = self.scheme.target
+        _expect("values", self.values, tuple(self.values.shape), torch.float8_e4m3fn)
+        _expect("outer_scale", self.outer_scale, (len(self.values) if target.channel_outer_scale else 1,), torch.float32)
+        _expect_scale("outer_scale", self.outer_scale)
+        if not bool((self.values.float().abs() <= target.fp8.max).all()):
+            raise ValueError(f"values: found some beyond {target.fp8.max:g} or NaN, expected {target.fp8.name}")
+        if target.channel_outer_scale and not torch.equal(self.outer_scale.to(torch.bfloat16).float(), self.outer_scale):
+            raise ValueError("outer_scale: expected BF16 values")
+        if not target.channel_outer_scale and float(torch.frexp(self.outer_scale).mantissa) != 0.5:
+            raise ValueError(f"outer_scale: found {float(self.outer_scale):g}, expected a power of two")
+        _check_input_scale(self.input_scale, target)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.values.shape[0], self.values.shape[1]
+
+
+#: A weight in either precision.
+AnyWeight = QuantizedWeight | Fp8Weight
+
+
+def runnable_input_scale(weight: AnyWeight) -> Tensor | None:
     """The static activation scale that a kernel multiplies with; None where activations are scaled per token.
 
     Raises ValueError for a static target's weight that has none yet: it would silently be run as a dynamic one.
@@ -93,6 +124,15 @@ def runnable_input_scale(weight: QuantizedWeight) -> Tensor | None:
         name = weight.scheme.target.name
         raise ValueError(f"input_scale: found none, expected the calibrated one: activations of target {name} are static")
     return weight.input_scale
+
+
+def _check_input_scale(input_scale: Tensor | None, target: Target) -> None:
+    if input_scale is None:
+        return
+    if target.dynamic_activations:
+        raise ValueError("input_scale: must not be given, activations of this target are scaled per token")
+    _expect("input_scale", input_scale, (), torch.float32)
+    _expect_scale("input_scale", input_scale)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -110,8 +150,10 @@ def expand_groups(group_NG: Tensor, group_size: int, in_features: int) -> Tensor
     return group_NG.repeat_interleave(group_size, dim=-1)[..., :in_features]
 
 
-def fp8_values(weight: QuantizedWeight) -> Tensor:
+def fp8_values(weight: AnyWeight) -> Tensor:
     """The FP8 operand of the matrix product, float32 [N, K]: what every kernel multiplies."""
+    if isinstance(weight, Fp8Weight):
+        return weight.values.float()
     scheme, (_, columns) = weight.scheme, weight.shape
     level_NK = torch.tensor(scheme.levels, device=weight.codes.device)[weight.codes.long()]
     zero_NK = None if weight.zero_point is None else expand_groups(weight.zero_point, scheme.group_size, columns)
@@ -119,6 +161,6 @@ def fp8_values(weight: QuantizedWeight) -> Tensor:
     return fp8_product(level_NK, zero_NK, scale_NK, scheme.target.fp8)
 
 
-def dequantize(weight: QuantizedWeight) -> Tensor:
+def dequantize(weight: AnyWeight) -> Tensor:
     """Real weights float32 [N, K]: the FP8 operand times the outer scale."""
     return fp8_values(weight) * weight.outer_scale[:, None]

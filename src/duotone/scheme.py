@@ -40,6 +40,18 @@ KV_CACHE_STRATEGIES = ("tensor", "attn_head")
 
 
 @dataclass(frozen=True)
+class Fp8Scheme:
+    """How one weight is stored that 4 bits would hurt: an FP8 value each, for one target. W8A8 in the same arithmetic."""
+
+    target: Target = HOPPER
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return f"w8a8 {self.target.name}"
+
+
+@dataclass(frozen=True)
 class Scheme:
     """How one weight is stored: 4-bit codes in groups along K, for one target."""
 
@@ -73,9 +85,20 @@ class Scheme:
         """Lower clamp of the channel scale: vLLM clamps a row whose largest group scale is below 1/512 (FORMATS.md 1.4)."""
         return 1 / (512 * self.peak_group_scale)
 
+    @property
+    def label(self) -> str:
+        """In words."""
+        return f"w4a8 {self.target.name} g{self.group_size}" + ("" if self.symmetric else " asymmetric")
+
     def groups(self, in_features: int) -> int:
         """Number of groups along K; the last one may be short (its missing columns count as zero)."""
         return -(-in_features // self.group_size)
+
+
+#: How a weight may be stored.
+AnyScheme = Scheme | Fp8Scheme
+#: What a rule may ask for.
+CHOICES = ("w4a8", "w8a8", "bf16")
 
 
 def matches(name: str, rule: str) -> bool:
@@ -85,11 +108,19 @@ def matches(name: str, rule: str) -> bool:
     return name == rule
 
 
-def check_rules(rules: tuple[str, ...]) -> None:
+def check_rules(rules: tuple[str, ...], option: str = "--ignore") -> None:
     """Raise DuotoneError for a rule whose regular expression does not compile."""
     for rule in rules:
         if rule.startswith("re:"):
             try:
                 re.compile(rule[3:])
             except re.error as error:
-                raise DuotoneError(f"--ignore {rule}: not a regular expression ({error})") from None
+                raise DuotoneError(f"{option} {rule}: not a regular expression ({error})") from None
+
+
+def choice_of(rule: str) -> tuple[str, str]:
+    """Which layers `--rule PATTERN=SCHEME` names, and what they are to be. Raises DuotoneError for any other form."""
+    pattern, _, choice = rule.rpartition("=")
+    if not pattern or choice not in CHOICES:
+        raise DuotoneError(f"--rule {rule}: expected NAME=SCHEME or re:PATTERN=SCHEME, SCHEME one of {', '.join(CHOICES)}")
+    return pattern, choice

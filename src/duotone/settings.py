@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
 from duotone.loadability import GPUS, RUNTIMES
-from duotone.scheme import KV_CACHE_STRATEGIES, TARGETS, Scheme, check_rules
+from duotone.scheme import KV_CACHE_STRATEGIES, TARGETS, Fp8Scheme, Scheme, check_rules, choice_of
 from duotone.solver.methods import METHODS, Method, SolverOptions
 
 EFFORTS = ("default", "high")
@@ -20,11 +20,12 @@ class QuantizeConfig:
     the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
     channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them. calibration
     empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears left in
-    BF16. kv_cache: `fp8` measures scales for a cache of one byte a value, one for a layer's keys and one for its values or,
-    with strategy attn_head, for each head's. dtype: of the calibration's forward; auto is bfloat16 where that is fast and the
-    model is not small, else float32. strict: a linear that must stay BF16 is an error. quantize_vision: the vision
-    tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu with tensor_parallel ranks; it is an error
-    if that would not load it. None: nothing is promised.
+    BF16. rules: `NAME=SCHEME` or `re:PATTERN=SCHEME`, SCHEME w4a8, w8a8 or bf16: of those that name a linear, also one that
+    stays BF16 by default, the first decides, after ignore. kv_cache: `fp8` measures scales for a cache of one byte a value,
+    one for a layer's keys and one for its values or, with strategy attn_head, for each head's. dtype: of the calibration's
+    forward; auto is bfloat16 where that is fast and the model is not small, else float32. strict: a linear that must stay BF16
+    is an error. quantize_vision: the vision tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu
+    with tensor_parallel ranks; it is an error if that would not load it. None: nothing is promised.
     memory_budget: GiB that calibration may hold inside a block, the activations of batches that wait there and a group's
     second moments; with less, more batches walk the block anew for every group, and the numbers stay the same.
     """
@@ -34,6 +35,7 @@ class QuantizeConfig:
     group_size: int = 128
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     samples: int = 128
     seq_len: int = 2048
@@ -89,12 +91,18 @@ class QuantizeConfig:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
         check_seed(self.seed)
         check_rules(self.ignore)
+        check_rules(tuple(choice_of(rule)[0] for rule in self.rules), "--rule")
         _ = self.scheme, self.solver  # their own checks, before any work
 
     @property
     def scheme(self) -> Scheme:
         """Target, group size and symmetry as one value."""
         return Scheme(TARGETS[self.target], self.group_size, self.symmetric)
+
+    @property
+    def fp8_scheme(self) -> Fp8Scheme:
+        """Of the linears that a rule puts into FP8."""
+        return Fp8Scheme(TARGETS[self.target])
 
     @property
     def solver(self) -> SolverOptions:

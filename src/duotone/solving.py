@@ -6,17 +6,18 @@ share of every linear's rows; where a linear has one for all, whole linears are 
 found.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from duotone.qweight import QuantizedWeight
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight
 from duotone.ranks import Ranks
 from duotone.run import Run
-from duotone.scheme import Scheme
+from duotone.scheme import Fp8Scheme, Scheme
 from duotone.solver.couple import couple
+from duotone.solver.fp8 import solve_fp8
 from duotone.solver.methods import METHODS, LayerReport, Problem, report_on, shared_factor
 from duotone.solver.solve import output_energy
 from duotone.solver.statistics import Statistics
@@ -24,7 +25,7 @@ from duotone.solver.statistics import Statistics
 
 def solve_group(
     run: Run, group: tuple[str, ...], originals: Mapping[str, Tensor], statistics: Statistics | None
-) -> dict[str, QuantizedWeight]:
+) -> dict[str, AnyWeight]:
     """Quantize the linears that read one input: one Hessian, one factorization."""
     config, ranks = run.plan.config, run.ranks
     factor = None
@@ -47,19 +48,33 @@ def solve_group(
                 config.scheme,
                 config.solver,
                 run.plan.shards(layer),
+                isinstance(run.plan.schemes[layer], Fp8Scheme),
             )
             for layer, w_NK, share in zip(group, values, shares, strict=True)
         ]
-        solved = [METHODS[config.method].solve(problem) if len(problem.weight) else None for problem in problems]
+        solved = [_solved(config.method, problem) if len(problem.weight) else None for problem in problems]
     if ranks.size > 1:
         with run.phases("exchange"):
             solved = _exchanged(config.method, problems, solved, shares, ranks)
     whole = [answer for answer in solved if answer is not None]
-    if run.curvatures is not None:
+    coded = [weight for weight, _ in whole if isinstance(weight, QuantizedWeight)]
+    if run.curvatures is not None and len(coded) == len(whole):  # rows answer for one another's codes, of which FP8 has none
         with run.phases("couple"):
-            whole = couple(problems, [weight for weight, _ in whole], run.curvatures.read(group[0]))
+            whole = couple(problems, coded, run.curvatures.read(group[0]))
     run.report.layers.extend(report for _, report in whole)
     return dict(zip(group, (weight for weight, _ in whole), strict=True))
+
+
+def _solved(method: str, problem: Problem) -> tuple[AnyWeight, LayerReport]:
+    return solve_fp8(method, problem) if problem.fp8 else METHODS[method].solve(problem)
+
+
+def round_unseen(run: Run, layer: str, w_NK: Tensor) -> AnyWeight:
+    """A linear that calibration does not pass, each weight to the nearest FP8 value."""
+    config = run.plan.config
+    weight, report = solve_fp8("rtn", Problem(layer, w_NK.float(), None, None, config.scheme, config.solver, fp8=True))
+    run.report.layers.append(report)
+    return weight
 
 
 def row_shares(rows: Sequence[int], scheme: Scheme, ranks: Ranks) -> list[list[slice]]:
@@ -101,10 +116,10 @@ def _of_rows(statistics: Statistics | None, rows: slice) -> Statistics | None:
 def _exchanged(
     method: str,
     problems: Sequence[Problem],
-    solved: Sequence[tuple[QuantizedWeight, LayerReport] | None],
+    solved: Sequence[tuple[AnyWeight, LayerReport] | None],
     shares: Sequence[Sequence[slice]],
     ranks: Ranks,
-) -> list[tuple[QuantizedWeight, LayerReport]]:
+) -> list[tuple[AnyWeight, LayerReport]]:
     """Every linear's answer put together from the processes' rows, the errors weighed by what they are relative to."""
     parts: list[Tensor] = []
     cuts: list[Sequence[slice]] = []
@@ -117,18 +132,28 @@ def _exchanged(
             sum_4 += torch.tensor(_energies(problem, answer[1]), dtype=torch.float64)
     ranks.sum_(sums)
     found = iter(ranks.whole(parts, cuts))
-    answers: list[tuple[QuantizedWeight, LayerReport]] = []
+    answers: list[tuple[AnyWeight, LayerReport]] = []
     for problem, (weight_loss, weight_energy, output_loss, energy) in zip(problems, sums.tolist(), strict=True):
-        codes, group_scale = next(found), next(found)
-        zero_point = None if problem.scheme.symmetric else next(found)
-        weight = QuantizedWeight(codes, group_scale, next(found), problem.scheme, zero_point)
+        weight = _of_fields(problem, found)
         output_error = None if problem.statistics is None else output_loss / max(energy, 1e-30)
-        answers.append((weight, report_on(method, problem, weight_loss / max(weight_energy, 1e-30), output_error)))
+        weight_error = weight_loss / max(weight_energy, 1e-30)
+        answers.append((weight, report_on(method, problem, weight_error, output_error, "w8a8" if problem.fp8 else "w4a8")))
     return answers
 
 
-def _fields_of(weight: QuantizedWeight) -> list[Tensor]:
-    """The tensors of a weight, the outer scale last."""
+def _of_fields(problem: Problem, found: Iterator[Tensor]) -> AnyWeight:
+    """A weight of the tensors that `_fields_of` gives."""
+    if problem.fp8:
+        return Fp8Weight(next(found).view(torch.float8_e4m3fn), next(found), Fp8Scheme(problem.scheme.target))
+    codes, group_scale = next(found), next(found)
+    zero_point = None if problem.scheme.symmetric else next(found)
+    return QuantizedWeight(codes, group_scale, next(found), problem.scheme, zero_point)
+
+
+def _fields_of(weight: AnyWeight) -> list[Tensor]:
+    """The tensors of a weight, the outer scale last; bytes for FP8, which not every backend sends."""
+    if isinstance(weight, Fp8Weight):
+        return [weight.values.view(torch.uint8), weight.outer_scale]
     zero = [] if weight.zero_point is None else [weight.zero_point]
     return [weight.codes, weight.group_scale, *zero, weight.outer_scale]
 
@@ -136,6 +161,8 @@ def _fields_of(weight: QuantizedWeight) -> list[Tensor]:
 def _fields(problem: Problem) -> list[Tensor]:
     """The same of a weight without rows."""
     scheme, (_, columns) = problem.scheme, problem.weight.shape
+    if problem.fp8:
+        return [problem.weight.new_empty(0, columns, dtype=torch.uint8), problem.weight.new_empty(0)]
     scale = problem.weight.new_empty(0, scheme.groups(columns))
     return [
         problem.weight.new_empty(0, columns, dtype=torch.uint8), scale, *([] if scheme.symmetric else [scale]), scale[:, 0]

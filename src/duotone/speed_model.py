@@ -160,6 +160,7 @@ class _Int4Linear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
+        assert isinstance(layer.scheme, Scheme)
         rows, columns, self.group_size = layer.out_features, layer.in_features, layer.scheme.group_size
         codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)

@@ -140,7 +140,7 @@ def test_rules_against_all_sixteen_values(loop: Callable[..., tuple[Tensor, Tens
     rows, columns = 200, 50
     uncoupled = torch.zeros(columns, columns)
     group_B = groups_of(columns, 3, generator)
-    for rule in Rule:
+    for rule in (Rule.NEAREST_VALUE, Rule.NEAREST_LEVEL, Rule.INT4_ONLY):
         grid = random_grid(rows, 3, target, symmetric, rule, generator)
         scale_BN, outer = grid.group_scale_GN[group_B].numpy(), grid.outer_scale.numpy()
         zero_BN = np.zeros_like(scale_BN) if grid.zero_point_GN is None else grid.zero_point_GN[group_B].numpy()

@@ -1,11 +1,14 @@
 # Shapes: N out_features, K in_features, G groups along K.
 """The layout vLLM and transformers read: compressed-tensors `pack-quantized` (FORMATS.md section 1), and its `gaudi` variant.
 
+Linears in FP8 lie beside in compressed-tensors' `float-quantized`: the values, and the outer scale as `weight_scale`.
+
 `hopper`: the file holds the one BF16 product of group and outer scale; every reader splits it back bit for bit.
 `gaudi`: the file holds the BF16 group scale alone; outer scale and static activation scale live in duotone.json. A reader
 that ignored them would compute garbage, so the variant carries a `format` of its own, which every such reader refuses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +20,16 @@ from duotone.checkpoint.kv_cache import kv_cache_scheme
 from duotone.checkpoint.packing import pack_int4, unpack_int4
 from duotone.contract import join_scale, split_scale
 from duotone.errors import DuotoneError
-from duotone.qweight import QuantizedWeight
-from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight
+from duotone.scheme import GAUDI, HOPPER, AnyScheme, Fp8Scheme, Scheme, Target
 
 #: Version of compressed-tensors whose config this is; informative in the file.
 _FORMAT_VERSION = "0.19.0"
 _METHOD = "compressed-tensors"
 _FORMAT_OF_TARGET = {HOPPER.name: "pack-quantized", GAUDI.name: "duotone-gaudi"}
+_FP8_FORMAT_OF_TARGET = {HOPPER.name: "float-quantized", GAUDI.name: "duotone-gaudi-fp8"}
+#: What compressed-tensors calls a checkpoint whose groups differ in format.
+_MIXED = "mixed-precision"
 _ZERO_CODE = 8
 
 
@@ -35,9 +41,12 @@ class SideScales:
     input_scale: float
 
 
-def tensor_specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+def tensor_specs(layer: str, shape: tuple[int, int], scheme: AnyScheme) -> dict[str, TensorSpec]:
     """Names, dtypes and shapes that `to_tensors` will give for a weight [N, K]; no arithmetic."""
     rows, columns = shape
+    if isinstance(scheme, Fp8Scheme):
+        values = {f"{layer}.weight": TensorSpec("F8_E4M3", shape)}
+        return values | ({f"{layer}.weight_scale": TensorSpec("BF16", (rows, 1))} if scheme.target.channel_outer_scale else {})
     groups = scheme.groups(columns)
     specs = {
         f"{layer}.weight_packed": TensorSpec("I32", (rows, groups * scheme.group_size // 8)),
@@ -49,9 +58,13 @@ def tensor_specs(layer: str, shape: tuple[int, int], scheme: Scheme) -> dict[str
     return specs
 
 
-def to_tensors(layer: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+def to_tensors(layer: str, weight: AnyWeight) -> dict[str, Tensor]:
     """The file's tensors of one weight. K is padded with zeros to whole groups; `weight_shape` keeps the logical shape."""
     rows, columns = weight.shape
+    if isinstance(weight, Fp8Weight):
+        scale = weight.outer_scale[:, None].to(torch.bfloat16)
+        scales = {f"{layer}.weight_scale": scale} if weight.scheme.target.channel_outer_scale else {}
+        return {f"{layer}.weight": weight.values} | scales
     padding = weight.group_scale.shape[1] * weight.scheme.group_size - columns
     codes = torch.nn.functional.pad(weight.codes, (0, padding), value=_ZERO_CODE)
     if weight.scheme.target.channel_outer_scale:
@@ -98,6 +111,22 @@ def from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Scheme, side: S
         raise DuotoneError(f"{layer}: the checkpoint's scales are not valid: {error}") from None
 
 
+def fp8_from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Fp8Scheme, side: SideScales | None = None) -> Fp8Weight:
+    """The FP8 weight a file describes. Raises DuotoneError naming the layer when tensors are missing or do not fit."""
+    values, scale, input_scale = tensors[f"{layer}.weight"], tensors.get(f"{layer}.weight_scale"), None
+    if not scheme.target.channel_outer_scale:
+        if side is None:
+            raise DuotoneError(f"{layer}: duotone.json has no scales for it, expected them for target {scheme.target.name}")
+        scale, input_scale = torch.tensor([side.outer_scale]), torch.tensor(side.input_scale)
+    elif scale is None or tuple(scale.shape) != (len(values), 1):
+        found = "none" if scale is None else list(scale.shape)
+        raise DuotoneError(f"{layer}.weight_scale: found {found}, expected [{len(values)}, 1] for FP8 weights of {layer}")
+    try:
+        return Fp8Weight(values, scale.float().flatten(), scheme, input_scale)
+    except ValueError as error:
+        raise DuotoneError(f"{layer}: the checkpoint's FP8 weight is not valid: {error}") from None
+
+
 def _check_stored(name: str, tensor: Tensor, spec: TensorSpec) -> None:
     """Raise DuotoneError unless a stored tensor has its shape and kind: scales are positive floats, the others int32."""
     is_right = tensor.is_floating_point() if spec.is_float else tensor.dtype == torch.int32
@@ -107,7 +136,7 @@ def _check_stored(name: str, tensor: Tensor, spec: TensorSpec) -> None:
         raise DuotoneError(f"{name}: found negative or non-finite scales, expected positive ones")
 
 
-def side_scales(weight: QuantizedWeight) -> dict[str, float]:
+def side_scales(weight: AnyWeight) -> dict[str, float]:
     """The entries of duotone.json without which this weight could not be read back; empty for `hopper`."""
     if weight.scheme.target.channel_outer_scale:
         return {}
@@ -116,28 +145,42 @@ def side_scales(weight: QuantizedWeight) -> dict[str, float]:
     return {"outer_scale": float(weight.outer_scale), "input_scale": float(weight.input_scale)}
 
 
-def quantization_config(scheme: Scheme, ignore: list[str], kv_strategy: str | None = None) -> dict[str, Any]:
+def quantization_config(
+    scheme: Scheme, ignore: list[str], kv_strategy: str | None = None, fp8: Sequence[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` of config.json. Both `format` keys and the status are needed: FORMATS.md 1.2.
 
-    kv_strategy: of the scales of an FP8 cache; None: there are none.
+    kv_strategy: of the scales of an FP8 cache; None: there are none. fp8: names of the linears that are stored in FP8; readers
+    let a name win over `Linear`.
     """
-    dynamic = scheme.target.dynamic_activations
+    target = scheme.target
+    dynamic = target.dynamic_activations
     strategy = "token" if dynamic else "tensor"
-    file_format = _FORMAT_OF_TARGET[scheme.target.name]
+    file_format = _FORMAT_OF_TARGET[target.name]
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": scheme.group_size, "dynamic": False}
     activations = {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": dynamic, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "format": file_format,
-        "weights": weights | {"symmetric": scheme.symmetric, "actorder": None},
-        "input_activations": activations,
-        "output_activations": None,
+    shared = {"input_activations": activations, "output_activations": None}
+    groups = {
+        "group_0": {
+            "targets": ["Linear"],
+            "format": file_format,
+            "weights": weights | {"symmetric": scheme.symmetric, "actorder": None},
+            **shared,
+        }
     }
+    if fp8:
+        strategy = "channel" if target.channel_outer_scale else "tensor"
+        groups["group_1"] = {
+            "targets": list(fp8),
+            "format": _FP8_FORMAT_OF_TARGET[target.name],
+            "weights": {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": False, "symmetric": True},
+            **shared,
+        }
     return {
         "quant_method": _METHOD,
-        "format": file_format,
+        "format": _MIXED if fp8 else file_format,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": kv_cache_scheme(kv_strategy),
         "version": _FORMAT_VERSION,
@@ -171,6 +214,9 @@ def scheme_from_config(config: dict[str, Any]) -> Scheme:
     expected = ("compressed", 4, "int", "group", 8, "float", "token" if target.dynamic_activations else "tensor")
     if found != expected:
         raise DuotoneError(f"config.json: quantization_config is {found}, expected {expected}")
+    for name, other in config["config_groups"].items():
+        if name != "group_0":
+            _check_fp8_group(other, target)
     return Scheme(target, size, symmetric)
 
 
@@ -192,8 +238,10 @@ def layout_of(config: dict[str, Any]) -> tuple[str, int, bool]:
         if method == "modelopt" and config.get("quant_algo") == "W4A8_AWQ":
             return "modelopt", int(config.get("group_size", 128)), True
         if method == _METHOD:
-            (group,) = config["config_groups"].values()
+            group, *others = config["config_groups"].values()
             weights, stored = group["weights"], group.get("format") or config.get("format")
+            for other in others:
+                _check_fp8_group(other, GAUDI if stored == _FORMAT_OF_TARGET[GAUDI.name] else HOPPER)
             if weights["num_bits"] == 4 and weights["type"] == "int" and weights["strategy"] == "group":
                 packed = "compressed-tensors" if group.get("input_activations") else "w4a16"
                 named = {_FORMAT_OF_TARGET[GAUDI.name]: "duotone-gaudi", "int-quantized": "int-quantized"}
@@ -204,6 +252,20 @@ def layout_of(config: dict[str, Any]) -> tuple[str, int, bool]:
         f"config.json: found quantization by {method!r} with settings that are not known, expected 4-bit weights in groups of "
         "compressed-tensors, gptq, auto-round, awq or modelopt"
     )
+
+
+def _check_fp8_group(group: Any, target: Target) -> None:
+    """Raise DuotoneError unless a second config group is the FP8 one that `quantization_config` writes."""
+    dynamic = target.dynamic_activations
+    expected = (_FP8_FORMAT_OF_TARGET[target.name], 8, "float", "channel" if target.channel_outer_scale else "tensor", dynamic)
+    try:
+        weights = group["weights"]
+        kinds = weights["num_bits"], weights["type"], weights["strategy"], bool(group["input_activations"]["dynamic"])
+        found = (group["format"], *kinds)
+    except (KeyError, TypeError) as error:
+        raise DuotoneError(f"config.json: a config group beside the 4-bit one lacks {error}, expected W8A8 in FP8") from None
+    if found != expected:
+        raise DuotoneError(f"config.json: a config group beside the 4-bit one is {found}, expected {expected}")
 
 
 def _target_of_format(file_format: object) -> Target:

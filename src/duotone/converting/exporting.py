@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_cache_scheme, kv_strategy_of, without_scales
-from duotone.checkpoint.layouts import LAYOUTS, Layout, Shared
+from duotone.checkpoint.layouts import LAYOUTS, Layout, Shared, dense
 from duotone.checkpoint.layouts.layout import ALONE, product_scale, products
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.sidecar import recorded_inputs
@@ -24,7 +24,8 @@ from duotone.errors import DuotoneError
 from duotone.models.anatomy import anatomy_of, linears_by_input
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
-from duotone.qweight import QuantizedWeight, dequantize
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight, dequantize
+from duotone.scheme import Fp8Scheme
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def export_checkpoint(
     shapes = {layer: stored_shape(source, layer) for layer in layers}
     for layer, shape in shapes.items():
         reason = None if kind.refuses is None else kind.refuses(layer, shape, reader.scheme)
+        if isinstance(reader.scheme_of(layer), Fp8Scheme) and kind is not dense.DENSE:
+            reason = "is stored in FP8, which only dense-bf16 can follow; quantize without the --rule that asks for it"
         if reason is not None:
             raise DuotoneError(f"--format {layout}: {layer}: {reason}")
     quantization = source.config["quantization_config"]
@@ -72,7 +75,10 @@ def export_checkpoint(
 
     def tensors_of(layer: str) -> dict[str, Tensor]:
         weight = reader.read(layer)
-        tensors = kind.to_tensors(layer, weight, shared.get(layer, ALONE))
+        if isinstance(weight, Fp8Weight):
+            tensors = dense.to_tensors(layer, weight)
+        else:
+            tensors = kind.to_tensors(layer, weight, shared.get(layer, ALONE))
         report.layers.append(_compared(layer, kind, tensors, weight, allow_lossy))
         return tensors
 
@@ -119,7 +125,7 @@ def _shared(source: SourceFolder, reader: WeightReader, kind: Layout, measured: 
         return {layer: Shared(input_scale=scale) for layer, scale in measured.items()}
     found: dict[str, Shared] = {}
     for names in _named(source)[1]:
-        weights = [reader.read(name) for name in names]
+        weights = [weight for name in names if isinstance(weight := reader.read(name), QuantizedWeight)]
         outer = max(kind.outer(weight) for weight in weights)
         own = [float(weight.input_scale) for weight in weights if weight.input_scale is not None]
         scales = [measured[name] for name in names if name in measured] or own
@@ -137,17 +143,17 @@ def _named(source: SourceFolder) -> tuple[dict[str, str], list[tuple[str, ...]]]
     return stored, [tuple(stored[name] for name in names) for names in groups]
 
 
-def _compared(
-    layer: str, kind: Layout, tensors: dict[str, Tensor], weight: QuantizedWeight, allow_lossy: bool
-) -> LayerConversion:
+def _compared(layer: str, kind: Layout, tensors: dict[str, Tensor], weight: AnyWeight, allow_lossy: bool) -> LayerConversion:
     """What the layout's runtimes multiply, beside the contract's weights."""
-    found, contract = kind.values(layer, tensors, weight.scheme), dequantize(weight)
+    scheme, contract = weight.scheme, dequantize(weight)
+    found = dense.values(layer, tensors, scheme) if isinstance(scheme, Fp8Scheme) else kind.values(layer, tensors, scheme)
     error = relative(found - contract, contract)
     if torch.equal(found, contract):
         return LayerConversion(layer, EXACTNESS[0], error)
-    level = weight.codes.float() + weight.scheme.levels[0]
-    if torch.equal(found, products(level, product_scale(weight), weight.zero_point, weight.scheme.group_size)):
-        return LayerConversion(layer, EXACTNESS[1], error)
+    if isinstance(weight, QuantizedWeight):
+        level = weight.codes.float() + weight.scheme.levels[0]
+        if torch.equal(found, products(level, product_scale(weight), weight.zero_point, weight.scheme.group_size)):
+            return LayerConversion(layer, EXACTNESS[1], error)
     if not allow_lossy:
         raise DuotoneError(
             f"--format {kind.name}: {layer}: is held approximately (weights move by {100 * math.sqrt(error):.2f} %), expected "

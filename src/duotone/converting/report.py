@@ -96,6 +96,9 @@ def relative(difference: Tensor, whole: Tensor) -> float:
 
 
 def stored_shape(source: SourceFolder, layer: str) -> tuple[int, int]:
-    """[N, K] of a packed linear, from the tensor that says so."""
+    """[N, K] of a quantized linear: of a packed one from the tensor that says so."""
+    if f"{layer}.weight_shape" not in source.tensors:
+        rows, columns = source.tensors[f"{layer}.weight"].shape
+        return rows, columns
     rows, columns = (int(size) for size in source.load([f"{layer}.weight_shape"])[f"{layer}.weight_shape"])
     return rows, columns

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duotone.kernels import layout, native
 from duotone.qweight import QuantizedWeight, runnable_input_scale
-from duotone.scheme import Scheme
+from duotone.scheme import AnyScheme, Fp8Scheme, Scheme
 
 NAME = "cpu"
 #: In the order of csrc/linear.cpp's enum Path, the fastest last.
@@ -64,8 +64,10 @@ def paths() -> list[str]:
     return [name for number, name in enumerate(PATHS) if found >> number & 1]
 
 
-def refuses(scheme: Scheme, device: torch.device) -> str | None:
+def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
     """Why this backend cannot run weights of a scheme on a device, or None."""
+    if isinstance(scheme, Fp8Scheme):
+        return "multiplies 4-bit codes, not FP8 weights"
     if device.type != "cpu":
         return f"runs on a CPU, not on {device.type}"
     reason = native.unavailable()

@@ -6,13 +6,13 @@ from types import ModuleType
 import torch
 
 from duotone.kernels import cpu, reference
-from duotone.scheme import Scheme
+from duotone.scheme import AnyScheme
 
 #: Fastest first; the reference runs everything and comes last.
 BACKENDS: tuple[ModuleType, ...] = (cpu, reference)
 
 
-def choose(scheme: Scheme, device: torch.device) -> tuple[ModuleType, list[str]]:
+def choose(scheme: AnyScheme, device: torch.device) -> tuple[ModuleType, list[str]]:
     """The backend for weights of a scheme on a device, and the reasons for which faster ones refused it."""
     refusals: list[str] = []
     for backend in BACKENDS:
@@ -32,7 +32,7 @@ class Verdict:
     refusals: tuple[str, ...]
 
 
-def explain(scheme: Scheme, device: torch.device) -> Verdict:
+def explain(scheme: AnyScheme, device: torch.device) -> Verdict:
     """The choice in words: faster backends that refused, then faster paths of the one that runs."""
     backend, refusals = choose(scheme, device)
     return Verdict(backend.NAME, backend.describe(scheme), (*refusals, *backend.path_refusals(scheme)))

@@ -105,6 +105,11 @@ def _outcomes(subject: Subject, outcome: str, broken: list[tuple[Rule, Finding]]
         rule, finding = of_layer.get(linear.name) or of_all or (None, None)
         reason = None if rule is None or finding is None else f"{finding.found}, expected: {rule.says}"
         found.append(LayerOutcome(linear.name, outcome, reason, None if rule is None else rule.source))
+    for linear in (linear for fused in subject.fp8 for linear in fused):
+        rule, finding = of_layer.get(linear.name) or of_all or (None, None)
+        reason = None if rule is None or finding is None else f"{finding.found}, expected: {rule.says}"
+        whole = outcome if outcome in {"refused", "bf16"} else "w8a8"
+        found.append(LayerOutcome(linear.name, whole, reason, None if rule is None else rule.source))
     return found + [LayerOutcome(name, "bf16", reason) for name, reason in subject.kept.items()]
 
 

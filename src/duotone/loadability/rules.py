@@ -134,11 +134,27 @@ def whole_fusions(source: str) -> Rule:
     """What a runtime fuses is quantized as a whole, or not at all."""
 
     def findings(here: Situation) -> Iterator[Finding]:
-        for kept, partners in here.subject.split.items():
-            rest = " ".join(f"--ignore {name}" for name in partners)
-            yield Finding(f"{kept} stays BF16, linears it is fused with do not", partners, rest)
+        in_fp8 = {linear.name for fused in here.subject.fp8 for linear in fused}
+        for one, partners in here.subject.split.items():
+            words = ("--rule {}=w8a8", "is in FP8", "are") if one in in_fp8 else ("--ignore {}", "stays BF16", "do")
+            option, kind, verb = words
+            yield Finding(
+                f"{one} {kind}, linears it is fused with {verb} not",
+                partners,
+                " ".join(option.format(name) for name in partners),
+            )
 
-    return Rule("linears that are fused are all quantized or all in BF16", source, findings)
+    return Rule("linears that are fused are all of one precision", source, findings)
+
+
+def no_fp8(source: str) -> Rule:
+    """Nothing in FP8 beside the 4 bits."""
+
+    def findings(here: Situation) -> Iterator[Finding]:
+        for fused in here.subject.fp8:
+            yield Finding(f"{fused[0].name} is stored in FP8", _names(fused), "no --rule with w8a8")
+
+    return Rule("all quantized linears are in 4 bits", source, findings)
 
 
 def heads(source: str) -> Rule:

@@ -31,8 +31,9 @@ class Linear:
 class Subject:
     """A checkpoint.
 
-    layout: how it is stored, see `layout_of`. dtype: of config.json. fused: the quantized linears, those that runtimes put
-    into one matrix together. split: linears left in BF16, each with the quantized ones that runtimes fuse with it. heads: of
+    layout: how it is stored, see `layout_of`. dtype: of config.json. fused: the linears in 4 bits, those that runtimes put into
+    one matrix together; fp8: likewise those in FP8. split: linears left in BF16, or in FP8 beside others in 4 bits, each with
+    those that runtimes fuse with it. heads: of
     queries and of keys; 0 where there are none. experts: whether the linears are a mixture's experts. made_for: ranks whose
     shares of columns rebuild the same scales. kv_cache: what shares a scale of its FP8 cache, if it has one
     (`scheme.KV_CACHE_STRATEGIES`). library: whose model it is, transformers' or diffusers'.
@@ -49,4 +50,5 @@ class Subject:
     experts: bool = False
     made_for: int = 1
     kv_cache: str | None = None
+    fp8: tuple[tuple[Linear, ...], ...] = ()
     library: str = "transformers"

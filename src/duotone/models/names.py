@@ -136,7 +136,7 @@ def named_source(source: Source, model: PreTrainedModel) -> Source:
         if getattr(linear, STORED_TRANSPOSED, False):
             name = f"{path}.weight"
             stored = cuts[name].stored if name in cuts else name
-            if stored in source.tensors:
+            if stored in source.tensors and source.tensors[stored].dtype != "F8_E4M3":  # what we have quantized lies as [N, K]
                 cuts[name] = Cut(stored, transposed=True)
     if not cuts:
         return source

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.source import SourceFolder
+from duotone.qweight import Fp8Weight
 
 #: Of a float32, all but its sign, exponent and first three bits of mantissa: eight bins an octave, one for each E4M3 value.
 _BIN_SHIFT = 20
@@ -21,7 +22,8 @@ class Census:
     """Counts over all quantized linears.
 
     codes: of each of the 16, with `levels`, the numbers they stand for. scales: lower edge of a bin and how many group scales
-    are in it, ascending; an E4M3 scale is the edge itself. code_bits: by linear, the entropy of its codes in bits, at most 4.
+    are in it, ascending; an E4M3 scale is the edge itself. code_bits: by linear, the entropy of its codes in bits, at most 4,
+    or of its FP8 values, at most 8, which the other counts leave out.
     """
 
     levels: tuple[float, ...]
@@ -37,6 +39,9 @@ def take_census(source: SourceFolder, progress: Callable[[int, int, str], None])
     for done, layer in enumerate(layers):
         progress(done, len(layers), layer)
         weight = reader.read(layer)
+        if isinstance(weight, Fp8Weight):
+            code_bits[layer] = entropy(torch.bincount(weight.values.view(torch.uint8).flatten(), minlength=256).tolist())
+            continue
         counts = torch.bincount(weight.codes.flatten(), minlength=16).tolist()
         codes = [one + other for one, other in zip(codes, counts, strict=True)]
         code_bits[layer] = entropy(counts)

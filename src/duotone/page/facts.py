@@ -10,7 +10,7 @@ from typing import Any
 from duotone.card import base_name
 from duotone.checking import check
 from duotone.checkpoint.hub import locate_model
-from duotone.checkpoint.reader import WeightReader
+from duotone.checkpoint.reader import WeightReader, is_fp8_weight
 from duotone.checkpoint.sidecar import EVALUATION_RECORD, RUN_RECORD, SIDECAR, read_record, read_sidecar
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
@@ -231,7 +231,9 @@ def _kept(inspection: Inspection, sidecar: dict[str, Any]) -> Iterator[KeptFacts
 
 
 def _sizes(source: SourceFolder, inspection: Inspection, sidecar: dict[str, Any] | None, run: dict[str, Any] | None) -> Sizes:
-    codes = sum(spec.nbytes for name, spec in source.tensors.items() if name.endswith(".weight_packed"))
+    codes = sum(
+        spec.nbytes for name, spec in source.tensors.items() if name.endswith(".weight_packed") or is_fp8_weight(source, name)
+    )
     kept = sum(layer.nbytes for layer in inspection.layers if not layer.is_quantized)
     other = inspection.total_bytes - inspection.quantized_bytes - kept
     narrow = sum(2 * layer.shape[0] * layer.shape[1] for layer in inspection.layers if layer.is_quantized)

@@ -15,6 +15,17 @@ _STYLE = """svg{background:#fff;font-family:system-ui,sans-serif;font-size:13px}
 .front{stroke:#8c8dff}.dot{fill:#ff8f66}.best{fill:#8c8dff}}"""
 
 
+def curve_svg(points: Sequence[tuple[float, float]], stderr: float) -> str:
+    """Bits and KL of the best choices as the same picture; only the ends are named."""
+    names = ["all in 4 bits", *[""] * (len(points) - 2), "all in FP8"][: len(points)]
+    return pareto_svg(
+        [
+            Contender(name, "", "", False, 0, bits, {"kl": kl, "kl_stderr": stderr}, {}, on_front=True)
+            for name, (bits, kl) in zip(names, points, strict=True)
+        ]
+    )
+
+
 def pareto_svg(found: Sequence[Contender]) -> str:
     """The picture's text. KL is logarithmic; one of 0 (the original itself) stands on the lower edge."""
     known = [one.figures["kl"] for one in found if one.figures["kl"] > 0] or [1e-3]

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from duotone.errors import DuotoneError
 from duotone.kernels import cpu
 from duotone.kernels.dispatch import choose
-from duotone.qweight import QuantizedWeight
-from duotone.scheme import Scheme
+from duotone.qweight import AnyWeight
+from duotone.scheme import AnyScheme
 
 
 class QuantizedLinear(nn.Module):
-    """A W4A8 linear: x [..., K] -> [..., N] in x's dtype, bias added after the rounding to it."""
+    """A W4A8 or W8A8 linear: x [..., K] -> [..., N] in x's dtype, bias added after the rounding to it."""
 
     #: Forwards that ask for a weight's dtype, as T5's does, take None for a linear that casts by itself.
     weight = None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device | None = None) -> None:
+    def __init__(self, weight: AnyWeight, bias: Tensor | None, device: torch.device | None = None) -> None:
         """device: where it is to run, the weight's own by default; its backend may not follow it to another kind."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.scheme: Scheme = weight.scheme
+        self.scheme: AnyScheme = weight.scheme
         self.input_scale = weight.input_scale
-        backend, self.refusals = choose(weight.scheme, device or weight.codes.device)
+        backend, self.refusals = choose(weight.scheme, device or weight.outer_scale.device)
         self._backend = backend.__name__  # a name, since modules of Python cannot be copied with the model
         self._packed = self.backend.prepack(weight)
         self._shared: tuple[_SharedCall, int] | None = None
@@ -77,10 +77,9 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, scheme and backend, as `print(model)` shows them."""
-        scheme = self.scheme
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"w4a8 {scheme.target.name} g{scheme.group_size}, backend={self.backend.NAME}"
+            f"{self.scheme.label}, backend={self.backend.NAME}"
         )
 
 

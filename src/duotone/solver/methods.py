@@ -56,7 +56,7 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one linear: relative squared error of its weights and of its outputs, and how it was solved."""
+    """What happened to one linear: relative squared error of its weights and of its outputs, how it was solved and stored."""
 
     layer: str
     method: str
@@ -66,13 +66,15 @@ class LayerReport:
     damping_frac: float | None = None
     dead_columns: int = 0
     condition_number: float | None = None
+    scheme: str = "w4a8"
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One weight to quantize, float32 [N, K]; statistics and factor are shared by the linears that read the same input.
 
-    shards: ranks that will each rebuild scales from their share of the columns (`search_scales`).
+    shards: ranks that will each rebuild scales from their share of the columns (`search_scales`). fp8: keep an FP8 value of
+    each weight instead of a code (solver/fp8.py).
     """
 
     layer: str
@@ -82,6 +84,7 @@ class Problem:
     scheme: Scheme
     options: SolverOptions
     shards: int = 1
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.weight).all()):
@@ -224,12 +227,19 @@ def weight_of(codes_NK: Tensor, scales: Scales, scheme: Scheme) -> QuantizedWeig
 def finish(method: str, problem: Problem, codes_NK: Tensor, scales: Scales) -> tuple[QuantizedWeight, LayerReport]:
     """The quantized weight of codes and scales, with its errors measured on what will really run."""
     weight = weight_of(codes_NK, scales, problem.scheme)
-    v_NK, w_NK, statistics = dequantize(weight), problem.weight, problem.statistics
+    return weight, report_on(method, problem, *errors_of(dequantize(weight), problem))
+
+
+def errors_of(v_NK: Tensor, problem: Problem) -> tuple[float, float | None]:
+    """Relative squared error of the weights that came of a problem, and of their outputs if calibration knows them."""
+    w_NK, statistics = problem.weight, problem.statistics
     weight_error = float((w_NK - v_NK).square().sum() / w_NK.square().sum().clamp(min=1e-30))
-    return weight, report_on(method, problem, weight_error, None if statistics is None else output_loss(w_NK, v_NK, statistics))
+    return weight_error, None if statistics is None else output_loss(w_NK, v_NK, statistics)
 
 
-def report_on(method: str, problem: Problem, weight_error: float, output_error: float | None) -> LayerReport:
+def report_on(
+    method: str, problem: Problem, weight_error: float, output_error: float | None, scheme: str = "w4a8"
+) -> LayerReport:
     """The errors of a problem's answer, with how it was found."""
     statistics, factor = problem.statistics, problem.factor
     return LayerReport(
@@ -241,4 +251,5 @@ def report_on(method: str, problem: Problem, weight_error: float, output_error: 
         damping_frac=None if factor is None else factor.damping_frac,
         dead_columns=0 if factor is None else factor.dead_columns,
         condition_number=None if factor is None else factor.condition_number,
+        scheme=scheme,
     )

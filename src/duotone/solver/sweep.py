@@ -33,6 +33,8 @@ class Rule(IntEnum):
     NEAREST_LEVEL = 1
     #: the nearest INT4 level, (level - zero) * step, without FP8
     INT4_ONLY = 2
+    #: the nearest FP8 value in the outer scale; there are no codes
+    FP8_VALUE = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,8 @@ class Grid:
         """Codes (as float) and values [N] that the rule gives."""
         if self.rule is Rule.NEAREST_VALUE:
             return nearest_entry(w_N, column, self.scheme)
+        if self.rule is Rule.FP8_VALUE:
+            return torch.zeros_like(w_N), self.scheme.target.fp8.round(w_N / self.outer_scale) * self.outer_scale
         code_N = nearest_code(w_N, column.step, column.zero_point, self.scheme)
         if self.rule is Rule.NEAREST_LEVEL:
             return code_N, column.value(code_N, self.scheme)
