@@ -205,8 +205,14 @@ def test_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NoSuchModel", "DDPMScheduler", "ModelMixin.__init__"):
         with pytest.raises(DuotoneError, match=f"found _class_name '{name}', expected a model of diffusers"):
             build_skeleton(config | {"_class_name": name}, torch.float32)
-    with pytest.raises(DuotoneError, match="diffusers cannot build 'UNet2DModel'"):
-        build_skeleton(config | {"down_block_types": ["NoBlock"]}, torch.float32)
+    for wrong in (
+        {"down_block_types": ["NoBlock"]},
+        {"block_out_channels": [32]},
+        {"norm_num_groups": 0},
+        {"layers_per_block": "two"},
+    ):
+        with pytest.raises(DuotoneError, match="diffusers cannot build 'UNet2DModel'"):
+            build_skeleton(config | wrong, torch.float32)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(DuotoneError, match=r"pip install 'duotone\[diffusers\]'"):
         build_skeleton(config, torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from duotone.errors import DuotoneError
 
-#: Keys of a config.json that are ours, or of transformers' custom: no argument of a model.
+#: Keys of a config.json that are ours: no argument of a model.
 _NO_ARGUMENTS = {"dtype", "torch_dtype", "quantization_config"}
 
 

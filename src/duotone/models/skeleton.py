@@ -19,9 +19,10 @@ from duotone.models.convolutions import why_not
 from duotone.models.diffusion import is_diffusers, model_maker
 from duotone.models.rewrite import all_linears
 
-#: What transformers raises, from its validators or from torch, for a config that describes no model.
+#: What transformers and diffusers raise, from validators or from torch, for a config that describes no model.
 _BAD_CONFIG = (
-    ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, StrictDataclassError,
+    ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
