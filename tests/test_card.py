@@ -80,10 +80,11 @@ def test_figures_take_the_place_of_those_before(tiny_model: ModelMaker, tmp_path
         put_evaluation(tmp_path / "out", ["/some/where/held_out.txt#text"], FIGURES | {"kl": kl})
         card = path.read_text()
         assert card.startswith(before) and card.endswith(after) and after.endswith("My own words.\n")
-        assert f"| {kl:.5f} ± 0.00100 |" in card and "On 4096 tokens of held_out.txt:" in card and "/some/where" not in card
+        assert f"| {kl:.5f} ± 0.00100 |" in card and "/some/where" not in card
+        assert "On 4096 tokens of held_out.txt#text:" in card
     assert "0.01000" not in path.read_text() and "Not measured yet" not in path.read_text()
     record = read_record(tmp_path / "out", EVALUATION_RECORD)
-    assert record == {"format_version": 1, "text": ["held_out.txt"], "figures": FIGURES | {"kl": 0.02}}
+    assert record == {"format_version": 1, "text": ["held_out.txt#text"], "figures": FIGURES | {"kl": 0.02}}
     path.write_text("# Mine\n")
     with pytest.raises(DuotoneError, match=r"README\.md: found no place for an evaluation"):
         card_around(tmp_path / "out")

@@ -21,7 +21,7 @@ QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu", "group_si
 
 def contender(name: str, bits: float, kl: float, on_front: bool = False) -> Contender:
     figures = {"kl": kl, "kl_stderr": kl / 10, "perplexity": 1.0, "top1_agreement": 1.0, "reference_perplexity": 1.0}
-    return Contender(name, name, "dense", False, 1, bits, figures, {}, on_front=on_front)
+    return Contender(name, name, "dense", False, 1, bits, figures, [], on_front=on_front)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,32 @@ def test_people_read_a_table(made: dict[str, Path], text_file: Path) -> None:
     assert outcome.code == 0 and outcome.out.splitlines()[1].startswith("*  dpq") and "tokens/s" not in outcome.out
 
 
+def test_tasks_of_all(made: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    """Each task of each checkpoint as `eval` gives it, a column in the table; the original differs from itself by nothing."""
+    sums, stories, piqa = tmp_path / "sums.jsonl", tmp_path / "stories.txt", tmp_path / "piqa"
+    rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
+    sums.write_text("\n".join(map(json.dumps, rows)))
+    told = "Once upon a time a {0} sat on hill {1}. It liked the {0} sun so much. Then it went home to sleep {1} hours."
+    stories.write_text("\n\n".join(told.format(("cat", "dog", "fox")[i % 3], i) for i in range(12)))
+    piqa.mkdir()
+    (piqa / "valid.jsonl").write_text(
+        "\n".join(json.dumps({"goal": f"to {i}", "sol1": "do it", "sol2": "so"}) for i in range(8))
+    )
+    (piqa / "valid-labels.lst").write_text("0\n1\n" * 4)
+    tasks = ("--tasks", f"piqa={piqa}", "--tasks", f"stories={stories}", "--tasks", f"gsm8k={sums}", "--items", 7)
+    options = ("--text", text_file, "--seq-len", 64, "--samples", 2, "--device", "cpu")
+    command = ("compare", made["dpq"], made["original"], "--original", made["original"], *options, *tasks, "--no-speed")
+    dpq, original = invoke(*command, "--json").json()
+    evaluated = invoke("eval", made["dpq"], "--reference", made["original"], *tasks, "--device", "cpu", "--json").json()
+    assert dpq["tasks"] == evaluated and [(one["task"], one["items"]) for one in evaluated] == [
+        ("piqa", 7), ("stories", 7), ("gsm8k", 7)
+    ]  # fmt: skip
+    assert all((one["difference"], one["mcnemar_p"]) == (0, 1) for one in original["tasks"])
+    shown = invoke(*command).out
+    assert all(f"{100 * one['value']:.2f} ± {100 * one['stderr']:.2f} %" in shown for one in evaluated)
+    assert all(f"{name}, accuracy" in " ".join(shown.split()) for name in ("piqa", "stories", "gsm8k"))
+
+
 @pytest.mark.parametrize(
     ("names", "options", "expected"),
     [
@@ -67,8 +93,10 @@ def test_people_read_a_table(made: dict[str, Path], text_file: Path) -> None:
         (("dpq", "rtn"), ("--plot", "nowhere/x.svg"), "--plot: found no folder nowhere"),
         (("dpq", "rtn"), ("--text", "nowhere.txt"), "nowhere.txt: found no such file"),
         (("dpq", "rtn"), ("--original", "rtn"), "is quantized itself"),
+        (("dpq", "rtn"), ("--tasks", "chess=x"), "found 'chess=x', expected one of piqa=PATH"),
+        (("dpq", "rtn"), ("--tasks", "piqa=nowhere"), "nowhere/valid.jsonl: cannot be read"),
     ],
-    ids=["one", "twice", "plot", "text", "original"],
+    ids=["one", "twice", "plot", "text", "original", "task", "questions"],
 )
 def test_refusals(
     made: dict[str, Path], text_file: Path, names: tuple[str, ...], options: tuple[str, ...], expected: str
@@ -77,7 +105,7 @@ def test_refusals(
     given_options = tuple(made.get(option, option) for option in options)
     text = () if "--text" in options else ("--text", text_file)
     original = () if "--original" in options else ("--original", made["original"])
-    outcome = invoke("compare", *(made[name] for name in names), *original, *text, *given_options, "--quiet")
+    outcome = invoke("compare", *(made[name] for name in names), *original, *text, *given_options, "--seq-len", 64, "--quiet")
     assert outcome.code == 2 and expected in outcome.err and outcome.err.count("\n") == 1
 
 

@@ -2,18 +2,27 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import duotone
+from duotone.card import task_cells
+from duotone.checkpoint.sidecar import EVALUATION_RECORD
 from duotone.cli import app
 from duotone.errors import DuotoneError
-from duotone.examining import examine, mcnemar
+from duotone.examining import compared, examine, mcnemar
 from duotone.questions import load_gsm8k
+from duotone.tasks import Answers
+from tests.test_cli import invoke
 
 ModelMaker = Callable[..., Path]
 
@@ -68,7 +77,7 @@ def test_likelihood_by_hand(tiny_model: ModelMaker, questions: Path) -> None:
             taken = log_p.gather(1, ids[0, 1:, None])[:, 0]
             sums.append(float(taken[-len(choice.encode()) :].sum()))
         right += sums.index(max(sums)) == item.label
-    assert found.accuracy == pytest.approx(right / 12)
+    assert found.value == pytest.approx(right / 12) and (found.by, found.metric) == ("duotone", "accuracy")
     assert (found.difference, found.difference_stderr, found.mcnemar_p) == (0, 0, 1)
 
 
@@ -79,12 +88,60 @@ def test_command_line(tiny_model: ModelMaker, questions: Path, tmp_path: Path) -
     told = CliRunner().invoke(app, [*asked, "--json"])
     (one,) = json.loads(told.stdout)
     assert told.exit_code == 0 and one["items"] == 8
-    assert one["difference"] == pytest.approx(one["accuracy"] - one["reference_accuracy"])
+    assert one["difference"] == pytest.approx(one["value"] - one["reference_value"])
     assert "McNemar" in CliRunner().invoke(app, [*asked, "--quiet"]).stdout
     for options, message in (
-        (["--tasks", "hellaswag"], "expected one of piqa=PATH"),
+        (["--tasks", "hellaswag=x"], "expected one of piqa=PATH"),
         ([], "expected --text FILE, or --tasks"),
         (["--tasks", f"gsm8k={questions}", "--text", str(questions)], "expected --text FILE, or --tasks"),
     ):
         with pytest.raises(DuotoneError, match=message):
             CliRunner().invoke(app, ["eval", str(tmp_path / "out"), *options], catch_exceptions=False, standalone_mode=False)
+
+
+def test_without_lm_eval_a_sentence_says_what_to_install(tiny_model: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names alone are lm-eval's."""
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(DuotoneError, match=r"--tasks hellaswag: needs .*duotone\[eval\]"):
+        examine(tiny_model(), ["hellaswag,arc_easy"])
+
+
+def test_tasks_go_into_card_record_and_report(tiny_model: ModelMaker, questions: Path, text_file: Path, tmp_path: Path) -> None:
+    """With --card; beside the text's figures and not in their place; a second time in the place of the first."""
+    out, original = tmp_path / "out", tiny_model()
+    duotone.quantize(original, out, method="rtn", group_size=32, device="cpu")
+    tasks = ("eval", out, "--tasks", f"gsm8k={questions}", "--reference", original, "--card", "--json")
+    text = ("eval", out, "--text", text_file, "--seq-len", 64, "--samples", 2, "--card", "--json")
+    (row,) = invoke(*tasks, "--items", 6).json()
+    assert json.loads((out / EVALUATION_RECORD).read_text()) == {"format_version": 1, "tasks": [row]}
+    assert invoke("report", out, "--json").json()["facts"]["measured"] is None
+    figures = invoke(*text).json()
+    (row,) = invoke(*tasks).json()
+    record = json.loads((out / EVALUATION_RECORD).read_text())
+    assert record["tasks"] == [row] and row["items"] == 12 and record["figures"] == figures
+    facts = invoke("report", out, "--json").json()["facts"]
+    assert facts["tasks"] == [row] and facts["measured"]["figures"] == figures
+    shown = task_cells(row)
+    assert shown[0] == "gsm8k, accuracy" and shown[2].endswith(" %")
+    invoke("report", out, "--format", "md")
+    for file in ("README.md", "report.html", "report.md"):
+        page = (out / file).read_text()
+        assert all(cell in page for cell in shown) and f"{figures['perplexity']:.3f}"[:4] in page, file
+    (out / EVALUATION_RECORD).write_text(json.dumps(record | {"tasks": [row | {"value": "<b>"}]}))
+    outcome = invoke("report", out)
+    assert outcome.code == 2 and "expected a list of figures with names" in outcome.err
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
+def test_paired_differences(pairs: list[tuple[bool, bool]]) -> None:
+    """The difference and its error are those of the items' changes; figures without items have a difference alone."""
+    own, original = (
+        Answers("t", "lm-eval", "acc", True, len(side), fmean(side), None, tuple(map(float, side)))
+        for side in zip(*pairs, strict=True)
+    )
+    found, changes = compared(own, original), [one - other for one, other in pairs]
+    assert found.difference == pytest.approx(fmean(changes)) == pytest.approx(own.value - original.value)
+    assert found.difference_stderr == pytest.approx(stdev(changes) / len(changes) ** 0.5)
+    assert found.mcnemar_p == mcnemar(changes.count(1), changes.count(-1))
+    bare = compared(replace(own, outcomes=()), original)
+    assert bare.difference == pytest.approx(found.difference) and bare.difference_stderr is None and bare.mcnemar_p is None

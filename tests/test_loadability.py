@@ -90,6 +90,9 @@ TABLE = {
     ("vllm", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("vllm", "gptq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("vllm", "awq"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
+    ("vllm-plugin", "compressed-tensors"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a8"),
+    ("vllm-plugin", "duotone-gaudi"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a8"),
+    ("vllm-plugin", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100", "mi300x", "cpu"), "w4a16"),
     ("sglang", "compressed-tensors"): {},
     ("sglang", "w4a16"): dict.fromkeys(("h100", "h200", "b200", "l40s", "a100"), "w4a16"),
     ("tensorrt-llm", "compressed-tensors"): {},
@@ -204,6 +207,46 @@ def test_vllm_on_a_cpu_does_what_the_rules_say() -> None:
         assert rows[layout]["likeliest"] >= 0.95 * rows[layout]["tokens"] > 0
 
 
+def test_the_plugin_takes_what_vllm_refuses() -> None:
+    """vLLM's own kernel where it has one; elsewhere ours, advised where vLLM refuses, with what is known of it."""
+    assert judge(llama(), "vllm-plugin", "h100").runs == "CUTLASS W4A8"
+    refused = judge(llama(), "vllm", "cpu")
+    assert "with Duotone installed beside it (vllm-plugin) it loads there: Duotone's CPU kernel" in refused.advice
+    assert any("not run on a GPU" in advice for advice in judge(llama("duotone-gaudi"), "vllm", "l40s").advice)
+    odd = judge(llama(wide=14336 + 64), "vllm-plugin", "h100")  # 14400 is no multiple of 128: vLLM would refuse, and is left to
+    assert odd.runs is not None and odd.runs.startswith("with --quantization duotone")
+    assert not any("vllm-plugin" in advice for advice in judge(llama(), "vllm", "gaudi2").advice)
+
+
+@pytest.mark.parametrize(("ranks", "loads"), [(1, True), (2, True), (4, False)])
+def test_the_plugin_cuts_columns_by_eights(ranks: int, loads: bool) -> None:
+    """48 columns on four ranks are 12 each, half a word of the file; on one rank nothing is cut."""
+    found = judge(llama(heads=(4, 4), dim=32, wide=48), "vllm-plugin", "cpu", ranks)
+    assert found.loads == loads
+    assert (
+        loads
+        or "down_proj of one rank of 4 is 128 x 12, expected: in_features of a rank is a multiple of 8" in found.reasons[0]
+    )
+
+
+def test_vllm_with_the_plugin_does_what_the_rules_say() -> None:
+    """The records of bench/peers/vllm_plugin.py: every weight of every rank is the contract's.
+
+    In float32 the tokens are our own runtime's, on two ranks where activations have a scale of all columns. In BF16 vLLM is
+    about as far from that as our own runtime in BF16.
+    """
+    rows = [json.loads(line) for line in (ROOT / "bench" / "records" / "vllm_plugin.jsonl").read_text().splitlines()]
+    assert {(row["target"], row["ranks"]) for row in rows} == {("hopper", 1), ("hopper", 2), ("gaudi", 1), ("gaudi", 2)}
+    for row in rows:
+        layout = "compressed-tensors" if row["target"] == "hopper" else "duotone-gaudi"
+        assert judge(llama(layout), "vllm-plugin", "cpu", row["ranks"]).loads
+        assert row["equal"] == row["layers"] > 0 and row["bits_in_memory"] < 5
+        if row.get("dtype") == "float32":
+            assert row["same"] == row["tokens"] > 0
+        else:
+            assert row["mean_difference"] < 2 * row["ours"]["mean_difference"]
+
+
 def test_every_rule_has_a_source() -> None:
     """Package and version, or this project."""
     for runtime in RUNTIMES.values():
@@ -211,6 +254,52 @@ def test_every_rule_has_a_source() -> None:
         assert runtime.version and all(rule.source and rule.says for rule in rules)
         if runtime.name in {"vllm", "sglang"}:
             assert rules and all(rule.source.startswith(f"{runtime.name} {runtime.version} ") for rule in rules)
+
+
+def mixture(hidden: int = 4096, wide: int = 14336, **changed: object) -> Subject:
+    """A layer of a Mixtral 8x7B, unless said otherwise: its attention, and two of its experts."""
+    bank, dense = "model.layers.0.mlp.experts", llama()
+    experts: list[tuple[Linear, ...]] = []
+    for expert in range(2):
+        gate, up = (Linear(f"{bank}.{expert}.{name}_proj", wide, hidden, "rows", bank=bank) for name in ("gate", "up"))
+        experts += [(gate, up), (Linear(f"{bank}.{expert}.down_proj", hidden, wide, "columns", bank=bank),)]
+    return replace(dense, fused=(*dense.fused[:2], *experts), **changed)
+
+
+@pytest.mark.parametrize(
+    ("subject", "ranks", "words"),
+    [
+        (mixture(), 1, ()),
+        (mixture(), 8, ()),  # 14336 / 8 = 7 x 256
+        (mixture(wide=1408), 1, ("the experts' gate_proj is 1408 x 4096", "are multiples of 256")),  # DeepSeek-V2-Lite
+        (mixture(wide=768), 2, ("the experts' down_proj of one rank of 2 is 4096 x 384",)),  # Qwen3-30B-A3B
+        (mixture(biased=frozenset({"model.layers.0.mlp.experts"})), 1, ("the experts have biases",)),
+        (mixture(kept={"model.layers.0.mlp.experts.1.down_proj": "ignored"}), 1, ("experts.1.down_proj is not in 4 bits",)),
+        (mixture(kept={"model.layers.1.mlp.experts.1.down_proj": "ignored"}), 1, ()),  # another layer's
+        (mixture(kept={"model.layers.0.mlp.gate": "a router"}), 1, ()),
+    ],
+)
+def test_experts_in_vllm(subject: Subject, ranks: int, words: tuple[str, ...]) -> None:
+    """Its kernel for all experts at once wants multiples of 256, one scheme, no biases."""
+    found = judge(subject, "vllm", "h100", ranks)
+    assert found.loads == (not words)
+    told = f"{found.reasons} {found.advice}"
+    assert all(word in told.replace('"', "'") for word in words)
+
+
+def test_experts_of_a_model(tiny_model: ModelMaker) -> None:
+    """Which linears are experts is known from the model: GPT-OSS's have biases, and a Mixtral of this size is too narrow."""
+    for model_type, words in (("gpt_oss", "the experts have biases"), ("mixtral", "the experts' gate_proj is 256 x 128")):
+        sizes: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        sizes |= {"layer_types": ["full_attention", "sliding_attention"]} if model_type == "gpt_oss" else {}
+        source = open_source(tiny_model(model_type, **sizes))
+        plan = make_plan(source, QuantizeConfig(tensor_parallel=2))
+        subject = subject_of_plan(plan)
+        assert any(words in reason for reason in judge(subject, "vllm", "h100").reasons)
+        assert not subject.experts
+        down = next(linear for fused in subject.fused for linear in fused if linear.bank and "down" in linear.name)
+        assert down.cut == "columns" and plan.shards(down.name) == 2
+        assert subject_of_plan(make_plan(source, QuantizeConfig(ignore=("re:.*self_attn.*",)))).experts
 
 
 @pytest.mark.parametrize(
@@ -300,7 +389,7 @@ def test_loading_notes(tiny_model: ModelMaker) -> None:
         DuotoneError, match=r"--runtime: would not load in vllm \(0.33.0\) on h100: group_size is 32.*--group-size 128"
     ):
         loading_notes(replace(plan, config=QuantizeConfig(group_size=32, runtime="vllm")))
-    with pytest.raises(DuotoneError, match="--runtime: found 'vlm', expected one of vllm, sglang"):
+    with pytest.raises(DuotoneError, match="--runtime: found 'vlm', expected one of vllm, vllm-plugin, sglang"):
         QuantizeConfig(runtime="vlm")
 
 

@@ -18,7 +18,10 @@ from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGES = ("README.md", "docs/accuracy.md", "docs/architectures.md", "docs/scale.md", "docs/serving.md", "docs/speed.md")
+PAGES = (
+    "README.md", "docs/accuracy.md", "docs/architectures.md", "docs/calibration.md", "docs/comparison.md", "docs/scale.md",
+    "docs/serving.md", "docs/speed.md",
+)  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -294,6 +297,20 @@ def goal_table() -> str:
     return markdown(
         ("model", "dpq", "best peer without gradients", "ratio", "dpq --effort high", "best peer of all", "ratio"), lines
     )
+
+
+def second_rounding_table() -> str:
+    """Every tool in the arithmetic it optimizes and in the one that runs; of ours those that optimize the latter."""
+    lines: list[tuple[str, ...]] = []
+    for model, rows in comparison().items():
+        most = max(row["quantized_macs_share"] or 0 for row in rows)
+        for (tool, method), found in candidates(rows).items():
+            runs = over_seeds(found, "contract") if (found[0]["quantized_macs_share"] or 0) > 0.9 * most else []
+            own = runs if method.startswith("dpq") and tool == "duotone" else over_seeds(found, "nominal")
+            if own and runs and method != "rtn":
+                ratio = mean(runs) / mean(own)
+                lines.append((model, f"{tool} {method}", f"{mean(own):.4f}", f"{mean(runs):.4f}", f"{ratio:.2f}"))
+    return markdown(("model", "tool", "as it optimizes", "as it runs", "times"), lines)
 
 
 def by_window(rows: list[dict[str, Any]], column: str) -> list[float]:
@@ -575,6 +592,31 @@ def random_models_table() -> str:
     return markdown(("model", *tools), [(model, *(f"{kls[tool]:.4f}" for tool in tools)) for model, kls in found.items()])
 
 
+def advice_text_table() -> str:
+    """What texts are worth, at the number of windows that most were measured with; the nearest to the original first."""
+    rows = records("advice")
+    counts = [row["calibration"]["windows"] for row in rows]
+    usual = [row for row in rows if row["calibration"]["windows"] == max(counts, key=counts.count)]
+    lines = []
+    for row in sorted(usual, key=lambda row: row["kl"]):
+        heart = sum(one["by_heart"] * one["windows"] for one in row["sources"]) / row["calibration"]["windows"]
+        figures = (f"{row['divergence']:.2f}", f"{row['perplexity_ratio']:.2f}", f"{100 * heart:.1f} %")
+        lines.append((", ".join(row["calibration"]["text"]), *figures, distance(row)))
+    return markdown(("calibration text", "divergence", "perplexity ratio", "by heart", "KL to the original"), lines)
+
+
+def advice_tokens_table() -> str:
+    """KL by calibration tokens for each input of the widest linear, of the text that was measured with the most numbers."""
+    rows = records("advice")
+    texts = [json.dumps(row["calibration"]["text"]) for row in rows]
+    curve = [row for row, text in zip(rows, texts, strict=True) if text == max(texts, key=texts.count)]
+    lines = [
+        (str(row["calibration"]["tokens"]), f"{row['tokens_an_input']:.1f}", distance(row))
+        for row in sorted(curve, key=lambda row: row["tokens_an_input"])
+    ]
+    return markdown(("calibration tokens", "for each input of the widest linear", "KL to the original"), lines)
+
+
 def kv_cache_table() -> str:
     """KL with the cache in BF16 and in FP8, and its bytes, the newest row of each."""
     newest = {(row["model"], row["strategy"]): row for row in records("kv_cache")}
@@ -606,14 +648,16 @@ def vllm_cache_table() -> str:
 
 def vllm_load_table() -> str:
     """What vLLM's own loading code makes of our checkpoints, the newest row of each."""
-    newest = {(row["model"], row["ranks"]): row for row in records("vllm_load") if not row.get("kv_cache")}
-    head = ("checkpoint", "vLLM", "ranks", "fused linears, all ranks", "the contract's bits", "`duotone check`")
+    rows = [row for row in records("vllm_load") if not row.get("kv_cache")]
+    newest = {(row["model"], row.get("plugin", False), row["ranks"]): row for row in rows}
+    head = ("checkpoint", "vLLM", "loaded by", "ranks", "fused linears, all ranks", "the contract's bits", "`duotone check`")
     return markdown(
         head,
         [
             (
                 row["model"],
                 row["vllm"],
+                "Duotone's plugin, on an L40S" if row.get("plugin") else "vLLM, on an H100",
                 str(row["ranks"]),
                 "refused: " + row["refused"] if row["refused"] else str(row["layers"]),
                 "-" if row["refused"] else str(row["equal"]),
@@ -722,9 +766,41 @@ def vllm_generate_table() -> str:
     return markdown(head, found)
 
 
+def vllm_plugin_table() -> str:
+    """What vLLM's CPU build holds and writes with our plugin, the newest row of each."""
+    rows = [row | {"dtype": row.get("dtype", "bfloat16")} for row in records("vllm_plugin")]
+    newest = {(row["model"], row["dtype"], row["ranks"]): row for row in rows}
+    head = (
+        "checkpoint", "target", "dtype", "ranks", "fused linears, all ranks", "the contract's bits", "bits a weight in memory",
+        "tokens", "as `duotone.load` writes them", "its likeliest in float32", "log-probability apart",
+        "the last two of `duotone.load` itself",
+    )  # fmt: skip
+    found = []
+    for row in sorted(newest.values(), key=lambda row: (row["model"], row["dtype"] == "bfloat16", row["ranks"])):
+        counts = (row["layers"], row["equal"], f"{row['bits_in_memory']:.2f}", row["tokens"], row["same"], row["likeliest"])
+        own = f"{row['ours']['likeliest']}, {row['ours']['mean_difference']:.4f}"
+        facts = (row["model"], row["target"], row["dtype"], row["ranks"], *counts, f"{row['mean_difference']:.4f}", own)
+        found.append(tuple(map(str, facts)))
+    return markdown(head, found)
+
+
+def vllm_speed_table() -> str:
+    """vLLM's CPU build in turns with itself: our plugin and what it has of its own."""
+    newest = {(row["model"], row["threads"], row["runs"]): row for row in records("vllm_speed")}
+    head = ("model", "threads", "vLLM runs", "first token", "each further token", "the plugin is as fast: first", "each")
+    found = []
+    for row in newest.values():
+        times = row["plugin_times_as_fast"]
+        spread = f"{times['each']:.2f} times ({times['each_spread'][0]:.2f} to {times['each_spread'][1]:.2f})"
+        seconds = (f"{1000 * row['first_token_s']:.0f} ms", f"{1000 * row['each_token_s']:.1f} ms")
+        found.append((row["model"], str(row["threads"]), row["runs"], *seconds, f"{times['first']:.2f} times", spread))
+    return markdown(head, found)
+
+
 #: How a page calls what it shows of a runtime, and the device groups it puts side by side.
 RUNTIME_TITLES = {
     "vllm": "vLLM",
+    "vllm-plugin": "Duotone's plugin in vLLM",
     "sglang": "SGLang",
     "tensorrt-llm": "TensorRT-LLM",
     "transformers": "transformers",
@@ -779,9 +855,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "small-models": small_models_table,
     "demo": demo_table,
     "accuracy": accuracy_table,
+    "advice-text": advice_text_table,
+    "advice-tokens": advice_tokens_table,
     "layer-error": layer_error_table,
     "comparison": comparison_table,
     "goal": goal_table,
+    "second-rounding": second_rounding_table,
     "paired": paired_table,
     "windows": windows_table,
     "ranks": ranks_table,
@@ -797,6 +876,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-cache": kv_cache_table,
     "readers": readers_table,
     "vllm-generate": vllm_generate_table,
+    "vllm-plugin": vllm_plugin_table,
+    "vllm-speed": vllm_speed_table,
     "loads": loads_table,
     "random-models": random_models_table,
     "ablation": ablation_table,

@@ -17,7 +17,8 @@ import torch
 from compare import HERE
 
 from duotone.bench import append_records
-from duotone.report import generate_table, show
+from duotone.report import show
+from duotone.report_bench import generate_table
 from duotone.speed_model import LLAMA_1B, GenerateBench, Turn, generate_rows
 
 RECORDS = HERE.parent / "records" / "generate.jsonl"

@@ -1,10 +1,11 @@
 """Is what vLLM's own loading code makes of our checkpoint the contract's weight, bit for bit?
 
-    python bench/peers/vllm_check.py CHECKPOINT [--ranks 1 2]
+    python bench/peers/vllm_check.py CHECKPOINT [--ranks 1 2] [--plugin]
 
 Runs vllm_loader.py in its environment (setup.sh vllm) and appends a row for each number of ranks to
 bench/records/vllm_load.jsonl: layers, how many have the same FP8 weights and channel scales, or vLLM's refusal; and the scales
-of an FP8 cache, how many there are and how many are what `duotone.load` has.
+of an FP8 cache, how many there are and how many are what `duotone.load` has. --plugin: of what Duotone's plugin makes of it on
+a device for which vLLM has no kernel.
 """
 
 import argparse
@@ -35,9 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--plugin", action="store_true")
     arguments = parser.parse_args()
     for ranks in arguments.ranks:
-        row = provenance(0) | judged(arguments.checkpoint, ranks)
+        row = provenance(0) | judged(arguments.checkpoint, ranks, arguments.plugin)
         append_records(RECORDS, [row])
         print(
             {
@@ -48,14 +50,16 @@ def main() -> None:
         )
 
 
-def judged(checkpoint: Path, ranks: int) -> dict[str, Any]:
+def judged(checkpoint: Path, ranks: int, plugin: bool) -> dict[str, Any]:
     """What vLLM made of it, and what `duotone check` says."""
-    (verdict,) = check(checkpoint, ["vllm"], ["h100"], ranks)
-    found = {"model": checkpoint.name, "ranks": ranks, "check": verdict.outcome, "vllm": verdict.version}
+    (verdict,) = check(checkpoint, ["vllm-plugin"], ["l40s"], ranks) if plugin else check(checkpoint, ["vllm"], ["h100"], ranks)
+    found = {"model": checkpoint.name, "ranks": ranks, "plugin": plugin, "check": verdict.outcome, "vllm": verdict.version}
     with tempfile.TemporaryDirectory() as scratch:
         out, python = Path(scratch) / "out.safetensors", HERE / ".venvs" / "vllm" / "bin" / "python"
         command = [python, "-O", HERE / "vllm_loader.py", checkpoint.resolve(), out, "--ranks", str(ranks)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, cwd=scratch)
+        command += ["--plugin"] if plugin else []
+        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1] / "src")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=scratch)
         if not out.exists():
             lines = [line for line in done.stderr.splitlines() if "CutlassW4A8LinearKernel cannot" in line]
             return found | {"layers": 0, "equal": 0, "refused": lines[0].strip() if lines else done.stderr[-300:]}
@@ -98,7 +102,7 @@ def _is_ours(checkpoint: Path, name: str, made: Any) -> bool:
 
 def _share(weight: QuantizedWeight, leaf: str, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     """A rank's rows, or of what writes to the stream its columns; vLLM splits the scales of its own columns."""
-    values_NK, outer_N = fp8_values(weight), weight.outer_scale
+    values_NK, outer_N = fp8_values(weight), weight.outer_scale.expand(weight.shape[0])
     if leaf in {"o_proj", "down_proj"}:
         return values_NK.chunk(ranks, 1)[rank], outer_N
     return values_NK.chunk(ranks)[rank], outer_N.chunk(ranks)[rank]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 #: In this process, so that a refusal is an exception here and not a worker's end.
 os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"})
@@ -29,13 +30,22 @@ def main() -> None:
     except Exception as error:  # whatever it is, it is the tool's refusal
         found["refused"] = " ".join(str(error).split())
     else:
-        sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=0)
-        for result in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
-            (written,) = result.outputs
-            found["tokens"].append(list(written.token_ids))
-            pairs = zip(written.token_ids, written.logprobs or (), strict=True)
-            found["logprobs"].append([step[token].logprob for token, step in pairs])
+        found |= written_by(model, prompts)
     out.write_text(json.dumps(found))
+
+
+def written_by(model: Any, prompts: list[list[int]]) -> dict[str, list[Any]]:
+    """What it adds to each prompt: tokens, and the logarithm of each one's probability."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=0)
+    tokens, logprobs = [], []
+    for result in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
+        (written,) = result.outputs
+        tokens.append(list(written.token_ids))
+        pairs = zip(written.token_ids, written.logprobs or (), strict=True)
+        logprobs.append([step[token].logprob for token, step in pairs])
+    return {"tokens": tokens, "logprobs": logprobs}
 
 
 if __name__ == "__main__":

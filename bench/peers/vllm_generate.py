@@ -11,6 +11,7 @@ makes is to be seen at dense-bf16, which has no quantized linear.
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -68,7 +69,8 @@ def judged(checkpoint: Path, layout: str, prompts: list[list[int]], scratch: Pat
     (scratch / "prompts.json").write_text(json.dumps(prompts))
     out, python = scratch / f"{layout}.json", HERE / ".venvs" / "vllm_cpu" / "bin" / "python"
     command = [python, HERE / "vllm_cpu.py", folder, scratch / "prompts.json", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+    alone = os.environ | {"VLLM_PLUGINS": ""}  # without ours: vllm_plugin.py has that
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch, env=alone)
     if not out.exists():
         raise SystemExit(f"vllm_cpu.py ended with {done.returncode}: {done.stderr[-2000:]}")
     found = json.loads(out.read_text())

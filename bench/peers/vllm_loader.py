@@ -1,6 +1,9 @@
 """vLLM's own loading code on a CPU that it takes for an H100: what its W4A8 kernel would be given of a checkpoint.
 
-    .venvs/vllm/bin/python -O vllm_loader.py CHECKPOINT OUT.safetensors --ranks 1 2
+    .venvs/vllm/bin/python -O vllm_loader.py CHECKPOINT OUT.safetensors --ranks 1 2 [--plugin]
+
+--plugin: on a CPU that it takes for an L40S, with Duotone's plugin, which takes the checkpoint by itself: what QuantizedLinear
+has.
 
 Real: config parsing, choice of scheme and kernel, the fused linears with their weight loaders and tensor parallelism, the
 split of scales at load, and the scales of an FP8 cache through the loader of whole models into attention's own. Emulated,
@@ -10,6 +13,7 @@ level). -O: asserts want CUDA tensors. Packages that only other parts of vLLM ne
 
 import argparse
 import contextlib
+import copy
 import importlib.abc
 import importlib.machinery
 import json
@@ -62,9 +66,12 @@ from torch import Tensor, nn  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability, PlatformEnum  # noqa: E402
 
+#: Of an H100, or of an L40S.
+_CAPABILITY = (8, 9) if "--plugin" in sys.argv else (9, 0)
 
-class _H100(CpuPlatform):
-    """A CPU that answers as an H100."""
+
+class _Gpu(CpuPlatform):
+    """A CPU that answers as a GPU."""
 
     _enum = PlatformEnum.CUDA
 
@@ -74,7 +81,7 @@ class _H100(CpuPlatform):
     @classmethod
     def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
         del device_id
-        return DeviceCapability(9, 0)
+        return DeviceCapability(*_CAPABILITY)
 
     @classmethod
     def fp8_dtype(cls) -> torch.dtype:
@@ -89,13 +96,16 @@ from vllm.model_executor import parameter  # noqa: E402
 from vllm.model_executor.kernels.linear.mixed_precision import cutlass  # noqa: E402
 from vllm.model_executor.layers import linear as linears  # noqa: E402
 from vllm.model_executor.layers.attention import attention  # noqa: E402
+from vllm.model_executor.layers.quantization import get_quantization_config  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.models.llama import LlamaModel  # noqa: E402
 from vllm.model_executor.models.utils import AutoWeightsLoader  # noqa: E402
 
-vllm.platforms._current_platform.__class__ = _H100  # they hold the object
+from duotone.vllm_plugin import register  # noqa: E402
+
+vllm.platforms._current_platform.__class__ = _Gpu  # they hold the object
 
 #: As vLLM's Llama has them: the fused linear, its shards with their names in it.
 _FUSED = {
@@ -112,6 +122,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--plugin", action="store_true")
     arguments = parser.parse_args()
     config = json.loads((arguments.checkpoint / "config.json").read_text())
     tensors = {name: tensor for file in arguments.checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -122,17 +133,32 @@ def main() -> None:
                 for index in range(config["num_hidden_layers"]):
                     for path in _FUSED:
                         prefix = f"model.layers.{index}.{path}"
-                        values, channel = _loaded(prefix, config, tensors)
+                        quantization = _quantization(arguments.checkpoint, config, arguments.plugin)
+                        values, channel = _loaded(prefix, config, tensors, quantization)
                         found |= {f"{ranks}.{rank}.{prefix}.values": values, f"{ranks}.{rank}.{prefix}.channel": channel}
-                scales = _cache_scales(config, tensors, ranks)
+                scales = {} if arguments.plugin else _cache_scales(config, tensors, ranks)
                 found |= {f"{ranks}.{rank}.{name}": scale for name, scale in scales.items()}
     save_file(found, arguments.out, {"vllm": vllm.__version__})
 
 
-def _loaded(prefix: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """FP8 weights [N, K] as float32 and channel scales [N, 1], from vLLM's layer."""
-    quantization = CompressedTensorsConfig.from_config(config["quantization_config"])
+def _quantization(checkpoint: Path, config: dict[str, Any], plugin: bool) -> CompressedTensorsConfig:
+    """vLLM's config of a checkpoint, or the plugin's where it is registered and says that it takes it."""
+    kind, stored = CompressedTensorsConfig, copy.deepcopy(config["quantization_config"])
+    if plugin:
+        register()
+        kind = get_quantization_config("duotone")
+        if kind.override_quantization_method(stored, None) != "duotone":
+            raise SystemExit("the plugin leaves this checkpoint to vLLM")
+    quantization = kind.from_config(stored)
     quantization.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    quantization.maybe_update_config(str(checkpoint))
+    return quantization
+
+
+def _loaded(
+    prefix: str, config: dict[str, Any], tensors: dict[str, Tensor], quantization: CompressedTensorsConfig
+) -> tuple[Tensor, Tensor]:
+    """FP8 weights [N, K] as float32 and channel scales [N, 1], from vLLM's layer."""
     layer = _layer(prefix, config, quantization)
     parent, path = prefix.rpartition(".")[0], ".".join(prefix.split(".")[3:])
     for name, shard in _FUSED[path]:
@@ -141,6 +167,9 @@ def _loaded(prefix: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
             shards = () if shard is None else (shard,)
             given.weight_loader(given, tensors[f"{parent}.{name}.{part}"], *shards)
     layer.quant_method.process_weights_after_loading(layer)
+    if hasattr(layer, "duotone"):
+        parts = [(part.backend.values(part._packed), part._packed.outer_scale) for part in layer.duotone]
+        return torch.cat([values for values, _ in parts]), torch.cat([outer.expand(len(values)) for values, outer in parts])
     words_KN, scale_GN = layer.weight_packed.data, layer.weight_scale.data
     nibble = (words_KN.unsqueeze(1) >> torch.arange(0, 32, 4).view(1, 8, 1)) & 15
     level_KN = (nibble - 16 * (nibble > 7)).flatten(0, 1).float()

@@ -1,14 +1,16 @@
 """README.md of a checkpoint: the model card that the hub shows. No times and no paths: the same run gives the same bytes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-from duotone.checkpoint.sidecar import EVALUATION_RECORD, FORMAT_VERSION
+from duotone.calibrate.sources import titles
+from duotone.checkpoint.sidecar import EVALUATION_RECORD, FORMAT_VERSION, read_record
 from duotone.checkpoint.writer import write_json, write_text
 from duotone.errors import DuotoneError
 
@@ -107,10 +109,66 @@ def put_evaluation(folder: Path, text: Sequence[str], figures: Mapping[str, Any]
 
     Raises as `card_around` does.
     """
+    _put(folder, {"text": titles(text), "figures": dict(figures)})
+
+
+def put_tasks(folder: Path, tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Put the fields of `examining.TaskFigures` there likewise, in the place of the same metrics of the same tasks.
+
+    Raises as `card_around` and `recorded_tasks` do.
+    """
+    found = {_key(one): dict(one) for one in recorded_tasks(folder)} | {_key(one): dict(one) for one in tasks}
+    _put(folder, {"tasks": list(found.values())})
+
+
+def recorded_tasks(folder: Path) -> list[dict[str, Any]]:
+    """Tasks that a checkpoint's record tells of, none where there is none. Raises DuotoneError for what tells of no task."""
+    tasks = (read_record(folder, EVALUATION_RECORD) or {}).get("tasks", [])
+    if not isinstance(tasks, list) or not all(map(_is_task, cast("list[Any]", tasks))):
+        raise DuotoneError(f"{folder / EVALUATION_RECORD}: found tasks of {tasks!r}, expected a list of figures with names")
+    return tasks
+
+
+#: Fields of a task that are names, and those that are figures, which may be unknown.
+_NAMES, _NUMBERS = ("task", "by", "metric"), ("stderr", "reference_value", "difference", "difference_stderr", "mcnemar_p")
+
+
+def _is_task(one: Any) -> bool:
+    if not isinstance(one, dict) or not all(isinstance(one.get(name), str) for name in _NAMES):
+        return False
+    numbers = [one.get("value"), one.get("items"), *(one[name] for name in _NUMBERS if one.get(name) is not None)]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+
+
+def _key(one: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(one[name] for name in _NAMES)
+
+
+def _put(folder: Path, measured: Mapping[str, Any]) -> None:
     before, after = card_around(folder)
-    write_text(folder / CARD, "\n".join((before + _BEGIN, *_evaluation(text, figures), _END)) + after)
-    names = [Path(source.partition("#")[0]).name for source in text]
-    write_json(folder / EVALUATION_RECORD, {"format_version": FORMAT_VERSION, "text": names, "figures": dict(figures)})
+    record = {**(read_record(folder, EVALUATION_RECORD) or {}), "format_version": FORMAT_VERSION, **measured}
+    write_text(folder / CARD, "\n".join((before + _BEGIN, *_evaluation(record), _END)) + after)
+    write_json(folder / EVALUATION_RECORD, record)
+
+
+TASK_HEADER = ("task", "items", "score", "original", "difference", "McNemar's p")
+
+
+def task_cells(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """A task's figures for people, under `TASK_HEADER`: shares in percent and their differences in points."""
+    scale, unit, digits = (100, " %", 2) if one.get("is_share") else (1, "", 4)
+
+    def shown(name: str, sign: str = "") -> str:
+        return "-" if one.get(name) is None else f"{scale * one[name]:{sign}.{digits}f}"
+
+    def spread(name: str) -> str:
+        return "" if one.get(name) is None else f" ± {scale * one[name]:.{digits}f}"
+
+    title = f"{one['task']}, {one['metric']}" + ("" if one["by"] == "duotone" else f" ({one['by']})")
+    original = shown("reference_value") + (unit if one.get("reference_value") is not None else "")
+    p = "-" if one.get("mcnemar_p") is None else f"{one['mcnemar_p']:.2f}"
+    score, difference = f"{shown('value')}{spread('stderr')}{unit}", shown("difference", "+") + spread("difference_stderr")
+    return title, str(one["items"]), score, original, difference, p
 
 
 def card_around(folder: Path) -> tuple[str, str]:
@@ -124,16 +182,20 @@ def card_around(folder: Path) -> tuple[str, str]:
     return before, after
 
 
-def _evaluation(text: Sequence[str], figures: Mapping[str, Any]) -> list[str]:
-    names = ", ".join(Path(source.partition("#")[0]).name for source in text)
-    rows = [("perplexity", f"{figures['perplexity']:.4f}")]
-    if figures["reference_perplexity"] is not None:
-        rows.append(("perplexity of the original", f"{figures['reference_perplexity']:.4f}"))
-    if figures["kl"] is not None:
-        spread = "" if figures["kl_stderr"] is None else f" ± {figures['kl_stderr']:.5f}"
-        rows.append(("KL to the original, nats a token", f"{figures['kl']:.5f}{spread}"))
-        rows.append(("same likeliest token", f"{100 * figures['top1_agreement']:.2f} %"))
-    return [f"On {figures['tokens']} tokens of {names}:", "", *_table(("", ""), rows)]
+def _evaluation(record: Mapping[str, Any]) -> list[str]:
+    figures, lines = record.get("figures"), list[str]()
+    if figures is not None:
+        rows = [("perplexity", f"{figures['perplexity']:.4f}")]
+        if figures["reference_perplexity"] is not None:
+            rows.append(("perplexity of the original", f"{figures['reference_perplexity']:.4f}"))
+        if figures["kl"] is not None:
+            spread = "" if figures["kl_stderr"] is None else f" ± {figures['kl_stderr']:.5f}"
+            rows.append(("KL to the original, nats a token", f"{figures['kl']:.5f}{spread}"))
+            rows.append(("same likeliest token", f"{100 * figures['top1_agreement']:.2f} %"))
+        lines += [f"On {figures['tokens']} tokens of {', '.join(record['text'])}:", "", *_table(("", ""), rows)]
+    if record.get("tasks"):
+        lines += [*([""] if lines else []), "On tasks:", "", *_table(TASK_HEADER, [task_cells(one) for one in record["tasks"]])]
+    return lines
 
 
 def base_name(model: str) -> tuple[str, bool]:
@@ -176,5 +238,6 @@ def _kept(kept: Mapping[str, str]) -> dict[str, list[str]]:
     return by_reason
 
 
-def _table(header: tuple[str, str], rows: Sequence[tuple[str, str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ("---", "---"), *((a, b.replace("|", "\\|")) for a, b in rows))]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = (header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows))
+    return [f"| {' | '.join(row)} |" for row in cells]

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_strategy_of
+from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.reader import is_fp8_weight
 from duotone.checkpoint.sidecar import read_sidecar, recorded_inputs
 from duotone.checkpoint.source import SourceFolder, open_source
@@ -46,8 +47,9 @@ def check(
     Raises DuotoneError for a model that cannot be read or planned, and for names that are not known.
     """
     source = open_source(locate_model(model))
-    if source.config.get("quantization_config") is None:
-        subject = subject_of_plan(make_plan(source, config or QuantizeConfig()))
+    original = widened(source)
+    if original.config.get("quantization_config") is None:
+        subject = subject_of_plan(make_plan(original, config or QuantizeConfig()))
     else:
         subject = subject_of_checkpoint(source)
     devices = list(gpus) or list(GPUS)
@@ -62,7 +64,8 @@ def subject_of_plan(plan: Plan) -> Subject:
     in_fp8 = frozenset(name for name, kind in plan.schemes.items() if isinstance(kind, Fp8Scheme))
     subject = _subject(plan.text, plan.anatomy, layout, grid, plan.shapes, plan.kept, "bfloat16", in_fp8)
     ranks = plan.config.tensor_parallel if plan.config.method == "dpq" else 1
-    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy, library=library_of(plan.source.config))
+    biased, library = _biased(subject, plan.source.tensors), library_of(plan.source.config)
+    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy, biased=biased, library=library)
 
 
 def subject_of_checkpoint(source: SourceFolder) -> Subject:
@@ -102,8 +105,14 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
     )
     settings = sidecar.get("settings", {})
     ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
-    cache, library = kv_strategy_of(quantization), library_of(source.config)
-    return replace(subject, made_for=int(ranks), kv_cache=cache, library=library)
+    cache, biased, library = kv_strategy_of(quantization), _biased(subject, named.tensors), library_of(source.config)
+    return replace(subject, made_for=int(ranks), kv_cache=cache, biased=biased, library=library)
+
+
+def _biased(subject: Subject, tensors: Iterable[str]) -> frozenset[str]:
+    """Banks whose experts have biases."""
+    names = set(tensors)
+    return frozenset(linear.bank for fused in subject.fused for linear in fused if f"{linear.name}.bias" in names)
 
 
 def _subject(
@@ -140,10 +149,13 @@ def _count(text: PreTrainedConfig | None, name: str) -> int:
 
 
 def _linear(anatomy: Anatomy, name: str, shape: tuple[int, int], place: int, of: int, heads: tuple[int, int]) -> Linear:
-    """Queries, keys and values are three that read one input, and are made of heads; a vision tower's are others."""
-    writes = any(name in block.streams for block in anatomy.all_blocks)
+    """Queries, keys and values are three that read one input, and are made of heads; a vision tower's are others. Ranks
+    have parts of every expert.
+    """
+    bank = next((bank for block in anatomy.all_blocks for bank in block.experts if name.startswith(f"{bank}.")), "")
+    writes = any(name in block.streams for block in anatomy.all_blocks) or (bank and name.endswith(".down_proj"))
     units = (heads[0] if place == 0 else heads[1]) if of == 3 and name not in anatomy.seeing else 0
-    return Linear(name, *shape, "columns" if writes else "rows", units)
+    return Linear(name, *shape, "columns" if writes else "rows", units, bank)
 
 
 def loading_notes(plan: Plan) -> list[str]:

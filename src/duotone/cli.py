@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from duotone.cli_advise import advise_app
 from duotone.cli_bench import bench_app
 from duotone.cli_eval import eval_app
 from duotone.cli_hub import hub_app
@@ -27,9 +28,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(bench_app, name="bench")
-for commands in (eval_app, layouts_app, report_app, sensitivity_app, hub_app):
-    app.registered_commands += commands.registered_commands
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from duotone.version import VERSION
+
+        typer.echo(f"duotone {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """What every command has before it."""
+    del version  # told by its callback
 
 
 @app.command(
@@ -56,7 +72,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares. For a "
+            help="A text file, FILE.jsonl#field, or a hub data set owner/name:split; repeatable, in equal shares, or each with "
+            "its weight, a.jsonl#question,answer:0.7,b.txt:0.3 (a last :NUMBER is a weight: a file named a:1 is a:1:1). For a "
             "model that sees also FILE.jsonl with an image and text or messages in a row, or a folder of images with captions."
         ),
     ] = None,
@@ -91,6 +108,9 @@ def quantize(  # noqa: PLR0913 - every option of the command
     quantize_vision: Annotated[
         bool, typer.Option("--quantize-vision", help="The vision tower too, of a model that sees; it stays BF16 otherwise.")
     ] = False,
+    calibrate_all_experts: Annotated[
+        bool, typer.Option("--calibrate-all-experts", help="Of a mixture: show every expert all tokens, not only its own.")
+    ] = False,
     memory_budget: Annotated[
         float | None,
         typer.Option(help="GiB that calibration may hold in a block; less is slower, and gives the same bytes."),
@@ -121,7 +141,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,
     save_every: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Work that a killed run may lose, at least; 0 saves after every block.")
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Work that a killed run may lose; 0 saves after every block."),
     ] = 60.0,
     offload: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep calibration's hidden states in files there, not in memory.")
@@ -256,13 +277,19 @@ def explain(model: Model, device: Device = "auto", as_json: Json = False, quiet:
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     device: Device = "auto",
 ) -> None:
     """Answer OpenAI-style requests: the server of transformers, with models run by duotone."""
     from duotone.runtime.serve import serve as run
 
     run(model, host, port, device)
+
+
+# In the order of --help: making and running a checkpoint first, then measuring, converting and telling.
+for commands in (advise_app, eval_app, layouts_app, report_app, sensitivity_app, hub_app):
+    app.registered_commands += commands.registered_commands
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,11 @@ from duotone.errors import DuotoneError
 eval_app = typer.Typer()
 
 
-@eval_app.command("eval", epilog="Example: duotone eval Llama-W4AFP8 --reference meta-llama/Llama-3.2-1B --text held_out.txt")
+@eval_app.command(
+    "eval",
+    epilog="Example: duotone eval Llama-W4AFP8 --reference meta-llama/Llama-3.2-1B --text held_out.txt\n\n"
+    "On tasks: duotone eval Llama-W4AFP8 --reference meta-llama/Llama-3.2-1B --tasks piqa,arc_easy --card",
+)
 def evaluate(  # noqa: PLR0913 - every option of the command
     model: Model,
     text: Annotated[
@@ -21,31 +25,40 @@ def evaluate(  # noqa: PLR0913 - every option of the command
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="piqa=FOLDER, gsm8k=FILE or stories=FILE, scored by likelihood, instead of text; repeatable."),
+        typer.Option(
+            help="Instead of text: piqa=FOLDER, gsm8k=FILE or stories=FILE, scored by likelihood; or tasks of lm-eval by name, "
+            "hellaswag,arc_easy, or a task file of its own .yaml kind (which may run code); repeatable."
+        ),
     ] = None,
-    items: Annotated[int | None, typer.Option(help="The most questions of a task.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="The most questions of a task.")] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to measure the distance from.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for all but the quantized linears.")] = "float32",
-    card: Annotated[bool, typer.Option("--card", help="Put the figures into the checkpoint's README.md.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Put the figures into the checkpoint's README.md and report.")] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, and the distance from the original: KL divergence and top-1 agreement. Or accuracy on tasks."""
-    from duotone.card import card_around, put_evaluation
+    from duotone.card import card_around, put_evaluation, put_tasks
     from duotone.device import resolve_dtype
     from duotone.evaluation import evaluate as run
-    from duotone.report import evaluation_summary
+    from duotone.examining import examine
+    from duotone.report import evaluation_summary, tasks_summary
 
-    if bool(text) == bool(tasks) or (card and not text):
-        raise DuotoneError("eval: expected --text FILE, or --tasks NAME=PATH by itself; --card needs --text")
-    if tasks or text is None:
-        _put_tasks(model, tasks or [], reference, items, resolve_dtype(dtype), device, as_json, quiet)
-        return
+    if bool(text) == bool(tasks):
+        raise DuotoneError("eval: expected --text FILE, or --tasks NAME=PATH or --tasks NAME by itself")
     if card:
         card_around(Path(model))  # a card without a place for them is found before the work
+    if tasks or text is None:
+        with progress_bar("tasks", quiet or as_json) as tell:
+            found = examine(model, tasks or [], reference, items, dtype=resolve_dtype(dtype), device=device, progress=tell)
+        rows = [dataclasses.asdict(one) for one in found]
+        if card:
+            put_tasks(Path(model), rows)
+        print_result(rows, tasks_summary, as_json)
+        return
     with progress_bar("evaluating", quiet or as_json) as tell:
         result = run(
             model,
@@ -60,14 +73,3 @@ def evaluate(  # noqa: PLR0913 - every option of the command
     if card:
         put_evaluation(Path(model), text, dataclasses.asdict(result))
     print_result(dataclasses.asdict(result), evaluation_summary, as_json)
-
-
-def _put_tasks(
-    model: str, tasks: list[str], reference: str | None, items: int | None, dtype: Any, device: str, as_json: bool, quiet: bool
-) -> None:
-    from duotone.examining import examine
-    from duotone.report import tasks_summary
-
-    with progress_bar("tasks", quiet or as_json) as tell:
-        found = examine(model, tasks, reference, items, dtype=dtype, device=device, progress=tell)
-    print_result([dataclasses.asdict(one) for one in found], tasks_summary, as_json)

@@ -14,7 +14,7 @@ _FORMATS = (
     "compressed-tensors (vLLM on Hopper), w4a16 (vLLM elsewhere), gptq, modelopt (TensorRT-LLM), sglang-w4afp8, gaudi-inc "
     "(Neural Compressor), dense-bf16, or gguf (llama.cpp)."
 )
-_RUNTIMES = "vllm, sglang, tensorrt-llm, transformers, gaudi-inc, llama.cpp, duotone; all."
+_RUNTIMES = "vllm, vllm-plugin (with Duotone in it), sglang, tensorrt-llm, transformers, gaudi-inc, llama.cpp, duotone; all."
 _GPUS = "h100, h200, b200, l40s, a100, mi300x, gaudi2, gaudi3, cpu; all."
 
 

@@ -1,6 +1,7 @@
 """What the commands share: options, a progress bar, and results as a table or as JSON."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ def progress_bar(title: str, hidden: bool) -> Iterator[Callable[[int, int, str],
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # as it is now: what other libraries would say beside the bar is led elsewhere
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=hidden or not console.is_terminal, transient=True

@@ -56,8 +56,11 @@ def compare(  # noqa: PLR0913 - every option of the command
     text: Annotated[list[str], typer.Option(help="Text the models have not seen: FILE or FILE.jsonl#field; repeatable.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,
-    piqa: Annotated[str | None, typer.Option(help="A folder with PIQA's valid.jsonl and valid-labels.lst.")] = None,
-    stories: Annotated[str | None, typer.Option(help="A TinyStories text: which ending is the story's own.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks too, as eval takes them: piqa=FOLDER, or hellaswag,arc_easy; repeatable."),
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="The most questions of a task.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write bits against KL to this .svg file.")] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time a prompt and its continuation too.")] = True,
     device: Device = "auto",
@@ -73,7 +76,7 @@ def compare(  # noqa: PLR0913 - every option of the command
 
     if plot is not None:
         check_place(plot, "--plot")
-    asked = Asked(original, tuple(text), seq_len, samples, piqa, stories, speed, device)
+    asked = Asked(original, tuple(text), seq_len, samples, tuple(tasks or ()), items, speed, device)
     with progress_bar("comparing", quiet or as_json) as tell:
         found = run(models, asked, tell)
     if plot is not None:

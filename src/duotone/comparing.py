@@ -16,28 +16,28 @@ from duotone.calibrate.data import TokenWindows
 from duotone.card import base_name
 from duotone.checkpoint.compressed_tensors import layout_of
 from duotone.checkpoint.hub import locate_model
+from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.source import open_source
 from duotone.converting import import_checkpoint
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.evaluation import score_windows, summarize, windows_for
+from duotone.examining import Examination, TaskFigures, compared
 from duotone.models.skeleton import check_causal
 from duotone.models.tokenizer import load_tokenizer
-from duotone.questions import Item, load_piqa, load_story_cloze
 from duotone.runtime.load import load
-from duotone.tasks import fits_context, multiple_choice
+from duotone.tasks import Answers
 
 Progress = Callable[[int, int, str], None]
 #: Layouts that the runtime reads; others are imported first.
 _READ = ("compressed-tensors", "duotone-gaudi")
 #: Of the speed: tokens of the prompt, and tokens that are written after it.
 _PROMPT, _WRITTEN = 128, 32
-_STORIES = 500
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to compare on. text: files, as `duotone eval` takes them. piqa: a folder; stories: a TinyStories text.
+    """What to compare on. text, tasks: as `duotone eval` takes them; items: the most questions of a task.
 
     samples: windows of the text; None: all. speed: time a prompt and its continuation too.
     """
@@ -46,8 +46,8 @@ class Asked:
     text: tuple[str, ...]
     seq_len: int = 512
     samples: int | None = None
-    piqa: str | None = None
-    stories: str | None = None
+    tasks: tuple[str, ...] = ()
+    items: int | None = None
     speed: bool = True
     device: str = "auto"
 
@@ -56,9 +56,9 @@ class Asked:
 class Contender:
     """A checkpoint's figures. layout: how it is stored; imported: it was read into ours first, and runs in our arithmetic.
 
-    bits: of all its tensors, for each weight of the original. figures: `evaluation.Evaluation`. tasks: accuracy and standard
-    error by name. reads, writes: tokens a second here, of a prompt and of what follows; None where not asked for.
-    on_front: no other has both fewer bits and a smaller KL.
+    bits: of all its tensors, for each weight of the original. figures: `evaluation.Evaluation`. tasks: what each gave, against
+    the original on the same items. reads, writes: tokens a second here, of a prompt and of what follows; None where not asked
+    for. on_front: no other has both fewer bits and a smaller KL.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Contender:
     nbytes: int
     bits: float
     figures: dict[str, Any]
-    tasks: dict[str, tuple[float, float]]
+    tasks: list[TaskFigures]
     reads: float | None = None
     writes: float | None = None
     on_front: bool = False
@@ -82,7 +82,8 @@ class _Ground:
     original: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     windows: TokenWindows
-    items: dict[str, list[Item]]
+    examination: Examination | None
+    answers: list[Answers]
     weights: int
 
 
@@ -99,29 +100,23 @@ def compare(models: Sequence[str], asked: Asked, progress: Progress) -> list[Con
     if twice is not None:
         raise DuotoneError(f"MODELS: found {twice} twice, expected each once")
     place = locate_model(asked.original)
-    source, tokenizer = open_source(place), load_tokenizer(place)
+    source, tokenizer = widened(open_source(place)), load_tokenizer(place)
     if source.config.get("quantization_config") is not None:
         raise DuotoneError(f"--original: {asked.original} is quantized itself, expected what the checkpoints were made of")
     weights = sum(math.prod(spec.shape) for spec in source.tensors.values())
+    examination = Examination(asked.tasks, asked.items) if asked.tasks else None
     original = load(place, torch.float32, asked.device)
     check_causal(original, "comparing")
     windows = windows_for(place, original, tokenizer, asked.text, asked.seq_len, asked.samples)
-    ground = _Ground(asked, original, tokenizer, windows, _tasks(asked, original, tokenizer), weights)
+    device = resolve_device(asked.device)
+    answers = examination.put(original, tokenizer, device) if examination is not None else []
+    ground = _Ground(asked, original, tokenizer, windows, examination, answers, weights)
     found: list[Contender] = []
     for i, (model, folder) in enumerate(zip(models, folders, strict=True)):
         progress(i, len(models), base_name(model)[0])
         with tempfile.TemporaryDirectory() as scratch:
             found.append(_measured(model, folder, Path(scratch), ground))
     return [replace(one, on_front=not any(_beats(other, one) for other in found)) for one in found]
-
-
-def _tasks(asked: Asked, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Item]]:
-    items: dict[str, list[Item]] = {}
-    if asked.piqa is not None:
-        items["piqa"] = [item for item in load_piqa(asked.piqa) if fits_context(model, tokenizer)(item)]
-    if asked.stories is not None:
-        items["stories"] = load_story_cloze(asked.stories, _STORIES, 0, fits_context(model, tokenizer))
-    return items
 
 
 def _measured(model: str, folder: Path, scratch: Path, ground: _Ground) -> Contender:
@@ -135,7 +130,7 @@ def _measured(model: str, folder: Path, scratch: Path, ground: _Ground) -> Conte
         folder = scratch / "imported"
     network = load(folder, torch.float32, asked.device)
     figures = asdict(summarize(score_windows(network, windows, ground.original, device), windows))
-    tasks = {name: multiple_choice(network, ground.tokenizer, items, device) for name, items in ground.items.items()}
+    answers = ground.examination.put(network, ground.tokenizer, device) if ground.examination is not None else []
     del network
     reads, writes = _speed(folder, windows, asked.device) if asked.speed else (None, None)
     return Contender(
@@ -146,7 +141,7 @@ def _measured(model: str, folder: Path, scratch: Path, ground: _Ground) -> Conte
         nbytes=source.weight_bytes,
         bits=8 * source.weight_bytes / ground.weights,
         figures=figures,
-        tasks={name: (result.accuracy, result.stderr) for name, result in tasks.items()},
+        tasks=[compared(*pair) for pair in zip(answers, ground.answers, strict=True)],
         reads=reads,
         writes=writes,
     )

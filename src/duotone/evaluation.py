@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.calibrate.pairs import ImageTextPairs, draw_samples, holds_images, predicted_of
+from duotone.calibrate.sources import parse_sources
 from duotone.checkpoint.hub import locate_model
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
@@ -66,7 +67,7 @@ def evaluate(
     folder = locate_model(model)
     quantized = load(folder, dtype, device)
     check_causal(quantized, "perplexity")
-    if any(map(holds_images, text)):
+    if any(map(holds_images, parse_sources(text))):
         windows = draw_samples(folder, text, seq_len, samples, 0, image_tokens(quantized))
         check_windows(windows, seq_len, quantized, folder)
     else:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from duotone.advice import advice_before
+from duotone.calibrate.data import TokenWindows
 from duotone.calibrate.samples import Samples
+from duotone.calibrate.sources import titles
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
 from duotone.models.diffusion import is_diffusers
@@ -53,13 +55,17 @@ class QuantizeReport:
 
 
 def calibration_facts(windows: Samples | None, dtype: torch.dtype) -> dict[str, Any] | None:
-    """The text that was calibrated on: file names without folders, counts, a hash of the tokens, the forward's dtype."""
+    """The text that was calibrated on: as it was named but without folders, counts, a hash of it, the forward's dtype.
+
+    windows_of and rendering, of token windows: how many of each text, and how its rows became text.
+    """
     if windows is None:
         return None
-    files = [Path(source.partition("#")[0]) for source in windows.sources]
-    names = [file.name if file.exists() else source for file, source in zip(files, windows.sources, strict=True)]
-    counts = {"tokens": windows.positions, "windows": len(windows)}
-    return {"text": names} | counts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
+    facts: dict[str, Any] = {"text": titles(windows.sources), "tokens": windows.positions, "windows": len(windows)}
+    if isinstance(windows, TokenWindows):
+        facts["windows_of"] = list(windows.counts)
+        facts["rendering"] = [" and ".join(kinds) for kinds in windows.rendering]
+    return facts | {"sha256": windows.sha256, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
@@ -73,9 +79,11 @@ def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
         notes.append(
             f"{plan.source.path.name} is one component: DiffusionPipeline.from_pretrained(PIPELINE, NAME=duotone.load(OUT))"
         )
+    if plan.config.calibrate_all_experts:
+        notes.append("every expert was shown all calibration tokens; what went on was the model's own routing")
     if plan.converted:
         notes.append(f"{len(plan.converted)} tensors that are not quantized are stored as BF16, first {plan.converted[0]}")
-    return notes + loading_notes(plan)
+    return notes + [advice.sentence for advice in advice_before(plan, windows)] + loading_notes(plan)
 
 
 def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from duotone.advice import idle_advice
 from duotone.calibrate.cache import CacheWatch
 from duotone.calibrate.curvature import Backward, measure_curvature
-from duotone.calibrate.data import calibration_sources
+from duotone.calibrate.observer import Observer
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.pairs import ImageTextPairs, draw_samples
 from duotone.calibrate.samples import Samples, are_tensors, input_shapes, read_samples
-from duotone.calibrate.stream import BlockStream, Observer
+from duotone.calibrate.sources import calibration_sources
+from duotone.calibrate.stream import BlockStream
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import scale_tensors
 from duotone.checkpoint.scratch import Scratch
@@ -112,6 +114,8 @@ def quantize(
                 output.save_if_due(index, stream)
             tell(before + index, steps, block.path)
             output.write_block(block, *quantize_block(run, index, block, skeleton, stream))
+        idle = {layer.layer: layer.dead_columns for layer in report.layers}
+        report.notes += [one.sentence for one in idle_advice(plan, idle) if one.sentence not in report.notes]
         tell(steps, steps, "writing")
         output.finish()
     report.seconds = dict(phases.seconds)
@@ -152,9 +156,9 @@ def quantize_block(
         )
         for group in block.shared_inputs:
             expert = group[0] in block.experts
-            for seen, where in ((observer, module), (ahead, untouched)):
+            for seen, where, beside in ((observer, module, original), (ahead, untouched, None)):
                 if seen is not None and where is not None and group[0] in block.banks:
-                    _look_at_routing(run, seen, block, block.banks[group[0]], where)
+                    _look_at_routing(run, seen, block, block.banks[group[0]], where, beside)
             statistics = observer.observe(group[0], method.needs_statistics and method.sequential, expert)
             if ahead is not None:
                 statistics = ahead.observe(group[0], expert=expert)
@@ -186,11 +190,20 @@ def quantize_block(
     return weights, changed
 
 
-def _look_at_routing(run: Run, observer: Observer, block: BlockPlan, bank: str, module: nn.Module) -> None:
-    """See that no expert goes without tokens to calibrate on."""
-    experts = module.get_submodule(bank.removeprefix(block.prefix))
+def _look_at_routing(
+    run: Run, observer: Observer, block: BlockPlan, bank: str, module: nn.Module, original: nn.Module | None
+) -> None:
+    """See that no expert goes without tokens to calibrate on; or that each gets all, if that is asked for."""
+    path = bank.removeprefix(block.prefix)
+    experts, beside = module.get_submodule(path), None if original is None else original.get_submodule(path)
     assert isinstance(experts, Experts)
-    starved = observer.show_starved(bank, experts)
+    assert beside is None or isinstance(beside, Experts)
+    if run.plan.config.calibrate_all_experts:
+        experts.shown_all = frozenset(range(experts.count))
+        if beside is not None:
+            beside.shown_all = experts.shown_all
+        return
+    starved = observer.show_starved(bank, experts, beside)
     note = f"{bank}: {starved} of {experts.count} experts got fewer than {FEW_TOKENS} calibration tokens and were shown all"
     if starved and note not in run.report.notes:
         run.report.notes.append(note)

@@ -11,7 +11,8 @@ from duotone.calibrate.samples import first_sample
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.kv_cache import scale_specs
-from duotone.checkpoint.source import Source, SourceFolder
+from duotone.checkpoint.prequantized import original_weights
+from duotone.checkpoint.source import Source
 from duotone.choices import choose_schemes
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, normed_stream
@@ -129,6 +130,7 @@ class Plan:
         """Ranks that will each have a part of this linear's columns: all that serve it, of one that writes to the stream."""
         groups = self.config.scheme.groups(self.shapes[layer][1])
         writes = any(layer in block.streams for block in self.blocks)
+        writes |= layer.endswith(".down_proj") and any(layer in block.experts for block in self.blocks)
         return self.config.tensor_parallel if writes and groups % self.config.tensor_parallel == 0 else 1
 
     @property
@@ -170,15 +172,12 @@ class Plan:
         return len(self.blocks) - len(self.anatomy.blocks)
 
 
-def make_plan(folder: SourceFolder, config: QuantizeConfig) -> Plan:
+def make_plan(folder: Source, config: QuantizeConfig) -> Plan:
     """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
-    found = folder.config.get("quantization_config")
-    if found is not None:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-        raise DuotoneError(f"{folder.path}: is already quantized ({method}), expected original weights")
-    model = build_skeleton(folder.config, torch.float32)
-    anatomy = full_anatomy(folder.config, model, config.quantize_vision, first_sample(config.calibration))
-    return plan_of(named_source(folder, model), model, anatomy, config)
+    source = original_weights(folder)
+    model = build_skeleton(source.config, torch.float32)
+    anatomy = full_anatomy(source.config, model, config.quantize_vision, first_sample(config.calibration))
+    return plan_of(named_source(source, model), model, anatomy, config)
 
 
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
@@ -202,6 +201,8 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
         norms = _norms_before(part.path, groups, residual)
         caches = (attention, written_attention(source, attention)) if attention else None
         blocks.append(BlockPlan(part.path, groups, tensors, streams, norms, *_experts_of(part.experts, groups), caches))
+    if config.calibrate_all_experts and not any(block.banks for block in blocks):
+        raise DuotoneError(f"--calibrate-all-experts: {source.path} has no experts to quantize, expected a mixture of them")
     walked = [layer for block in blocks for group in block.shared_inputs for layer in group]
     order = [*walked, *(name for name in linears if name in choices.unseen)]
     shapes = {layer: (linears[layer].out_features, linears[layer].in_features) for layer in order}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from duotone.calibrate.data import json_lines, read_utf8
+from duotone.calibrate.sources import json_lines, read_utf8
 from duotone.errors import DuotoneError
 
 #: An ending has at least this many words: "The end." says nothing about its story.

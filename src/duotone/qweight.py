@@ -16,7 +16,8 @@ class QuantizedWeight:
 
     Shapes: codes uint8 [N, K] in original column order; group_scale float32 [N, G]; outer_scale float32 [N] or [1];
     zero_point float32 [N, G] (integers on the level axis) exactly when the scheme is asymmetric; input_scale float32
-    scalar exactly when the target's activations are static and have been calibrated.
+    scalar exactly when the target's activations are static and have been calibrated. cut: these are some columns of a wider
+    weight, whose rows may have their largest group scale elsewhere.
     Raises ValueError with the name of the field, what was found and what was expected.
     """
 
@@ -26,6 +27,7 @@ class QuantizedWeight:
     scheme: Scheme
     zero_point: Tensor | None = None
     input_scale: Tensor | None = None
+    cut: bool = False
 
     def __post_init__(self) -> None:
         if self.codes.dim() != 2:
@@ -55,6 +57,11 @@ class QuantizedWeight:
 
     def _check_canonical(self) -> None:
         """Each target has one legal pair of scales: the one that a reader of the file gets back bit for bit."""
+        if self.scheme.target.channel_outer_scale and self.cut:
+            peak, fp8 = self.scheme.peak_group_scale, self.scheme.target.fp8
+            if not torch.equal(fp8.round(self.group_scale), self.group_scale) or bool((self.group_scale > peak).any()):
+                raise ValueError(f"group_scale: expected {fp8.name} values of at most {peak:g}")
+            return
         if self.scheme.target.channel_outer_scale:
             group, outer = split_scale(join_scale(self.group_scale, self.outer_scale), self.scheme)
             if not torch.equal(group, self.group_scale):
@@ -155,7 +162,7 @@ def fp8_values(weight: AnyWeight) -> Tensor:
     if isinstance(weight, Fp8Weight):
         return weight.values.float()
     scheme, (_, columns) = weight.scheme, weight.shape
-    level_NK = torch.tensor(scheme.levels, device=weight.codes.device)[weight.codes.long()]
+    level_NK = torch.tensor(scheme.levels, dtype=torch.float32, device=weight.codes.device)[weight.codes.long()]
     zero_NK = None if weight.zero_point is None else expand_groups(weight.zero_point, scheme.group_size, columns)
     scale_NK = expand_groups(weight.group_scale, scheme.group_size, columns)
     return fp8_product(level_NK, zero_NK, scale_NK, scheme.target.fp8)

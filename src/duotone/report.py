@@ -7,6 +7,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from duotone.card import TASK_HEADER, task_cells
+
 
 def megabytes(nbytes: float) -> str:
     """Bytes as MB or GB."""
@@ -78,16 +80,33 @@ def evaluation_summary(result: dict[str, Any]) -> RenderableType:
 
 
 def tasks_summary(found: list[dict[str, Any]]) -> RenderableType:
-    """Accuracy by task, and against the original on the same items."""
-    table = Table("task", "items", "accuracy, %", "original, %", "difference, points", "McNemar's p")
+    """Figures by task, and against the original on the same items."""
+    table = Table(*TASK_HEADER)
     for one in found:
-        accuracy = f"{100 * one['accuracy']:.2f} ± {100 * one['stderr']:.2f}"
-        beside = ("-", "-", "-")
-        if one["difference"] is not None:
-            difference = f"{100 * one['difference']:+.2f} ± {100 * one['difference_stderr']:.2f}"
-            beside = (f"{100 * one['reference_accuracy']:.2f}", difference, f"{one['mcnemar_p']:.2f}")
-        table.add_row(one["task"], str(one["items"]), accuracy, *beside)
+        table.add_row(*task_cells(one))
     return table
+
+
+def advice_summary(found: dict[str, Any]) -> RenderableType:
+    """What `duotone advise` measured, and what to do about it."""
+    table = Table("text", "windows", "tokens", "repeated", "perplexity", "of zlib's bits", "by heart", box=None, pad_edge=False)
+    for role, texts in (("calibration", found["calibration"]), ("compared with", found["text"])):
+        for one in texts:
+            error = "" if one["log_stderr"] is None else f" ± {one['perplexity'] * one['log_stderr']:.2f}"
+            percents = (f"{100 * one[name]:.1f} %" for name in ("repeated", "zlib_ratio", "by_heart"))
+            repeated, ratio, by_heart = percents
+            title, perplexity = f"{role}: {one['text']} ({one['rendering']})", f"{one['perplexity']:.2f}{error}"
+            table.add_row(title, str(one["windows"]), str(one["tokens"]), repeated, perplexity, ratio, by_heart)
+    facts = _facts()
+    facts.add_row("tokens", f"{found['tokens_an_input']:.1f} for each of the {found['inputs']} inputs of {found['widest']}")
+    if found["divergence"] is not None:
+        facts.add_row("against the other text", f"perplexity {found['perplexity_ratio']:.2f} times as high")
+        kinds = f"divergence of the tokens {found['divergence']:.3f} of 1, of texts of one kind {found['chance']:.3f}"
+        facts.add_row("", f"{kinds}; {100 * found['overlap']:.1f} % in common")
+    if found["experts"]:
+        facts.add_row("experts", f"{found['starved']} of {found['experts']} with too few tokens")
+    advice = [Text(f"{one['about']}: {one['sentence']}", style="yellow") for one in found["advice"]]
+    return Group(table, "", facts, "", *(advice or [Text("nothing to advise: the text suits the model", style="green")]))
 
 
 def inspection_summary(facts: dict[str, Any]) -> RenderableType:
@@ -208,7 +227,7 @@ def push_summary(report: dict[str, Any]) -> RenderableType:
 
 def comparison_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Checkpoints against one original, those that none beats in both bits and KL with a star."""
-    tasks = list(rows[0]["tasks"])
+    tasks = [task_cells(one)[0] for one in rows[0]["tasks"]]
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in ("", "checkpoint", "layout", "size", "bits", "KL", "perplexity", "top-1", *tasks, "reads", "writes"):
         table.add_column(column, justify="left" if column in {"", "checkpoint", "layout"} else "right")
@@ -224,7 +243,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> RenderableType:
             f"{figures['kl']:.5f}{spread}",
             f"{figures['perplexity']:.4f}",
             f"{100 * figures['top1_agreement']:.2f} %",
-            *(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in row["tasks"].values()),
+            *(task_cells(one)[2] for one in row["tasks"]),
             *("" if row[name] is None else f"{row[name]:.0f} tokens/s" for name in ("reads", "writes")),
         )
     reference = rows[0]["figures"]["reference_perplexity"]

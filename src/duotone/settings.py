@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from duotone.calibrate.sources import parse_sources
 from duotone.device import check_seed
 from duotone.errors import DuotoneError
 from duotone.loadability import GPUS, RUNTIMES
@@ -19,13 +20,15 @@ class QuantizeConfig:
     order None: the method's own default; with refresh_scales, which is for dpq, gar. effort: `high` measures the curvature of
     the model's loss and searches codes for it. rotate: turn the residual stream before all else. equalize: move the sizes of
     channels from norms into the linears behind them, with this exponent of the inputs' size; None: leave them. calibration
-    empty: the model folder's own text, else the default hub data set. ignore: names or `re:` patterns of linears left in
-    BF16. rules: `NAME=SCHEME` or `re:PATTERN=SCHEME`, SCHEME w4a8, w8a8 or bf16: of those that name a linear, also one that
-    stays BF16 by default, the first decides, after ignore. kv_cache: `fp8` measures scales for a cache of one byte a value,
-    one for a layer's keys and one for its values or, with strategy attn_head, for each head's. dtype: of the calibration's
-    forward; auto is bfloat16 where that is fast and the model is not small, else float32. strict: a linear that must stay BF16
-    is an error. quantize_vision: the vision tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu
-    with tensor_parallel ranks; it is an error if that would not load it. None: nothing is promised.
+    empty: the model folder's own text, else the default hub data set; weights behind the texts say the share of each
+    (`sources.parse_sources`). ignore: names or `re:` patterns of linears left in BF16. rules: `NAME=SCHEME` or
+    `re:PATTERN=SCHEME`, SCHEME w4a8, w8a8 or bf16: of those that name a linear, also one that stays BF16 by default, the first
+    decides, after ignore. kv_cache: `fp8` measures scales for a cache of one byte a value, one for a layer's keys and one for
+    its values or, with strategy attn_head, for each head's. dtype: of the calibration's forward; auto is bfloat16 where that is
+    fast and the model is not small, else float32. strict: a linear that must stay BF16 is an error. quantize_vision: the vision
+    tower too, of a model that sees. runtime: what is to serve the checkpoint, on gpu with tensor_parallel ranks; it is an error
+    if that would not load it. None: nothing is promised.
+    calibrate_all_experts: every expert of a mixture sees all calibration tokens; what goes on is the model's own routing.
     memory_budget: GiB that calibration may hold inside a block, the activations of batches that wait there and a group's
     second moments; with less, more batches walk the block anew for every group, and the numbers stay the same.
     """
@@ -52,6 +55,7 @@ class QuantizeConfig:
     dtype: str = "auto"
     strict: bool = False
     quantize_vision: bool = False
+    calibrate_all_experts: bool = False
     memory_budget: float | None = None
     runtime: str | None = None
     gpu: str = "h100"
@@ -79,6 +83,8 @@ class QuantizeConfig:
         if self.equalize is not None and not self.needs_statistics:
             able = ", ".join(name for name, method in METHODS.items() if method.needs_statistics)
             raise DuotoneError(f"--equalize: found --method {self.method}, expected one that looks at its inputs: {able}")
+        if self.calibrate_all_experts and not self.needs_calibration:
+            raise DuotoneError(f"--calibrate-all-experts: found --method {self.method}, expected one that looks at its inputs")
         if self.tensor_parallel < 1:
             raise DuotoneError(f"--tensor-parallel: found {self.tensor_parallel}, expected at least 1")
         if self.tensor_parallel > 1 and self.refresh_scales:
@@ -89,6 +95,9 @@ class QuantizeConfig:
             raise DuotoneError(f"--memory-budget: found {self.memory_budget}, expected more than 0 (GiB)")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
+        if self.seq_len < 2:
+            raise DuotoneError(f"--seq-len: found {self.seq_len}, expected at least 2 tokens")
+        parse_sources(self.calibration)
         check_seed(self.seed)
         check_rules(self.ignore)
         check_rules(tuple(choice_of(rule)[0] for rule in self.rules), "--rule")

@@ -43,6 +43,23 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a model made of a task: one figure with its standard error, and each item's outcome where the figure is their mean.
+
+    by: who put it, duotone or lm-eval. metric: what the figure is. is_share: of items that were right.
+    """
+
+    task: str
+    by: str
+    metric: str
+    is_share: bool
+    items: int
+    value: float
+    stderr: float | None
+    outcomes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class EmbeddingResult:
     """How far a model's sentence embeddings are from a reference's, each figure with its standard error over sentences.
 

@@ -1,13 +1,12 @@
 """Text to windows."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from duotone.calibrate.data import DEFAULT_DATASET, calibration_sources, draw_windows, read_text
+from duotone.calibrate.data import draw_windows
 from duotone.errors import DuotoneError
 from duotone.models.tokenizer import load_tokenizer
 from tests.conftest import TEXT
@@ -81,67 +80,3 @@ def test_bad_sources(tokenizer, tmp_path: Path, source: str, message: str) -> No
     with pytest.raises(DuotoneError, match=message) as caught:
         draw_windows(tokenizer, [str(tmp_path / source)], 16, 4, seed=0)
     assert source in str(caught.value)
-
-
-def test_jsonl_fields_and_messages(tokenizer, tmp_path: Path) -> None:
-    """`text` by default, named fields joined, chat messages without a template joined by line."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"t{i}", "question": f"q{i}", "answer": f"a{i}"}) for i in range(2)))
-    assert read_text(str(path), tokenizer) == "t0\n\nt1"
-    assert read_text(f"{path}#question,answer", tokenizer) == "q0\na0\n\nq1\na1"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}))
-    assert read_text(str(path), tokenizer) == "hi\nho"
-    path.write_text(json.dumps({"body": "x"}))
-    with pytest.raises(DuotoneError, match=r"found the fields \['body'\].*#body"):
-        read_text(str(path), tokenizer)
-    path.write_text('{"text": "x"}\n{broken')
-    with pytest.raises(DuotoneError, match=r"rows\.jsonl:2: is not valid JSON"):
-        read_text(str(path), tokenizer)
-
-
-def test_default_sources(tmp_path: Path) -> None:
-    """Named texts first, then the model folder's own, then the hub data set llm-compressor users know."""
-    assert calibration_sources(["a.txt"], tmp_path) == ("a.txt",)
-    assert calibration_sources([], tmp_path) == (DEFAULT_DATASET,)
-    (tmp_path / "calibration.txt").write_text("x")
-    assert calibration_sources([], tmp_path) == (str(tmp_path / "calibration.txt"),)
-
-
-def test_hub_data_that_cannot_be_had_names_the_way_out(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the datasets package, or offline, the sentence names --calibration."""
-    import sys
-
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DuotoneError, match=r"pip install datasets\).*--calibration FILE"):
-        read_text("owner/name:train", tokenizer)
-
-    class Offline:
-        @staticmethod
-        def load_dataset(*_: object, **__: object) -> None:
-            raise ConnectionError("no network\nsecond line")
-
-    monkeypatch.setitem(sys.modules, "datasets", Offline)
-    with pytest.raises(DuotoneError, match=r"cannot be read \(no network\); name a text file with --calibration"):
-        read_text("owner/name:train", tokenizer)
-
-
-def test_hub_rows_are_read_until_there_is_enough(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A streamed data set is read only as far as the windows need."""
-    import sys
-
-    taken: list[int] = []
-
-    def rows():
-        for i in range(10_000):
-            taken.append(i)
-            yield {"text": "x" * 100}
-
-    class Hub:
-        @staticmethod
-        def load_dataset(name: str, split: str, streaming: bool):
-            assert (name, split, streaming) == ("owner/name", "train_sft", True)
-            return rows()
-
-    monkeypatch.setitem(sys.modules, "datasets", Hub)
-    assert len(read_text("owner/name:train_sft", tokenizer, 1000)) == 10 * 100 + 9 * 2
-    assert len(taken) == 10

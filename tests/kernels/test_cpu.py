@@ -3,6 +3,7 @@
 A path that this CPU lacks is skipped by name; `portable` runs everywhere.
 """
 
+import copy
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
-from duotone.kernels import cpu, dispatch, native, reference
+from duotone.kernels import cpu, dispatch, layout, native, reference
 from duotone.kernels.layout import mantissa_table
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.runtime.linear import QuantizedLinear
@@ -304,7 +305,7 @@ def test_refusals_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.refuses(odd, CPU) == "group_size: found 16, expected a multiple of 32"
     assert cpu.refuses(fits, torch.device("cuda")) == "runs on a CPU, not on cuda"
     backend, refusals = dispatch.choose(odd, CPU)
-    assert backend is reference and refusals == ["cpu: group_size: found 16, expected a multiple of 32"]
+    assert backend is reference and refusals[0] == "cpu: group_size: found 16, expected a multiple of 32"
     monkeypatch.setenv("DUOTONE_NATIVE", "mmx")
     assert cpu.refuses(fits, CPU) == f"DUOTONE_NATIVE=mmx, and this machine runs {', '.join(cpu.paths())}"
 
@@ -354,6 +355,32 @@ def test_the_mantissas_are_nobodys_to_change() -> None:
     assert torch.equal(first, mantissa_table(scheme)) and int(first.max()) > 128
 
 
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(symmetric=False), Scheme(GAUDI), Scheme(levels=BENT)])
+def test_the_default_dtype_changes_nothing(scheme: Scheme) -> None:
+    """Loaders of others, vLLM's and transformers', set it to the model's: tables and paths are those of float32."""
+    weight = make_weight(24, 256, scheme)
+    expected, values = cpu.prepack(weight), fp8_values(weight)
+    layout._mantissa_values.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        packed, found = cpu.prepack(weight), fp8_values(weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        layout._mantissa_values.cache_clear()
+    assert packed.path == expected.path and torch.equal(found, values)
+    assert torch.equal(cpu.values(packed), cpu.values(expected))
+
+
+def test_a_copied_scheme_is_the_same_scheme() -> None:
+    """As other processes get it, whose formats are equal to ours and not the same objects."""
+    scheme = Scheme(HOPPER, 64)
+    copied = copy.deepcopy(scheme)
+    layout._mantissa_values.cache_clear()
+    assert copied.target.fp8 is not scheme.target.fp8 and mantissa_table(copied) is not None
+    weight = make_weight(16, 128, scheme)
+    assert torch.equal(layout.in_blocks(replace(weight, scheme=copied)).table, layout.in_blocks(weight).table)
+
+
 def test_without_the_extension() -> None:
     """DUOTONE_NATIVE=0: the torch path, and the reason with it."""
     program = (
@@ -364,7 +391,7 @@ def test_without_the_extension() -> None:
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "DUOTONE_NATIVE": "0"}
     )
-    assert found.stdout.strip() == "torch ['cpu: DUOTONE_NATIVE=0']"
+    assert found.stdout.strip() == "torch ['cpu: DUOTONE_NATIVE=0', 'triton: runs on NVIDIA GPUs, not on cpu']"
 
 
 def test_it_stays_on_its_device() -> None:

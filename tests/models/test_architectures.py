@@ -68,7 +68,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention", "sliding_attention"]},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 128},
-}
+    "jamba": MOE | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+                    "mamba_d_state": 8, "mamba_dt_rank": 8, "head_dim": None},
+}  # fmt: skip
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -196,6 +198,26 @@ def test_names_on_disk_are_the_folder_s(tmp_path: Path, tiny_model: Callable[...
         duotone.quantize(folder, tmp_path / model_type, method="rtn", device="cpu")
         with safe_open(tmp_path / model_type / "model.safetensors", "pt") as file:
             assert name in set(file.keys())
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_experts_are_called_as_vllm_calls_them(tmp_path: Path, tiny_model: Callable[..., Path], model_type: str) -> None:
+    """vLLM 0.33.0 models/: `ckpt_names` of mixtral.py, `fused_moe_make_expert_params_mapping` of the others.
+
+    It has no reader of GPT-OSS's experts one by one: their names are as the others' here.
+    """
+    duotone.quantize(tiny_model(model_type, **EXPERTS[model_type]), tmp_path / "out", method="rtn", device="cpu")
+    place = {"mixtral": "block_sparse_moe", "llama4_text": "feed_forward", "jamba": "feed_forward"}.get(model_type, "mlp")
+    linears = ("w1", "w2", "w3") if model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found = {name for name in open_source(tmp_path / "out").tensors if ".experts." in name and not name.endswith(".bias")}
+    mixed = {"deepseek_v2": (1,), "deepseek_v3": (1,), "jamba": (1,)}  # the first layer has no experts
+    assert found == {
+        f"model.layers.{layer}.{place}.experts.{expert}.{linear}.weight_{part}"
+        for layer in mixed.get(model_type, (0, 1))
+        for expert in range(4)
+        for linear in linears
+        for part in ("packed", "scale", "shape")
+    }
 
 
 def test_left_alone_is_stored_as_it_was(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

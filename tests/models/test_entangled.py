@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
-from duotone.calibrate.stream import Observer, start_stream
+from duotone.calibrate.observer import Observer
+from duotone.calibrate.stream import start_stream
 from duotone.calibrate.walk import BlockWalk, Call
 from duotone.models.anatomy import _from_trace
 from duotone.models.experts import find_experts
@@ -34,14 +36,17 @@ class Noted(Ranks):
         self.shapes += [list(tensor.shape) for tensor in tensors]
 
 
-def test_a_process_without_tokens_for_an_expert_exchanges_all_the_same() -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_process_without_tokens_for_an_expert_exchanges_all_the_same(beside: bool) -> None:
     """The same calls with the same shapes as a process that has some, or all would wait for one another for ever."""
     told = []
     for some in (True, False):
-        expert = nn.Linear(4, 4)
-        block = nn.Sequential(expert) if some else nn.Identity()
-        with BlockWalk(block, [Call(torch.ones(3, 4), (), {})], {"e": expert}, {}) as walk:
-            observer = Observer(walk, None, Phases(), ranks := Noted())
+        experts = nn.Linear(4, 4), nn.Linear(4, 4)
+        blocks = [nn.Sequential(expert) if some else nn.Identity() for expert in experts]
+        call = Call(torch.ones(3, 4), (), {})
+        left, right = (BlockWalk(block, [call], {"e": expert}, {}) for block, expert in zip(blocks, experts, strict=True))
+        with left, right:
+            observer = Observer(left, right if beside else None, Phases(), ranks := Noted())
             if some:
                 assert cast("Any", observer.observe("e", expert=True)).tokens == 3
             else:

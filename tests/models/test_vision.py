@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from duotone.checkpoint.reader import WeightReader
 from duotone.checkpoint.source import open_source
 from duotone.errors import DuotoneError
 from duotone.evaluation import evaluate_windows
+from duotone.models.anatomy import Block
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.models.vision import full_anatomy, image_tokens
@@ -113,6 +115,16 @@ def test_anatomy(pictured: Maker, model_type: str) -> None:
     between = set(body.keep) - set(inside) - {"lm_head"}
     assert bool(between) == (model_type != "gemma3")  # whose projection is no linear
     assert set(both.keep) == {*between, "lm_head"}
+
+
+def test_a_tower_before_no_stack(pictured: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A language model that is one block cannot be entered behind what sees: said at once, not as if all were BF16."""
+    config = open_source(pictured("qwen2_vl")).config
+    model = build_skeleton(config, torch.float32)
+    whole = replace(full_anatomy(config, model), blocks=(Block("", (), {}),))
+    monkeypatch.setattr("duotone.models.vision.anatomy_of", lambda *_: whole)
+    with pytest.raises(DuotoneError, match=r"sees with model\.visual.* no stack of blocks"):
+        full_anatomy(config, model)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

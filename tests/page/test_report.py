@@ -1,5 +1,6 @@
 """`duotone report`: facts are those of the checkpoint, the evaluator and the run; files are whole; refusals are clear."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -132,7 +133,9 @@ CONFIGS = st.builds(
     group_size=st.sampled_from([32, 128]),
     symmetric=st.booleans(),
     ignore=st.lists(st.sampled_from(["lm_head", "re:.*o_proj$", "a b'c"]), max_size=2).map(tuple),
-    calibration=st.sampled_from([("text.txt",), ("a b.txt", "owner/name:split")]),
+    calibration=st.sampled_from(
+        [("text.txt",), ("a b.txt", "owner/name:split"), ("a.jsonl#question,answer",), ("a.jsonl#q,a:0.7", "owner/name:x:0.3")]
+    ),
     samples=st.sampled_from([128, 7]),
     seq_len=st.sampled_from([2048, 64]),
     damping_frac=st.sampled_from([0.01, 0.05, 1e-05]),
@@ -173,6 +176,26 @@ def test_the_command_asks_for_what_was_asked(config: QuantizeConfig, monkeypatch
     ((model, out, found),) = asked
     assert (model, out) == ("owner/base", "out dir") and found.solver == config.solver
     assert dataclasses.replace(found, order=None) == dataclasses.replace(config, order=None)
+
+
+def test_the_command_names_fields_and_weights(original: Path, text_file: Path, tmp_path: Path) -> None:
+    """Run where the texts are, the command that the report gives makes the same bytes: the same rows, fields and shares."""
+    rows = [{"question": f"{i} and {i}?", "answer": f"{2 * i}", "rubbish": "x" * 50} for i in range(200)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "fox.txt").write_text(text_file.read_text())
+    mixture = (f"{tmp_path / 'sums.jsonl'}#question,answer:0.75,{tmp_path / 'fox.txt'}:0.25",)
+    out, again = tmp_path / "out", tmp_path / "again"
+    duotone.quantize(original, out, calibration=mixture, method="gptq", group_size=32, **QUICK)
+    facts = invoke("report", out, "--json").json()["facts"]
+    assert facts["calibration"]["text"] == ["sums.jsonl#question,answer:0.75", "fox.txt:0.25"]
+    assert facts["calibration"]["windows_of"] == [6, 2] and facts["calibration"]["rendering"] == ["plain text"] * 2
+    told = "sums.jsonl#question,answer:0.75 (6 windows, plain text); fox.txt:0.25 (2 windows, plain text)"
+    assert told in (out / "report.html").read_text() and "fox.txt:0.25" in (out / "README.md").read_text()
+    words = shlex.split(facts["command"])
+    with contextlib.chdir(tmp_path):
+        assert invoke(words[1], original, again, *words[4:], "--quiet").code == 0
+    names = ("model.safetensors", "duotone.json")
+    assert [(out / name).read_bytes() for name in names] == [(again / name).read_bytes() for name in names]
 
 
 def test_the_command_of_several_processes() -> None:

@@ -2,22 +2,17 @@
 
 import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from duotone.calibrate.sources import parse_sources, read_source, shares
 from duotone.errors import DuotoneError
 
-#: What llm-compressor's examples calibrate on; used when no text is named and the model folder brings none.
-DEFAULT_DATASET = "HuggingFaceH4/ultrachat_200k:train_sft"
-#: A model folder may bring its own calibration text under this name.
-OWN_TEXT = "calibration.txt"
 #: Tokens of one forward pass: enough to fill the machine, small beside the weights of a block.
 BATCH_POSITIONS = 4096
 #: Characters read from a hub data set for each window asked for and each token of it; English has about four a token.
@@ -29,6 +24,8 @@ class TokenWindows:
     """Token windows int64 [count, seq_len] and where they came from.
 
     sha256: of the whole texts. text_bytes: UTF-8 bytes of the tokens that are predicted, all but each window's first.
+    counts: windows of each source. rendering: how the rows of each became text (`sources.SourceText`). chats: the tokenizer has
+    a chat template.
     """
 
     tokens: Tensor
@@ -36,6 +33,9 @@ class TokenWindows:
     sha256: str
     text_bytes: int
     notes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    rendering: tuple[tuple[str, ...], ...] = ()
+    chats: bool = False
 
     def __len__(self) -> int:
         """How many windows."""
@@ -67,145 +67,62 @@ def token_batches(tokens: Tensor, written: int = 0) -> list[dict[str, Tensor]]:
     return [{"input_ids": batch[:, :-written], "decoder_input_ids": batch[:, -written:]} for batch in batches]
 
 
-def calibration_sources(given: Sequence[str], model: Path) -> tuple[str, ...]:
-    """The texts to calibrate on: those named, else the model folder's own, else the default hub data set."""
-    if given:
-        return tuple(given)
-    own = model / OWN_TEXT
-    return (str(own),) if own.is_file() else (DEFAULT_DATASET,)
-
-
 def draw_windows(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], seq_len: int, count: int | None, seed: int
 ) -> TokenWindows:
-    """`count` windows of `seq_len` tokens, in equal shares from each source, drawn by `seed` and kept in text order.
+    """`count` windows of `seq_len` tokens, in equal shares from each source or by weight, drawn by `seed`, kept in text order.
 
-    Each window begins and ends with the tokens that begin and end every text, where the tokenizer has them. count=None takes
-    every whole window. Raises DuotoneError when a source is missing, or shorter than one window.
+    sources: as `sources.parse_sources` takes them. Each window begins and ends with the tokens that begin and end every text,
+    where the tokenizer has them. count=None takes every whole window. Raises DuotoneError when a source is missing, shorter
+    than one window, or than the share that its weight asks for; without weights such a share is noted.
     """
     if seq_len < 2:
         raise DuotoneError(f"--seq-len: found {seq_len}, expected at least 2 tokens")
+    named, notes = parse_sources(sources), list[str]()
+    digest, parts, text_bytes, renderings = hashlib.sha256(), list[Tensor](), 0, list[tuple[str, ...]]()
+    for source, share in zip(named, shares(named, count), strict=True):
+        read = read_source(source, tokenizer, None if share is None else share * seq_len * _CHARACTERS_PER_TOKEN)
+        digest.update(read.text.encode("utf-8"))
+        windows, nbytes = _windows_of(source.name, read.text, tokenizer, seq_len, share, seed)
+        if share is not None and len(windows) < share:
+            lacking = f"holds {len(windows)} windows of {seq_len} tokens, {share} were asked for"
+            if source.weight is not None:
+                raise DuotoneError(f"{source.name}: {lacking} by its weight; fewer --samples or a smaller weight would do")
+            notes.append(f"{Path(source.name).name}: {lacking}")
+        parts.append(windows)
+        text_bytes += nbytes
+        renderings.append(read.rendering)
+    counts = tuple(len(part) for part in parts)
+    return TokenWindows(
+        tokens=torch.cat(parts),
+        sources=tuple(sources),
+        sha256=digest.hexdigest(),
+        text_bytes=text_bytes,
+        notes=tuple(notes),
+        counts=counts,
+        rendering=tuple(renderings),
+        chats=bool(tokenizer.chat_template),
+    )
+
+
+def _windows_of(
+    name: str, text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, share: int | None, seed: int
+) -> tuple[Tensor, int]:
+    """Of one text at most `share` windows int64 [windows, seq_len], and the UTF-8 bytes of their predicted tokens."""
     first, last = first_token(tokenizer), last_token(tokenizer)
-    shares = _shares(count, len(sources))
-    parts: list[Tensor] = []
-    notes: list[str] = []
-    digest, text_bytes = hashlib.sha256(), 0
-    for source, share in zip(sources, shares, strict=True):
-        text = read_text(source, tokenizer, None if share is None else share * seq_len * _CHARACTERS_PER_TOKEN)
-        digest.update(text.encode("utf-8"))
-        if share is not None:
-            text = _thin(text, 2 * share * seq_len * _CHARACTERS_PER_TOKEN, seq_len * _CHARACTERS_PER_TOKEN, seed)
-        windows, offsets = _cut(tokenizer, text, seq_len - len(first) - len(last), 1 - len(first))
-        if not len(windows):
-            found = _token_count(tokenizer, text)
-            raise DuotoneError(
-                f"{source}: found {found} tokens of text, expected at least one sequence of {seq_len} (--seq-len)"
-            )
-        if share is not None and share < len(windows):
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(len(windows), generator=generator)[:share].sort().values
-            windows, offsets = windows[chosen], offsets[chosen]
-        elif share is not None and share > len(windows):
-            notes.append(f"{Path(source).name}: holds {len(windows)} windows of {seq_len} tokens, {share} were asked for")
-        text_bytes += sum(len(text[start:stop].encode("utf-8")) for start, stop in offsets.tolist())
-        framed = [torch.tensor(ends, dtype=torch.int64).expand(len(windows), -1) for ends in (first, last)]
-        parts.append(torch.cat([framed[0], windows, framed[1]], dim=1))
-    return TokenWindows(torch.cat(parts), tuple(sources), digest.hexdigest(), text_bytes, tuple(notes))
-
-
-def read_text(source: str, tokenizer: PreTrainedTokenizerBase, max_characters: int | None = None) -> str:
-    """The text of a file (.jsonl: one object a line), or of a hub data set `owner/name[:split]`.
-
-    `FILE.jsonl#question,answer` names the fields to join; without it, `text`, or `messages` through the chat template.
-    """
-    name, _, fields = source.partition("#")
-    path = Path(name)
-    if _is_file(path):
-        text = read_utf8(path)
-        if path.suffix != ".jsonl":
-            return text
-        return "\n\n".join(_render(row, fields, source, tokenizer) for row in json_lines(path, text))
-    if name.count("/") != 1 or path.suffix in {".txt", ".jsonl", ".json"} or name.startswith((".", "/", "~")):
-        raise DuotoneError(
-            f"{name}: found no such file, expected a text or .jsonl file, or owner/name on the hub (--calibration, --text)"
-        )
-    return _hub_text(name, fields, tokenizer, max_characters)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file system takes, such as the text itself
-        return False
-
-
-def read_utf8(path: Path) -> str:
-    """The text of a file. Raises DuotoneError when it cannot be read or is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DuotoneError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DuotoneError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    """Objects of a .jsonl text; only a newline ends a line (JSON strings may hold other separators)."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DuotoneError(f"{path}:{number}: is not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise DuotoneError(f"{path}:{number}: found a JSON {type(row).__name__}, expected an object")
-            yield row
-
-
-def _render(row: dict[str, Any], fields: str, source: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One document from a row of a data set."""
-    names = fields.split(",") if fields else ["text"] if "text" in row else ["messages"]
-    messages = row.get("messages")
-    if names == ["messages"] and isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        return "\n".join(str(message.get("content", "")) for message in messages)
-    missing = [name for name in names if not isinstance(row.get(name), str)]
-    if missing:
-        example = f"{source.partition('#')[0]}#{next(iter(row), 'text')}"
-        raise DuotoneError(
-            f"{source}: found the fields {sorted(row)}, expected text in {missing[0]!r}; name them as in {example}"
-        )
-    return "\n".join(row[name] for name in names)
-
-
-def _hub_text(name: str, fields: str, tokenizer: PreTrainedTokenizerBase, max_characters: int | None) -> str:
-    """Text streamed from a hub data set, as much as is needed."""
-    try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra: heavy, and for hub data only
-    except ImportError:
-        raise DuotoneError(
-            f"{name}: a hub data set needs the datasets package (pip install datasets); "
-            "or name a text file with --calibration FILE"
-        ) from None
-    identifier, _, split = name.partition(":")
-    try:
-        rows = load_dataset(identifier, split=split or "train", streaming=True)
-        documents: list[str] = []
-        length = 0
-        for row in itertools.islice(rows, 1_000_000):
-            documents.append(_render(row, fields, name, tokenizer))
-            length += len(documents[-1])
-            if max_characters is not None and length >= max_characters:
-                break
-    except DuotoneError:
-        raise
-    except Exception as error:  # the hub client raises many kinds: offline, missing, gated, wrong split
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DuotoneError(
-            f"{name}: the hub data set cannot be read ({reason}); name a text file with --calibration FILE"
-        ) from None
-    return "\n\n".join(documents)
+    if share is not None:
+        text = _thin(text, 2 * share * seq_len * _CHARACTERS_PER_TOKEN, seq_len * _CHARACTERS_PER_TOKEN, seed)
+    windows, offsets = _cut(tokenizer, text, seq_len - len(first) - len(last), 1 - len(first))
+    if not len(windows):
+        found = _token_count(tokenizer, text)
+        raise DuotoneError(f"{name}: found {found} tokens of text, expected at least one sequence of {seq_len} (--seq-len)")
+    if share is not None and share < len(windows):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(windows), generator=generator)[:share].sort().values
+        windows, offsets = windows[chosen], offsets[chosen]
+    nbytes = sum(len(text[start:stop].encode("utf-8")) for start, stop in offsets.tolist())
+    framed = [torch.tensor(ends, dtype=torch.int64).expand(len(windows), -1) for ends in (first, last)]
+    return torch.cat([framed[0], windows, framed[1]], dim=1), nbytes
 
 
 def _thin(text: str, characters: int, span: int, seed: int) -> str:
@@ -260,12 +177,3 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, unpredicted
 
 def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _shares(count: int | None, sources: int) -> list[int | None]:
-    """`count` cut into equal shares, the first ones larger by one where it does not divide."""
-    if count is None:
-        return [None] * sources
-    if count < sources:
-        raise DuotoneError(f"--samples: found {count}, expected at least one for each of the {sources} texts")
-    return [count // sources + (i < count % sources) for i in range(sources)]

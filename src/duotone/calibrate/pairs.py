@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duotone.calibrate.data import TokenWindows, draw_windows, json_lines, read_utf8
+from duotone.calibrate.data import TokenWindows, draw_windows
+from duotone.calibrate.sources import TextSource, json_lines, parse_sources, read_utf8
 from duotone.errors import DuotoneError
 from duotone.models.processor import load_processor
 from duotone.models.tokenizer import load_tokenizer
@@ -75,11 +76,13 @@ def draw_samples(
     sees: the tokens in whose places the model of `folder` puts what it sees; none for a model that only reads. Raises
     DuotoneError as `draw_windows` and `draw_pairs` do, and for images before a model that only reads.
     """
-    with_images = [source for source in sources if holds_images(source)]
+    with_images = [source.name for source in parse_sources(sources) if holds_images(source)]
     if not with_images:
         return draw_windows(load_tokenizer(folder), sources, seq_len, count, seed)
     if not sees:
         raise DuotoneError(f"{with_images[0]}: holds images, found a model in {folder} that only reads text")
+    if with_images[0] not in sources:
+        raise DuotoneError(f"{with_images[0]}: holds images, found a weight beside it, expected none: weights are for texts")
     if len(with_images) < len(sources):
         raise DuotoneError(f"{with_images[0]}: holds images, others do not, expected either with all of them")
     return draw_pairs(load_processor(folder), sources, seq_len, count, seed, sees)
@@ -121,13 +124,13 @@ def predicted_of(ids: Tensor, sees: tuple[int, ...]) -> Tensor:
     return behind[:, :-1] & ~is_image[:, 1:]
 
 
-def holds_images(source: str) -> bool:
-    """Is this a folder, or a .jsonl file whose first row names an image?"""
-    path = Path(source)
+def holds_images(source: TextSource) -> bool:
+    """Is this a folder, or a .jsonl file whose first row names an image, and no field of it is asked for?"""
+    path = Path(source.name)
     try:
         if path.is_dir():
             return True
-        if path.suffix != ".jsonl" or not path.is_file():
+        if source.fields or path.suffix != ".jsonl" or not path.is_file():
             return False
     except OSError:  # a name that no file system takes
         return False

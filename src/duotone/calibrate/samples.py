@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from duotone.calibrate.data import TokenWindows
 from duotone.calibrate.pairs import ImageTextPairs
+from duotone.calibrate.sources import parse_sources
 from duotone.errors import DuotoneError
 from duotone.models.diffusion import nested
 
@@ -53,9 +54,11 @@ Samples = TokenWindows | ImageTextPairs | TensorSamples
 
 def are_tensors(sources: Sequence[str]) -> bool:
     """Do these name files of tensors? Raises DuotoneError where some do and some do not."""
-    found = [source for source in sources if source.endswith(".safetensors")]
+    found = [source.name for source in parse_sources(sources) if source.name.endswith(".safetensors")]
     if found and len(found) < len(sources):
         raise DuotoneError(f"--calibration: found {found[0]} beside other kinds, expected .safetensors files alone, or none")
+    if found and found[0] not in sources:
+        raise DuotoneError(f"{found[0]}: holds tensors, found a weight beside it, expected none: weights are for texts")
     return bool(found)
 
 

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from duotone.calibrate.observer import Observer
 from duotone.calibrate.offload import Offload
-from duotone.calibrate.walk import Arrival, BlockWalk, Call, notebooks, with_own_notebooks
+from duotone.calibrate.walk import BlockWalk, Call, notebooks, with_own_notebooks
 from duotone.errors import UnfinishedError
-from duotone.models.convolutions import CHANNELS_FIRST
-from duotone.models.experts import FEW_TOKENS, Experts
 from duotone.models.skeleton import placed, text_config
 from duotone.phases import Phases
 from duotone.ranks import ALONE, Ranks
-from duotone.solver.statistics import Statistics, StatisticsAccumulator
 
 #: Activations of batches that wait inside a block, of each of the two prefixes. Beyond it batches walk anew to every stop.
 WAITING_BYTES = 2 * 1024**3
@@ -33,92 +31,6 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 class _AllCaptured(Exception):
     """Ends the model's forward at its last block: what follows has no weights loaded."""
-
-
-@dataclass
-class Observer:
-    """All batches inside one block; hands out the statistics of one group of linears after the other.
-
-    ranks: the processes whose batches these statistics are of. absmax: the largest input magnitude of each channel [K], by the
-    group's first linear. index: the block's.
-    """
-
-    quantized: BlockWalk
-    original: BlockWalk | None
-    phases: Phases
-    ranks: Ranks = ALONE
-    absmax: dict[str, Tensor] = field(default_factory=dict)
-    index: int = 0
-
-    @torch.no_grad()
-    def observe(self, name: str, statistics: bool = True, expert: bool = False) -> Statistics | None:
-        """Walk on to the linear `name`; second moments of what it reads there, and its drift when the original walks along.
-
-        Without `statistics` only the largest input magnitudes are taken. expert: the original may send it other tokens, so that
-        there is nothing to compare with, and batches may send it none.
-        """
-        sums: StatisticsAccumulator | None = None
-        alone = expert or self.original is None
-        original: Iterator[Arrival | None] = _nothing() if alone or self.original is None else self.original.until(name)
-        arrivals = self.quantized.until(name, optional=expert)
-        while True:
-            with self.phases("forward"):
-                at, meant = next(arrivals, None), next(original, None)
-            if at is None:
-                break
-            largest_K = at.x.abs().flatten(0, -2).amax(0).float()
-            self.absmax[name] = torch.maximum(self.absmax[name], largest_K) if name in self.absmax else largest_K
-            if statistics:
-                with self.phases("hessian"):
-                    sums = sums or StatisticsAccumulator(at.x.shape[-1], at.x.device)
-                    sums.add(at.x, *self._meant(name, at, meant))
-        if self.ranks.size > 1:
-            sums = self._pool(name, sums, statistics)
-        return None if sums is None else sums.finish(name)
-
-    def show_starved(self, bank: str, experts: Experts) -> int:
-        """Walk on to a bank of experts and see which of them get too few tokens to calibrate on: these will be shown all.
-
-        Returns how many they are.
-        """
-        counts = torch.zeros(experts.count, dtype=torch.int64)
-        with self.phases("forward"):
-            for arrival in self.quantized.until(bank):
-                counts += experts.tokens_of(arrival.x).cpu()
-        if self.ranks.size > 1:
-            self.ranks.sum_(counts)
-        experts.shown_all = frozenset((counts < FEW_TOKENS).nonzero()[:, 0].tolist())
-        return len(experts.shown_all)
-
-    def _pool(self, name: str, sums: StatisticsAccumulator | None, statistics: bool) -> StatisticsAccumulator | None:
-        """What all processes have seen, in the place of what this one has: of an expert that may be nothing."""
-        linear: Any = self.quantized.stops[name]
-        with self.phases("exchange"):
-            if name not in self.absmax:
-                self.absmax[name] = torch.zeros(linear.in_features, device=linear.weight.device)
-            self.ranks.max_(self.absmax[name])
-            if statistics:
-                sums = sums or StatisticsAccumulator(linear.in_features, linear.weight.device)
-                sums.pool(self.ranks)
-        return sums
-
-    def _meant(self, name: str, at: Arrival, meant: Arrival | None) -> tuple[Tensor | None, Tensor | None]:
-        """The original's input; or, at a linear that writes to the stream, what it should write, less its bias."""
-        if meant is None or self.original is None:
-            return None, None
-        if at.stream is None or meant.stream is None or meant.output is None:
-            return meant.x, None
-        linear, drift = self.original.stops[name], meant.stream - at.stream
-        if getattr(linear, CHANNELS_FIRST, False):
-            drift = drift.movedim(1, -1)
-        target = drift.reshape(meant.output.shape).add_(meant.output)
-        bias = getattr(linear, "bias", None)
-        return None, target if bias is None else target.sub_(bias)
-
-
-def _nothing() -> Iterator[None]:
-    while True:
-        yield None
 
 
 @dataclass

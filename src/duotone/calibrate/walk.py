@@ -60,6 +60,7 @@ class _Batch:
 
     #: False: enough others wait. It is unwound after each stop, and walks anew through the weights replaced since to the next.
     waits: bool
+    index: int
     task: greenlet | None = None
     waiting_at: str | None = None
     x: Tensor | None = None
@@ -89,7 +90,7 @@ class BlockWalk:
         self._block, self.stops, self._marks, self._behind = block, stops, marks, behind
         self._place = {name: place for place, name in enumerate(stops)}
         allowed = len(calls) if waiting is None else waiting
-        self._batches = [_Batch(waits=i < allowed) for i in range(len(calls))]
+        self._batches = [_Batch(i < allowed, i) for i in range(len(calls))]
         self._calls = list(calls)
         self._handles: list[Any] = []
 
@@ -110,19 +111,27 @@ class BlockWalk:
             self._unwind(batch)
 
     @torch.no_grad()
-    def until(self, name: str, optional: bool = False) -> Iterator[Arrival]:
-        """Let every batch walk on to the stop `name`. optional: one that passes by without coming there is left out.
+    def until(self, name: str) -> Iterator[Arrival]:
+        """Let every batch walk on to the stop `name`.
 
         Raises DuotoneError naming the stop when another's forward never comes there.
         """
+        for arrival in self.past(name):
+            if arrival is None:
+                raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
+            yield arrival
+
+    @torch.no_grad()
+    def past(self, name: str) -> Iterator[Arrival | None]:
+        """Let every batch walk on to the stop `name`, or beyond it; None for one that passes by without coming there."""
         for batch, call in zip(self._batches, self._calls, strict=True):
             while batch.waiting_at != name and not self._is_past(batch, name):
                 self._go(batch, call)
             if batch.waiting_at == name:
                 assert batch.x is not None
                 yield Arrival(batch.x, batch.passed.get(name), batch.linear_output)
-            elif not optional:
-                raise DuotoneError(f"{name}: the forward pass never reached it, expected an input to calibrate on")
+            else:
+                yield None
             if not batch.waits:
                 self._unwind(batch)
 
@@ -184,6 +193,14 @@ class BlockWalk:
                 batch.passed[name] = inputs[0]
 
         return hook
+
+
+def walking_batch() -> int:
+    """The number of the batch whose coroutine is running. Raises ValueError when none is."""
+    batch = _walking()
+    if batch is None:
+        raise ValueError("walking_batch: no batch is on its way through a block")
+    return batch.index
 
 
 def _walking() -> _Batch | None:

@@ -30,13 +30,17 @@ def read_sidecar(folder: Path) -> dict[str, Any] | None:
     """The sidecar of a checkpoint, or None when it was not made by Duotone. Raises DuotoneError for a newer format."""
     if not (folder / SIDECAR).is_file():
         return None
-    sidecar = read_json(folder / SIDECAR)
+    return checked_sidecar(read_json(folder / SIDECAR), str(folder / SIDECAR))
+
+
+def checked_sidecar(sidecar: dict[str, Any], where: str) -> dict[str, Any]:
+    """The sidecar itself, however it was read. Raises DuotoneError, naming where, for a newer format."""
     version = sidecar.get("format_version")
     if version != FORMAT_VERSION:
-        raise DuotoneError(f"{folder / SIDECAR}: found format_version {version!r}, expected {FORMAT_VERSION}: update duotone")
+        raise DuotoneError(f"{where}: found format_version {version!r}, expected {FORMAT_VERSION}: update duotone")
     layers = sidecar.get("layers", {})
     if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in cast("dict[str, Any]", layers).values()):
-        raise DuotoneError(f"{folder / SIDECAR}: found layers that are no objects, expected one object for each layer")
+        raise DuotoneError(f"{where}: found layers that are no objects, expected one object for each layer")
     return sidecar
 
 

@@ -110,7 +110,7 @@ def mantissa_table(scheme: Scheme) -> Tensor | None:
 @lru_cache(maxsize=64)
 def _mantissa_values(scheme: Scheme) -> tuple[int, ...] | None:
     """The table as numbers, which nobody can change, whatever mode or device they were first asked for in."""
-    if not (scheme.symmetric and scheme.target.channel_outer_scale and scheme.target.fp8 is E4M3FN):
+    if not (scheme.symmetric and scheme.target.channel_outer_scale and scheme.target.fp8 == E4M3FN):
         return None
     with torch.inference_mode(False), torch.device("cpu"):
         row = _mantissa_rows()
@@ -141,7 +141,7 @@ def _unit(row: Tensor) -> Tensor:
 def _scale_values(scheme: Scheme) -> Tensor:
     """The 16 FP8 values of each positive E4M3FN scale, float32 [127, 16]."""
     scales = torch.arange(_E4M3FN_POSITIVE, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return fp8_product(torch.tensor(scheme.levels), None, scales[:, None], scheme.target.fp8)
+    return fp8_product(torch.tensor(scheme.levels, dtype=torch.float32), None, scales[:, None], scheme.target.fp8)
 
 
 def _packed_codes(weight: QuantizedWeight, block_rows: int) -> Tensor:
@@ -163,13 +163,13 @@ def _table(weight: QuantizedWeight) -> tuple[Tensor, Tensor, int]:
     unit = None
     if zero_NG is not None:
         pairs, row = torch.unique(torch.stack((scale_NG, zero_NG), -1).flatten(0, 1), dim=0, return_inverse=True)
-        values = fp8_product(torch.tensor(scheme.levels), pairs[:, 1:], pairs[:, :1], scheme.target.fp8)
-    elif scheme.target.channel_outer_scale and scheme.target.fp8 is E4M3FN:  # scales are FP8 values: each is its byte's row
+        values = fp8_product(torch.tensor(scheme.levels, dtype=torch.float32), pairs[:, 1:], pairs[:, :1], scheme.target.fp8)
+    elif scheme.target.channel_outer_scale and scheme.target.fp8 == E4M3FN:  # scales are FP8 values: each is its byte's row
         row = scale_NG.to(torch.float8_e4m3fn).view(torch.uint8)
         values, unit = _scale_values(scheme), _byte_units()
     else:
         scales, row = torch.unique(scale_NG, return_inverse=True)
-        values = fp8_product(torch.tensor(scheme.levels), None, scales[:, None], scheme.target.fp8)
+        values = fp8_product(torch.tensor(scheme.levels, dtype=torch.float32), None, scales[:, None], scheme.target.fp8)
     if unit is None:
         unit = _largest_units(values, scheme.target.fp8.smallest_subnormal)
     table, bias = _sixteens(values, unit)
@@ -182,7 +182,7 @@ def _byte_units() -> Tensor:
 
     A scale is at most 15 such units and a level at most 8, so no value is more than 120.
     """
-    return torch.ldexp(torch.ones(_E4M3FN_POSITIVE), torch.arange(_E4M3FN_POSITIVE) // 8 + _UNIT_EXPONENT)
+    return torch.ldexp(torch.ones(_E4M3FN_POSITIVE, dtype=torch.float32), torch.arange(_E4M3FN_POSITIVE) // 8 + _UNIT_EXPONENT)
 
 
 def _largest_units(values: Tensor, step: float) -> Tensor:

@@ -16,6 +16,7 @@ _ROUNDED = "keys and values rounded to FP8, the KV cache as large as before"
 #: transformers: compressed-tensors' modeling/kvcache.py QuantizedKVCache.
 CACHES = {
     "vllm": {"tensor": _FP8, "attn_head": f"{_FP8} with a scale for each head"},
+    "vllm-plugin": {"tensor": _FP8, "attn_head": f"{_FP8} with a scale for each head"},
     "sglang": {"tensor": _FP8, "attn_head": "KV cache in BF16: it ignores a scale for each head"},
     "transformers": {"tensor": _ROUNDED, "attn_head": _ROUNDED},
     "duotone": {"tensor": _FP8, "attn_head": _FP8},

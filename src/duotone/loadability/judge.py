@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 from duotone.errors import DuotoneError
 from duotone.loadability.caches import CACHES
+from duotone.loadability.routes import Route, Runtime
 from duotone.loadability.rules import GPUS, Finding, Gpu, Rule, Situation
-from duotone.loadability.runtimes import RUNTIMES, Route, Runtime
+from duotone.loadability.runtimes import RUNTIMES
 from duotone.loadability.subject import Subject
 
 #: Layouts that `duotone export` makes of a checkpoint of ours, as they are advised: those that run as W4A8 first.
@@ -124,7 +125,7 @@ def _exact_on_ranks(here: Situation, route: Route) -> list[str]:
 
 def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]]) -> list[str]:
     """Layouts that would load here, and options of `quantize` that would mend what is broken."""
-    found: list[str] = []
+    found = _plugin_advice(here, runtime)
     if here.subject.layout in _OWN:
         for layout in (layout for layout in EXPORTED if layout != here.subject.layout):
             cache = here.subject.kv_cache if layout in _WITH_CACHE else None
@@ -135,3 +136,13 @@ def _advice(here: Situation, runtime: Runtime, broken: list[tuple[Rule, Finding]
                 break
     changes = dict.fromkeys(finding.advice for _, finding in broken if finding.advice)
     return [f"quantize with {change}" if change.startswith(("--", "no ")) else change for change in changes] + found
+
+
+def _plugin_advice(here: Situation, runtime: Runtime) -> list[str]:
+    """Whether our plugin would load it in this runtime."""
+    if runtime.plugin is None:
+        return []
+    route, wrong = _best(here, RUNTIMES[runtime.plugin])
+    if route is None or wrong:
+        return []
+    return [f"with Duotone installed beside it ({runtime.plugin}) it loads there: {route.runs}"]

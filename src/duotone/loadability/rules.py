@@ -118,6 +118,18 @@ def multiples(source: str, n: int, k: int) -> Rule:
     return Rule(f"out_features of a rank is a multiple of {n}, in_features of {k}", source, findings)
 
 
+def cut_columns(source: str, k: int) -> Rule:
+    """Sizes of the parts that ranks have of a linear's columns, where they have parts."""
+
+    def findings(here: Situation) -> Iterator[Finding]:
+        for fused in here.subject.fused:
+            columns = fused[0].on_one_rank(here.ranks)[1]
+            if columns != fused[0].columns and columns % k:
+                yield Finding(_share(fused, fused[0].rows, columns, here.ranks), _names(fused), _ignoring(fused))
+
+    return Rule(f"in_features of a rank is a multiple of {k} where ranks cut it", source, findings)
+
+
 def groups_stay_whole(source: str) -> Rule:
     """No group of weights lies on two ranks, and none is short."""
 
@@ -145,16 +157,6 @@ def whole_fusions(source: str) -> Rule:
             )
 
     return Rule("linears that are fused are all of one precision", source, findings)
-
-
-def no_fp8(source: str) -> Rule:
-    """Nothing in FP8 beside the 4 bits."""
-
-    def findings(here: Situation) -> Iterator[Finding]:
-        for fused in here.subject.fp8:
-            yield Finding(f"{fused[0].name} is stored in FP8", _names(fused), "no --rule with w8a8")
-
-    return Rule("all quantized linears are in 4 bits", source, findings)
 
 
 def heads(source: str) -> Rule:

@@ -1,10 +1,10 @@
 """The runtimes: which layouts each reads, what multiplies them, and what that asks for. Data, each with its source."""
 
-from dataclasses import dataclass
-
 from duotone.loadability.caches import VLLM_CACHE
+from duotone.loadability.mixtures import VLLM_EXPERTS
+from duotone.loadability.plugin import with_plugin
+from duotone.loadability.routes import Route, Runtime
 from duotone.loadability.rules import (
-    Rule,
     capability,
     dtype,
     experts,
@@ -12,38 +12,10 @@ from duotone.loadability.rules import (
     groups_stay_whole,
     heads,
     multiples,
-    no_fp8,
     symmetric,
     vendor,
     whole_fusions,
 )
-
-
-@dataclass(frozen=True)
-class Route:
-    """One way to run a layout.
-
-    outcome: `w4a8` as stored, `w4a16` (4-bit weights without FP8), `w8a8` (stored as FP8), `bf16` (unpacked at load).
-
-    splits_scales: each rank makes two scales of the file's one, from its own columns.
-    """
-
-    layout: str
-    outcome: str
-    runs: str
-    rules: tuple[Rule, ...]
-    splits_scales: bool = False
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """version: that the rules were read from. routes: in the runtime's own order. unread: layouts it refuses, and how."""
-
-    name: str
-    version: str
-    routes: tuple[Route, ...]
-    unread: dict[str, str]
-
 
 _VLLM, _VLLM_LAYERS = "vllm 0.33.0", "model_executor/layers/quantization"
 _VLLM_CT = f"{_VLLM} {_VLLM_LAYERS}/compressed_tensors"
@@ -95,6 +67,7 @@ VLLM = Runtime(
                 symmetric(_CUTLASS),
                 dtype(_CUTLASS, "bfloat16"),
                 multiples(_CUTLASS, 128, 128),
+                *VLLM_EXPERTS,
                 *_VLLM_PARALLEL,
                 VLLM_CACHE,
             ),
@@ -133,7 +106,9 @@ VLLM = Runtime(
         "modelopt": f"it has no W4A8_AWQ ({_VLLM_LAYERS}/modelopt.py)",
         "gaudi-inc": "its readers of GPTQ would lose the factor scale_bf16_to_fp8",
     },
+    plugin="vllm-plugin",
 )
+VLLM_PLUGIN = with_plugin(VLLM, (*_VLLM_PARALLEL, VLLM_CACHE))
 
 _SGLANG = "sglang 0.5.23 srt/layers/quantization"
 _SGLANG_MARLIN = f"{_SGLANG}/marlin_utils.py check_marlin_supports_shape"
@@ -155,7 +130,6 @@ SGLANG = Runtime(
             "W4AFP8 experts",
             (
                 experts(f"{_SGLANG}/compressed_tensors/compressed_tensors.py _get_scheme_from_parts (NotImplementedError)"),
-                no_fp8("not read yet: how it treats FP8 linears beside W4AFP8 experts"),
                 group_size(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", 128),
                 capability(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", least=90),
             ),
@@ -314,4 +288,6 @@ DUOTONE = Runtime(
     {},
 )
 
-RUNTIMES = {runtime.name: runtime for runtime in (VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS, GAUDI_INC, LLAMA_CPP, DUOTONE)}
+RUNTIMES = {
+    runtime.name: runtime for runtime in (VLLM, VLLM_PLUGIN, SGLANG, TENSORRT_LLM, TRANSFORMERS, GAUDI_INC, LLAMA_CPP, DUOTONE)
+}

@@ -5,7 +5,7 @@ A linear can be observed, solved, written and multiplied by itself, and files na
 vLLM reads. Which tokens go where is the router's business, which stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class Experts(nn.Module):
     instead of before them, as [E, in, out] instead of [E, out, in].
 
     shown_all: experts that are run on every token, so that a calibration that sends them few sees them at work; what the bank
-    gives is the same.
+    gives is the same. sent: of the batch under way, what `routing` was given in another model: each expert is run on the
+    tokens that it gets there first, then on those of its own that are not among them.
     """
 
     def __init__(self, bank: nn.Module) -> None:
@@ -44,6 +45,7 @@ class Experts(nn.Module):
                 expert.add_module(linear, linear_of(weight, bias))
             self.add_module(str(index), expert)
         self.shown_all: frozenset[int] = frozenset()
+        self.sent: Callable[[], Tensor] | None = None
         self.routing = nn.Identity()
         for name, _ in list(bank.named_parameters(recurse=False)):
             delattr(bank, name)
@@ -60,16 +62,15 @@ class Experts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             return self._dealt(hidden_states)
         chosen_TA = self.routing(top_k_index)
+        sent = None if self.sent is None else self.sent()
         out_TH = torch.zeros_like(hidden_states)
         for index in range(self.count):
             token, place = torch.where(chosen_TA == index)
-            if index in self.shown_all:
-                answer = self._run(index, hidden_states.clone())[token]  # each expert's own: they do not read one tensor
-            elif len(token):
-                answer = self._run(index, hidden_states[token])
-            else:
-                continue
-            out_TH.index_add_(0, token, (answer * top_k_weights[token, place, None]).to(out_TH.dtype))
+            seen = self._seen(index, token, len(hidden_states), sent)
+            if len(seen):
+                answer = self._run(index, hidden_states[seen])
+                answer = answer if seen is token else answer[_places(token, seen, len(hidden_states))]
+                out_TH.index_add_(0, token, (answer * top_k_weights[token, place, None]).to(out_TH.dtype))
         return out_TH
 
     def _dealt(self, hidden_states: Tensor) -> Tensor:
@@ -77,16 +78,26 @@ class Experts(nn.Module):
         states_ETH = hidden_states.view(self.count, -1, hidden_states.shape[-1])
         used_ET = states_ETH.any(-1)
         self.routing(used_ET)
+        sent, everyone = None if self.sent is None else self.sent(), torch.arange(used_ET.shape[1], device=used_ET.device)
+        # The tokens of others as these get them: an expert's own copies are zeros.
+        others_TH = states_ETH[used_ET.int().argmax(0), everyone]
         out_ETH = torch.zeros_like(states_ETH)
         for index in range(self.count):
-            used_T, states_TH = used_ET[index], states_ETH[index]
-            if index in self.shown_all:  # the tokens of others as these get them: its own copies are zeros
-                others_TH = states_ETH[used_ET.int().argmax(0), torch.arange(len(used_T), device=used_T.device)]
-                answer_TH = self._run(index, torch.where(used_T[:, None], states_TH, others_TH))
-                out_ETH[index, used_T] = answer_TH[used_T]
-            elif bool(used_T.any()):
-                out_ETH[index, used_T] = self._run(index, states_TH[used_T])
+            own_T1 = used_ET[index, :, None]
+            seen = self._seen(index, used_ET[index].nonzero()[:, 0], len(everyone), sent)
+            if len(seen):
+                answer = self._run(index, torch.where(own_T1, states_ETH[index], others_TH)[seen])
+                out_ETH[index, seen] = torch.where(own_T1[seen], answer, 0)
         return out_ETH.view_as(hidden_states)
+
+    def _seen(self, index: int, own: Tensor, count: int, sent: Tensor | None) -> Tensor:
+        """The tokens to run an expert on, by their numbers: its own, unless more are to be seen."""
+        if index in self.shown_all:
+            return torch.arange(count, device=own.device)
+        if sent is None:
+            return own
+        first = (sent[index] if sent.dtype == torch.bool else (sent == index).any(-1)).nonzero()[:, 0]
+        return torch.cat((first, own[~torch.isin(own, first)]))
 
     def _run(self, index: int, x_TH: Tensor) -> Tensor:
         expert: Any = self.get_submodule(str(index))
@@ -105,6 +116,13 @@ class Experts(nn.Module):
             return routed.sum(1)
         chosen = routed.flatten()
         return torch.bincount(chosen[(chosen >= 0) & (chosen < self.count)], minlength=self.count)
+
+
+def _places(some: Tensor, among: Tensor, count: int) -> Tensor:
+    """Where some of `count` tokens stand among those that an expert was run on."""
+    place_T = torch.empty(count, dtype=torch.long, device=among.device)
+    place_T[among] = torch.arange(len(among), device=among.device)
+    return place_T[some]
 
 
 def _is_bank(module: nn.Module) -> bool:

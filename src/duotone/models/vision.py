@@ -35,7 +35,8 @@ def full_anatomy(
     quantize_vision: bool = False,
     example: Mapping[str, Tensor] | None = None,
 ) -> Anatomy:
-    """The anatomy of a model, with what it sees with. Raises DuotoneError for one that cannot be traced, or has no tower.
+    """The anatomy of a model, with what it sees with. Raises DuotoneError for one that cannot be traced, has no
+    tower, or has one and no stack of blocks behind it.
 
     example: as `anatomy_of` takes it.
     """
@@ -44,6 +45,11 @@ def full_anatomy(
         if quantize_vision:
             raise DuotoneError(f"--quantize-vision: found no vision tower in {type(model).__name__}, expected one")
         return body
+    if body.whole:
+        raise DuotoneError(
+            f"{type(model).__name__}: sees with {path}, and its language model is no stack of blocks that hand hidden states "
+            "on, expected one"
+        )
     inside = [name for block in body.blocks for name in _under(find_linears(model), block.path)]
     head = [name for name, linear in find_linears(model).items() if linear is model.get_output_embeddings()]
     keep = {name: reason for name, reason in body.keep.items() if name in {*inside, *head}}

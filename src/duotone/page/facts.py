@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from duotone.card import base_name
+from duotone.card import base_name, recorded_tasks
 from duotone.checking import check
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.reader import WeightReader, is_fp8_weight
@@ -99,7 +99,8 @@ class Place:
 class Facts:
     """A report. sidecar: what duotone.json says beside its layers; run: duotone-run.json; both None for another tool's.
 
-    measured: figures against the original; recorded: they are those of `duotone eval --card`. refusal: why no place is judged.
+    measured: figures against the original; recorded: they are those of `duotone eval --card`. tasks: what that recorded of
+    tasks, see `examining.TaskFigures`. refusal: why no place is judged.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Facts:
     measured: Measured | None
     recorded: bool
     command: str | None
+    tasks: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The facts as plain values."""
@@ -163,6 +165,7 @@ def gather(model: str, asked: Comparison, progress: Progress) -> Facts:
         measured=measured,
         recorded=measured is not None and not asked.is_asked,
         command=command_of(base, name, sidecar, run) if sidecar and settings else None,
+        tasks=tuple(recorded_tasks(source.path)),
     )
 
 
@@ -268,7 +271,7 @@ def _places(model: str) -> tuple[tuple[Place, ...], str | None]:
 
 def _recorded(folder: Path) -> Measured | None:
     record = read_record(folder, EVALUATION_RECORD)
-    if record is None:
+    if record is None or ("figures" not in record and "tasks" in record):
         return None
     figures = record.get("figures")
     if not isinstance(figures, dict):

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from duotone.card import TASK_HEADER, task_cells
 from duotone.page import view
 from duotone.page.census import entropy
 from duotone.page.facts import Facts
@@ -87,6 +88,9 @@ def _shown(facts: Facts) -> dict[str, Any]:
         "e4m3": facts.scheme.startswith(HOPPER.name),
         "peak": f"{Scheme(HOPPER, symmetric=bool(settings.get('symmetric', True))).peak_group_scale:g}",
         "kept": view.kept_by_reason(facts),
+        "tasks": [task_cells(one) for one in facts.tasks],
+        "task_header": TASK_HEADER,
+        "calibration": view.calibration_rows(facts) if facts.calibration else [],
         "phases": view.phase_rows(facts),
         "seconds": sum((facts.run or {}).get("seconds", {}).values()),
         "gpus": gpus,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+from duotone.card import TASK_HEADER, task_cells
 from duotone.page import view
 from duotone.page.facts import Facts, Place
 from duotone.page.html import tiles
@@ -21,14 +22,15 @@ def write_markdown(facts: Facts) -> str:
     shown = [(title, f"**{figure}** {unit}".strip(), words) for title, figure, unit, words in tiles(facts)]
     parts += _table(("", "", ""), shown)
     parts += _measured(facts.measured) if facts.measured else []
+    if facts.tasks:
+        parts += ["", "## Tasks", "", *_table(TASK_HEADER, [task_cells(one) for one in facts.tasks])]
     parts += _errors(facts)
     if facts.kept:
         grouped = view.kept_by_reason(facts)
         rows = [(reason, _names([one.layer for one in layers]), view.size(nbytes)) for reason, layers, nbytes in grouped]
         parts += ["", "## Not quantized", "", *_table(("why", "matrices", "bytes"), rows)]
     if facts.calibration and facts.settings:
-        told = {**facts.calibration, "text": ", ".join(facts.calibration["text"]), "seed": facts.settings["seed"]}
-        parts += ["", "## Calibration", "", *_table(("", ""), [(name, str(value)) for name, value in told.items()])]
+        parts += ["", "## Calibration", "", *_table(("", ""), view.calibration_rows(facts))]
     if facts.run:
         rows = [(phase, spent.label, held.label if held else "") for phase, spent, held in view.phase_rows(facts)]
         parts += ["", "## Time and memory", ""]

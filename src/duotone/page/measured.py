@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from duotone.calibrate.data import TokenWindows, first_token
+from duotone.calibrate.sources import titles
 from duotone.checkpoint.hub import locate_model
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
@@ -108,7 +109,7 @@ def measure(model: str | Path, asked: Comparison, progress: Callable[[int, int, 
             check_tokens(tokens, original, Path(str(asked.original)))
             continuations.append(_continued(original, quantized, tokenizer, tokens.to(device), asked.new_tokens))
     return Measured(
-        text=tuple(Path(source.partition("#")[0]).name for source in asked.text),
+        text=tuple(titles(asked.text)),
         figures=figures,
         sha256=None if windows is None else windows.sha256,
         seq_len=None if windows is None else windows.tokens.shape[1],

@@ -204,6 +204,28 @@ def scale_bars(facts: Facts) -> tuple[list[Bar], list[tuple[float, str]]]:
     return bars, [(100 * i / len(counts), f"{edge:g}") for i, edge in edges]
 
 
+def calibration_rows(facts: Facts) -> list[tuple[str, str]]:
+    """What was calibrated on: names and what to show."""
+    calibration, settings = facts.calibration or {}, facts.settings or {}
+    texts = [str(title) for title in calibration["text"]]
+    of, renderings = (_one_each(calibration.get(name), texts) for name in ("windows_of", "rendering"))
+    lines = []
+    for text, count, rendering in zip(texts, of, renderings, strict=True):
+        told = [f"{count} windows"] if count is not None and len(texts) > 1 else []
+        told += [str(rendering)] if rendering is not None else []
+        lines.append(f"{text} ({', '.join(told)})" if told else text)
+    windows = calibration["windows"]
+    tokens = f"{number(calibration['tokens'], 15)} in {number(windows, 15)} windows"
+    rows = [("text", "; ".join(lines)), ("tokens", f"{tokens} of {number(calibration['tokens'] // max(windows, 1), 15)}")]
+    rows += [("seed", str(settings["seed"]))] if "seed" in settings else []
+    return [*rows, ("forward in", calibration["dtype"]), ("sha256", calibration["sha256"])]
+
+
+def _one_each(values: Any, texts: Sequence[str]) -> list[Any]:
+    """A record's list of one value for each text, where it is that."""
+    return values if isinstance(values, list) and len(values) == len(texts) else [None] * len(texts)
+
+
 def phase_rows(facts: Facts) -> list[tuple[str, Bar, Bar | None]]:
     """Each phase of the run: its time in percent of the longest, its memory in percent of the peak."""
     seconds: dict[str, float] = (facts.run or {}).get("seconds", {})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.sidecar import recorded_inputs
 from duotone.checkpoint.source import Source, open_source
@@ -24,14 +25,15 @@ from duotone.runtime.linear import QuantizedLinear, share_call
 def load(
     path: str | Path, dtype: torch.dtype | None = None, device: str = "auto", *, shortcuts: bool = True
 ) -> PreTrainedModel:
-    """A model ready to run: a Duotone checkpoint with W4A8 linears, or an ordinary model folder as it is.
+    """A model ready to run: a Duotone checkpoint with W4A8 linears, or an ordinary model folder as it is, what is MXFP4 or FP8
+    in blocks there widened to BF16.
 
     dtype: of everything that is not quantized, the config's own by default. device: auto (CUDA if there is one), cpu, cuda.
     shortcuts: run what lies between the linears of a quantized BF16 model on a CPU by faster ops of our own (attention.py,
     decoder.py); without, it is transformers' code.
     Raises DuotoneError when a file is missing or damaged, or a tensor does not fit the architecture.
     """
-    folder = open_source(Path(path))
+    folder = widened(open_source(Path(path)))
     place = resolve_device(device)
     dtype = dtype or config_dtype(folder.config)
     model = build_skeleton(folder.config, dtype)

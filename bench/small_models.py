@@ -1,7 +1,7 @@
 """Four small models, trained here in a minute or two each, then quantized: what that costs in what each of them is for.
 
 A ViT that reads digits, a LLaVA that describes them, a UNet of diffusers that draws them, convolutions that double pictures.
-Usage: python examples/small_models.py [vit vlm unet doubling] [--methods rtn gptq dpq] [--images FILE.npz]
+Usage: python bench/small_models.py [vit vlm unet doubling] [--methods rtn gptq dpq] [--images FILE.npz]
 [--records FILE.jsonl]. Digits are scikit-learn's; pictures to double are an .npz of uint8 [n, 32, 32, 3], such as CIFAR-10's.
 Needs: pip install 'duotone[diffusers]' scikit-learn pillow.
 """
