@@ -46,6 +46,11 @@ TWO = {
 }  # fmt: skip
 #: Of pyramids, which have a list in the place of each.
 NO_SIZES: dict[str, Any] = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"))
+#: Of DepthAnything: the DINOv2 in it.
+BACKBONE = {
+    "model_type": "dinov2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2,
+    "image_size": 32, "patch_size": 8, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False, "apply_layernorm": True,
+}  # fmt: skip
 #: By class: model_type, and what differs from SIZES.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("llama", {}),
@@ -94,6 +99,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                                     "patch_size": 4}),
     "ResNetForImageClassification": ("resnet", NO_SIZES | {"embedding_size": 32, "hidden_sizes": [64, 128], "depths": [2, 2],
                                                 "layer_type": "basic"}),
+    "Swinv2ForImageClassification": ("swinv2", NO_SIZES | {"embed_dim": 64, "depths": [2, 2], "num_heads": [2, 4],
+                                                "window_size": 4, "patch_size": 4}),
+    "CLIPVisionModel": ("clip_vision_model", {}),
+    "SegformerForSemanticSegmentation": ("segformer", NO_SIZES | {"num_encoder_blocks": 2, "depths": [2, 2],
+                                                "sr_ratios": [2, 1], "hidden_sizes": [64, 128], "patch_sizes": [7, 3],
+                                                "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2],
+                                                "decoder_hidden_size": 64}),
+    "DepthAnythingForDepthEstimation": ("depth_anything", NO_SIZES | {"backbone_config": BACKBONE, "patch_size": 8,
+                                                "reassemble_hidden_size": 128, "neck_hidden_sizes": [32, 32, 64, 64],
+                                                "fusion_hidden_size": 32, "head_hidden_size": 16}),
+    "MambaForCausalLM": ("mamba", {"state_size": 8, "expand": 2}),
     "Swin2SRForImageSuperResolution": ("swin2sr", NO_SIZES | {"embed_dim": 64, "depths": [2], "num_heads": [2],
                                                               "window_size": 4, "patch_size": 1}),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
 PAGES = (
-    "README.md", "docs/accuracy.md", "docs/add-a-model.md", "docs/calibration.md", "docs/comparison.md", "docs/scale.md",
+    "README.md", "docs/accuracy.md", "docs/architectures.md", "docs/calibration.md", "docs/comparison.md", "docs/scale.md",
     "docs/serving.md", "docs/speed.md",
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -724,6 +724,36 @@ def vision_table() -> str:
     return markdown(head, lines)
 
 
+def diffusion_table() -> str:
+    """What became of models of diffusers, of random weights; the newest row of each."""
+    lines: list[tuple[str, ...]] = []
+    for name, row in {row["model_class"]: row for row in records("diffusion")}.items():
+        if row.get("refused"):
+            lines.append((name, *("-",) * 5, f"refuses: {row['refused']}"))
+            continue
+        counts = str(row["linears_quantized"]), str(row["padded"]), str(row["linears_left"])
+        share, apart = f"{100 * row['computed_share']:.1f} %", f"{row['max_linear_error']:.1e}"
+        lines.append((name, *counts, share, f"{row['quantized']:.3f}", apart))
+    head = (
+        "class", "quantized", "of these with K padded", "left", "of all multiply-accumulates", "from the original",
+        "furthest linear from the contract in float64",
+    )  # fmt: skip
+    return markdown(head, lines)
+
+
+def small_models_table() -> str:
+    """Small trained models before and after; the newest row of each model, metric and method."""
+    latest = {(row["model_class"], row["metric"], row["method"]): row for row in records("small_models")}
+    lines: list[tuple[str, ...]] = []
+    for (name, metric, method), row in latest.items():
+        digits = 2 if "%" in metric else 3 if "dB" in metric else 5
+        apart = f"{row['quantized'] - row['original']:+.{digits}f} ± {row['difference_stderr']:.{digits}f}"
+        values = f"{row['original']:.{digits}f}", f"{row['quantized']:.{digits}f}", apart
+        lines.append((name, metric, method, *values, f"{100 * row['quantized_macs_share']:.0f} %"))
+    lines.sort(key=lambda line: (line[0], line[1]))  # stable: methods stay in their order
+    return markdown(("model", "metric", "method", "original", "quantized", "difference", "of all weights"), lines)
+
+
 def vllm_generate_table() -> str:
     """What vLLM's CPU build writes from each layout, the newest row of each."""
     newest = {(row["model"], row["layout"]): row for row in records("vllm_generate")}
@@ -821,6 +851,8 @@ def _llama() -> Subject:
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures_table,
     "vision": vision_table,
+    "diffusion": diffusion_table,
+    "small-models": small_models_table,
     "demo": demo_table,
     "accuracy": accuracy_table,
     "advice-text": advice_text_table,

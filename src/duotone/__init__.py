@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from duotone.calibrate.samples import note_inputs
     from duotone.errors import DuotoneError
     from duotone.evaluation import evaluate
     from duotone.modules import load_module, quantize_module
@@ -22,13 +23,23 @@ if TYPE_CHECKING:
     from duotone.runtime.in_transformers import use_in_transformers
     from duotone.runtime.load import load
 
-__all__ = ["DuotoneError", "evaluate", "load", "load_module", "quantize", "quantize_module", "use_in_transformers"]
+__all__ = [
+    "DuotoneError",
+    "evaluate",
+    "load",
+    "load_module",
+    "note_inputs",
+    "quantize",
+    "quantize_module",
+    "use_in_transformers",
+]
 
 _LAZY = {
     "DuotoneError": "duotone.errors",
     "evaluate": "duotone.evaluation",
     "load": "duotone.runtime.load",
     "load_module": "duotone.modules",
+    "note_inputs": "duotone.calibrate.samples",
     "quantize_module": "duotone.modules",
     "use_in_transformers": "duotone.runtime.in_transformers",
 }

@@ -16,15 +16,31 @@ from duotone.errors import DuotoneError
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- duotone: evaluation -->", "<!-- end -->"
+#: How a part of diffusers' pipelines is used.
+_PIPELINE = [
+    "```python",
+    "import duotone",
+    "from diffusers import DiffusionPipeline",
+    "",
+    'part = duotone.load("THIS_FOLDER")',
+    'pipe = DiffusionPipeline.from_pretrained("THE_WHOLE_PIPELINE", transformer=part)  # or unet=part',
+    "```",
+    "",
+]
 _NOT_MEASURED = "Not measured yet: `duotone eval CHECKPOINT --reference BASE --text held_out.txt --card` fills this in."
 
 
 def model_card(
-    base_model: str, sidecar: Mapping[str, Any], can_generate: bool, license_of_base: Mapping[str, str] | None = None
+    base_model: str,
+    sidecar: Mapping[str, Any],
+    can_generate: bool,
+    license_of_base: Mapping[str, str] | None = None,
+    library: str = "transformers",
 ) -> str:
     """The card of a checkpoint that `quantize` made, its front matter as the hub specifies it.
 
-    base_model: as it was asked for. sidecar: what duotone.json will hold. license_of_base: what `license_in` found.
+    base_model: as it was asked for. sidecar: what duotone.json will hold. license_of_base: what `license_in` found. library:
+    whose model it is, transformers' or diffusers'.
     """
     settings, layers = sidecar["settings"], sidecar["layers"]
     name, is_hub_id = base_name(base_model)
@@ -32,7 +48,7 @@ def model_card(
     facts |= {"base_model": name, "base_model_relation": "quantized"} if is_hub_id else {}
     facts |= {"pipeline_tag": "text-generation"} if can_generate else {}
     tags = ["duotone", "w4a8", "fp8", "int4", "compressed-tensors"]
-    data = ModelCardData(library_name="transformers", tags=tags, **facts)
+    data = ModelCardData(library_name=library, tags=tags, **facts)
     front = ["---", data.to_yaml().strip(), "---", ""]
     errors = [entry["output_error"] for entry in layers.values() if entry.get("output_error") is not None]
     rows = [
@@ -54,6 +70,7 @@ def model_card(
     if errors:
         rows.append(("output error of a linear", f"{fmean(errors):.5f} mean, {max(errors):.5f} worst (relative, squared)"))
     kept = [f"- {reason}: {', '.join(f'`{layer}`' for layer in names)}" for reason, names in _kept(sidecar["kept"]).items()]
+    served = can_generate and not any("will not load in vLLM" in note for note in sidecar["notes"])
     parts = [
         *front,
         f"# {name.rpartition('/')[2]}, W4A8",
@@ -72,7 +89,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *_use(settings["target"], can_generate and not any("will not load in vLLM" in note for note in sidecar["notes"])),
+        *(_PIPELINE if library == "diffusers" else _use(settings["target"], served)),
     ]
     return "\n".join(parts) + "\n"
 

@@ -16,14 +16,15 @@ from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import kv_strategy_of
 from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.reader import is_fp8_weight
-from duotone.checkpoint.sidecar import read_sidecar
+from duotone.checkpoint.sidecar import read_sidecar, recorded_inputs
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.errors import DuotoneError
 from duotone.inspection import why_kept
 from duotone.loadability import GPUS, RUNTIMES, Linear, Loadability, Subject, judge
 from duotone.models.anatomy import Anatomy, linears_by_input
+from duotone.models.diffusion import library_of
 from duotone.models.names import named_source
-from duotone.models.skeleton import build_skeleton, find_linears
+from duotone.models.skeleton import build_skeleton, find_linears, text_config
 from duotone.models.vision import full_anatomy, vision_path
 from duotone.plan import Plan, make_plan
 from duotone.runtime.load import config_dtype
@@ -63,8 +64,8 @@ def subject_of_plan(plan: Plan) -> Subject:
     in_fp8 = frozenset(name for name, kind in plan.schemes.items() if isinstance(kind, Fp8Scheme))
     subject = _subject(plan.text, plan.anatomy, layout, grid, plan.shapes, plan.kept, "bfloat16", in_fp8)
     ranks = plan.config.tensor_parallel if plan.config.method == "dpq" else 1
-    biased = _biased(subject, plan.source.tensors)
-    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy, biased=biased)
+    biased, library = _biased(subject, plan.source.tensors), library_of(plan.source.config)
+    return replace(subject, made_for=ranks, kv_cache=plan.config.kv_strategy, biased=biased, library=library)
 
 
 def subject_of_checkpoint(source: SourceFolder) -> Subject:
@@ -88,8 +89,13 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
         raise DuotoneError(f"{source.path}: found no quantized linear, expected some of the layout {layout}")
     tower = vision_path(model)
     subject = _subject(
-        model.config.get_text_config(),
-        full_anatomy(source.config, model, tower is not None and any(name.startswith(f"{tower}.") for name in shapes)),
+        text_config(model),
+        full_anatomy(
+            source.config,
+            model,
+            tower is not None and any(name.startswith(f"{tower}.") for name in shapes),
+            recorded_inputs(source.path),
+        ),
         layout,
         (group_size, symmetric),
         shapes,
@@ -99,8 +105,8 @@ def subject_of_checkpoint(source: SourceFolder) -> Subject:
     )
     settings = sidecar.get("settings", {})
     ranks = settings.get("tensor_parallel", 1) if settings.get("method") == "dpq" else 1
-    biased = _biased(subject, named.tensors)
-    return replace(subject, made_for=int(ranks), kv_cache=kv_strategy_of(quantization), biased=biased)
+    cache, biased, library = kv_strategy_of(quantization), _biased(subject, named.tensors), library_of(source.config)
+    return replace(subject, made_for=int(ranks), kv_cache=cache, biased=biased, library=library)
 
 
 def _biased(subject: Subject, tensors: Iterable[str]) -> frozenset[str]:

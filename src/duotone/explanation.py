@@ -8,7 +8,7 @@ from duotone.checkpoint.compressed_tensors import scheme_from_config
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import describe_kv_cache
 from duotone.checkpoint.sidecar import read_sidecar
-from duotone.checkpoint.source import open_source
+from duotone.checkpoint.source import architecture_of, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.inspection import LayerFacts, inspect_source, why_kept
@@ -98,7 +98,7 @@ def explain_model(model: str | Path, device: str = "auto") -> Explanation:
         share = linear.weight.numel() / macs
         layers.append(LayerKernel(name, shape, _scheme(fact), verdict.backend, verdict.runs, verdict.refusals, reason, share))
     return Explanation(
-        str(source.path), source.config["model_type"], str(place), _shares(layers), layers, describe_kv_cache(quantization)
+        str(source.path), architecture_of(source.config), str(place), _shares(layers), layers, describe_kv_cache(quantization)
     )
 
 

@@ -11,7 +11,7 @@ from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import describe_kv_cache
 from duotone.checkpoint.reader import is_fp8_weight, packed_layers
 from duotone.checkpoint.sidecar import read_sidecar
-from duotone.checkpoint.source import SourceFolder, open_source
+from duotone.checkpoint.source import SourceFolder, architecture_of, open_source
 from duotone.kernels.dispatch import explain
 from duotone.scheme import Fp8Scheme, Scheme
 
@@ -73,7 +73,7 @@ def inspect_source(source: SourceFolder) -> Inspection:
     quantized_bytes = sum(layer.nbytes for layer in layers)
     return Inspection(
         path=str(source.path),
-        model_type=source.config["model_type"],
+        model_type=architecture_of(source.config),
         layers=layers + _other_layers(source, sidecar, quantization),
         total_bytes=source.weight_bytes,
         quantized_bytes=quantized_bytes,

@@ -18,7 +18,7 @@ from duotone.checkpoint.compressed_tensors import quantization_config, side_scal
 from duotone.checkpoint.headers import TORCH_NAMES, TensorSpec
 from duotone.checkpoint.reader import WeightReader, packed_layers
 from duotone.checkpoint.sidecar import SIDECAR
-from duotone.checkpoint.source import MemorySource, open_source
+from duotone.checkpoint.source import MemorySource, architecture_of, open_source
 from duotone.checkpoint.staging import check_output, output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json
 from duotone.device import resolve_device
@@ -113,9 +113,9 @@ def load_module(module: nn.Module, folder: str | Path, calibration_batch: Any, d
     folder that holds something else, and for tensors that the module does not have.
     """
     source, place = open_source(Path(folder)), resolve_device(device)
-    if source.config["model_type"] != MODEL_TYPE:
+    if architecture_of(source.config) != MODEL_TYPE:
         raise DuotoneError(
-            f"{folder}: holds a {source.config['model_type']!r} model, expected a saved module; use duotone.load"
+            f"{folder}: holds a {architecture_of(source.config)!r} model, expected a saved module; use duotone.load"
         )
     found, reader = _prepared(module, _call(calibration_batch)), WeightReader(source)
     linears = find_linears(found)

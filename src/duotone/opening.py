@@ -6,7 +6,7 @@ from duotone.calibrate.samples import Samples
 from duotone.calibrate.stream import BlockStream, start_stream
 from duotone.checkpoint.source import load_finite
 from duotone.errors import DuotoneError
-from duotone.models.skeleton import expected_tensors, fill, release
+from duotone.models.skeleton import expected_tensors, fill, release, tie_weights
 from duotone.models.tokenizer import check_tokens
 from duotone.run import Run
 
@@ -31,7 +31,7 @@ def open_stream(run: Run, skeleton: Any, samples: Samples, done: int) -> BlockSt
     names += [name for block in plan.blocks[: plan.tower_blocks] for name in block.tensors]
     with run.phases("read"):
         fill(skeleton, load_finite(plan.source, tuple(names)), run.dtype, run.device)
-        skeleton.tie_weights()
+        tie_weights(skeleton)
     drift = plan.config.method_facts.drift
     if done < plan.tower_blocks:
         stream = _start(run, skeleton, samples, slice(plan.tower_blocks))

@@ -12,6 +12,7 @@ from duotone.calibrate.samples import Samples
 from duotone.calibrate.sources import titles
 from duotone.checking import loading_notes
 from duotone.checkpoint.sidecar import FORMAT_VERSION
+from duotone.models.diffusion import is_diffusers
 from duotone.plan import Plan
 from duotone.settings import QuantizeConfig
 from duotone.solver.methods import LayerReport
@@ -26,7 +27,8 @@ class QuantizeReport:
     """Everything `quantize` has to say. kept: linears left in BF16, each with its reason.
 
     seconds: by phase. work: what each phase had to compute (floors.py). phase_bytes: memory seen in each phase (phases.py).
-    resumed_at: the block from which this run went on with one that was killed, None for a run of its own.
+    resumed_at: the block from which this run went on with one that was killed, None for a run of its own. inputs: of a model
+    calibrated on tensors, dtype and sizes of each in one sample (`samples.input_shapes`).
     """
 
     model: str
@@ -45,6 +47,7 @@ class QuantizeReport:
     peak_bytes: int = 0
     phase_bytes: dict[str, int] = field(default_factory=dict)
     resumed_at: int | None = None
+    inputs: dict[str, list[Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -72,6 +75,10 @@ def notes_of(plan: Plan, windows: Samples | None) -> list[str]:
         notes.append(f"calibration windows have {plan.seq_len} tokens, the model's limit, instead of {plan.config.seq_len}")
     if plan.anatomy.traced:
         notes.append("no table of this architecture: the linears that read one input were found by tracing a forward pass")
+    if is_diffusers(plan.source.config):
+        notes.append(
+            f"{plan.source.path.name} is one component: DiffusionPipeline.from_pretrained(PIPELINE, NAME=duotone.load(OUT))"
+        )
     if plan.config.calibrate_all_experts:
         notes.append("every expert was shown all calibration tokens; what went on was the model's own routing")
     if plan.converted:
@@ -91,6 +98,7 @@ def sidecar_of(report: QuantizeReport, plan: Plan, scales: dict[str, dict[str, A
         "producer": f"duotone {VERSION}",
         "settings": settings | {"order": plan.config.solver.order},
         "calibration": report.calibration,
+        **({"inputs": report.inputs} if report.inputs else {}),
         "bits_per_weight": report.bits_per_weight,
         "quantized_macs_share": report.quantized_macs_share,
         "layers": layers,

@@ -18,6 +18,7 @@ from duotone.checkpoint.source import load_finite
 from duotone.checkpoint.staging import output_folder
 from duotone.checkpoint.writer import CheckpointWriter, write_json, write_text
 from duotone.device import processor_name
+from duotone.models.diffusion import library_of
 from duotone.outcome import sidecar_of
 from duotone.plan import BlockPlan
 from duotone.qweight import AnyWeight
@@ -91,8 +92,9 @@ class Output:
             write_json(self.folder / "config.json", config)
             sidecar = sidecar_of(run.report, run.plan, run.sidecar_layers)
             write_json(self.folder / SIDECAR, sidecar)
-            base, license_of_base = run.report.model, license_in(run.plan.source.path)
-            write_text(self.folder / CARD, model_card(base, sidecar, run.plan.generates, license_of_base))
+            license_of_base, library = license_in(run.plan.source.path), library_of(run.plan.source.config)
+            card = model_card(run.report.model, sidecar, run.plan.generates, license_of_base, library)
+            write_text(self.folder / CARD, card)
         write_json(self.folder / RUN_RECORD, self._run_record(self._journal.settings))  # with the time of the writing above
         with run.phases("write"):
             facts = facts_of(run.report, run.sidecar_layers, run.phases)

@@ -22,7 +22,7 @@ from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.observer import Observer
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.pairs import ImageTextPairs, draw_samples
-from duotone.calibrate.samples import Samples, are_tensors, read_samples
+from duotone.calibrate.samples import Samples, are_tensors, input_shapes, read_samples
 from duotone.calibrate.sources import calibration_sources
 from duotone.calibrate.stream import BlockStream
 from duotone.checkpoint.hub import locate_model
@@ -90,7 +90,7 @@ def quantize(
     report = QuantizeReport(
         str(model), str(out), config, calibration_facts(windows, dtype), kept=plan.kept, notes=notes_of(plan, windows)
     )
-    report.original_bytes = plan.source.weight_bytes
+    report.original_bytes, report.inputs = plan.source.weight_bytes, input_shapes(config.calibration)
     report.bits_per_weight, report.quantized_macs_share = plan.bits_per_weight, plan.quantized_macs_share
     report.work = {
         phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len, dtype, device).items()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from duotone.calibrate.samples import first_sample
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.kv_cache import scale_specs
@@ -18,7 +19,7 @@ from duotone.models.adapter import find_adapter, normed_stream
 from duotone.models.anatomy import Anatomy
 from duotone.models.caching import caching_attentions, key_heads, written_attention
 from duotone.models.names import named_source
-from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others
+from duotone.models.skeleton import build_skeleton, expected_tensors, find_linears, find_others, text_config
 from duotone.models.table import NormedStream
 from duotone.models.vision import full_anatomy, image_tokens
 from duotone.scheme import AnyScheme, Fp8Scheme
@@ -175,7 +176,8 @@ def make_plan(folder: Source, config: QuantizeConfig) -> Plan:
     """Decide everything that headers decide. Raises DuotoneError for a model that cannot be quantized as asked."""
     source = original_weights(folder)
     model = build_skeleton(source.config, torch.float32)
-    return plan_of(named_source(source, model), model, full_anatomy(source.config, model, config.quantize_vision), config)
+    anatomy = full_anatomy(source.config, model, config.quantize_vision, first_sample(config.calibration))
+    return plan_of(named_source(source, model), model, anatomy, config)
 
 
 def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig) -> Plan:
@@ -227,9 +229,8 @@ def plan_of(source: Source, model: Any, anatomy: Anatomy, config: QuantizeConfig
     all_weights = sum(linear.weight.numel() for linear in linears.values()) + sum(size for _, size in others.values())
     share = sum(n * k for n, k in shapes.values()) / all_weights
     writes = isinstance(model, PreTrainedModel) and model.can_generate()
-    text, sees = (model.config.get_text_config(), image_tokens(model)) if isinstance(model, PreTrainedModel) else (None, ())
-    facts = (kept, shapes, schemes, choices.unseen, share, outputs, converted, tuple(transforms), writes, text, sees)
-    return Plan(config, source, anatomy, tuple(blocks), outside, *facts)
+    facts = (kept, shapes, schemes, choices.unseen, share, outputs, converted, tuple(transforms), writes, text_config(model))
+    return Plan(config, source, anatomy, tuple(blocks), outside, *facts, image_tokens(model) if writes else ())
 
 
 def _norms_before(

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 from duotone.card import CARD
 from duotone.checkpoint.journal import is_unfinished
 from duotone.checkpoint.reader import WeightReader, packed_layers
-from duotone.checkpoint.sidecar import SIDECAR, read_sidecar
+from duotone.checkpoint.sidecar import SIDECAR, read_sidecar, recorded_inputs
 from duotone.checkpoint.source import SourceFolder, load_finite, open_source
 from duotone.errors import DuotoneError
 from duotone.models.anatomy import anatomy_of
@@ -103,7 +103,7 @@ def verify(folder: Path, progress: Progress | None = None) -> None:
         raise DuotoneError(f"{folder}: found no {SIDECAR} and quantization_config, expected a checkpoint that duotone made")
     model = build_skeleton(stored.config, config_dtype(stored.config))
     source, linears = named_source(stored, model), find_linears(model)
-    stored_scales(source, anatomy_of(source.config, model), model)
+    stored_scales(source, anatomy_of(source.config, model, recorded_inputs(folder)), model)
     layers, odd = packed_layers(source), sorted(set(sidecar.get("layers", {})).symmetric_difference(packed_layers(stored)))
     if odd:
         raise DuotoneError(f"{folder}: {SIDECAR} and the shards do not name the same quantized linears, first {odd[0]}")

@@ -69,6 +69,9 @@ def save_pictured(folder: Path, model_type: str) -> Path:
     return folder
 
 
+#: Families whose processor takes videos too, and those it needs torchvision for: transformers resizes others by Pillow alone.
+WITH_VIDEO = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm"}
+BY_TORCHVISION = {*WITH_VIDEO, "idefics3"}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
@@ -88,20 +91,20 @@ def save_processor(folder: Path, model_type: str, template: bool = True) -> None
     extra: dict[str, Any] = {}
     if model_type.startswith("qwen"):
         special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-        images = transformers.Qwen2VLImageProcessor(**QWEN_SIZE)
+        images = transformers.Qwen2VLImageProcessorPil(**QWEN_SIZE)
         shown = "<|vision_start|><|image_pad|><|vision_end|>"
     elif model_type == "gemma3":
         extra = {"image_seq_length": 4}
         special = ["<image_soft_token>", "<unused>", "<start_of_image>", "<end_of_image>"]
-        images = transformers.Gemma3ImageProcessor(size=square)
+        images = transformers.Gemma3ImageProcessorPil(size=square)
         shown = "<start_of_image>"
     elif model_type == "llava":
         extra = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-        images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
+        images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
         shown = "<image>"
     else:
         extra = {"image_seq_len": 4}
-        name = "Idefics3ImageProcessor" if model_type == "idefics3" else "SmolVLMImageProcessor"
+        name = "Idefics3ImageProcessorPil" if model_type == "idefics3" else "SmolVLMImageProcessorPil"
         edge = {"longest_edge": 32}
         images = getattr(transformers, name)(size=edge, max_image_size=edge, do_image_splitting=False)
         shown = "<image>"
@@ -113,8 +116,10 @@ def save_processor(folder: Path, model_type: str, template: bool = True) -> None
             tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=names
         )
     kind = getattr(transformers, transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[model_type])
-    videos = transformers.Qwen2VLVideoProcessor() if model_type.startswith("qwen") else transformers.SmolVLMVideoProcessor()
-    parts = {"image_processor": images, "tokenizer": tokenizer, "video_processor": videos}
+    parts = {"image_processor": images, "tokenizer": tokenizer}
+    if model_type in WITH_VIDEO:
+        name = "Qwen2VLVideoProcessor" if model_type.startswith("qwen") else "SmolVLMVideoProcessor"
+        parts["video_processor"] = getattr(transformers, name)()
     chat = TEMPLATE.replace("IMAGE", shown) if template else None
     made = kind(*(parts[part] for part in kind.get_attributes()), chat_template=chat, **extra)
     made.save_pretrained(folder)

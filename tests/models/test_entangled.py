@@ -82,6 +82,12 @@ def test_blocks_that_hand_on_more_than_hidden_states_run_as_one() -> None:
     assert len(_from_trace(transformers.UMT5EncoderModel(separate).eval()).blocks) == 3
 
 
+def test_stages_that_tell_the_next_one_a_size_are_no_chain() -> None:
+    """Swin v2's stages give the picture's size beside the hidden states, which a walk from one to the next would not have."""
+    sizes = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4, "image_size": 32}
+    assert _from_trace(transformers.Swinv2Model(transformers.Swinv2Config(**sizes)).eval()).whole
+
+
 def test_prefixes_do_not_read_each_others_notes() -> None:
     """Gemma 4's last blocks read keys and values that blocks before them noted: each prefix its own."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16}

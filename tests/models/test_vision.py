@@ -29,7 +29,7 @@ from duotone.phases import Phases
 from duotone.plan import make_plan
 from duotone.runtime.load import load
 from duotone.settings import QuantizeConfig
-from tests.models.pictured import FAMILIES, picture, pictures, save_pictured, save_processor
+from tests.models.pictured import BY_TORCHVISION, FAMILIES, picture, pictures, save_pictured, save_processor
 from tests.models.test_architectures import run_by_hand
 
 Maker = Callable[[str], Path]
@@ -284,7 +284,9 @@ def write_pairs(folder: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_model_s_own_processor(tmp_path: Path, pictured: Maker, model_type: str) -> None:
     """Rows of a file through the family's processor and its chat template into the model; the text's end is what is cut."""
-    pytest.importorskip("torchvision", reason="image processors need torchvision (the extra vision)", exc_type=ImportError)
+    pytest.importorskip("PIL", reason="images need Pillow (the extra vision)")
+    if model_type in BY_TORCHVISION:
+        pytest.importorskip("torchvision", reason="its processor needs torchvision (the extra vision)", exc_type=ImportError)
     if model_type == "smolvlm":
         pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words (the extra vision)")
     folder = pictured(model_type)

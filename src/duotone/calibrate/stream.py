@@ -6,7 +6,7 @@ aim at the original model's outputs, the original one.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from duotone.calibrate.observer import Observer
 from duotone.calibrate.offload import Offload
 from duotone.calibrate.walk import BlockWalk, Call, notebooks, with_own_notebooks
 from duotone.errors import UnfinishedError
+from duotone.models.skeleton import placed, text_config
 from duotone.phases import Phases
 from duotone.ranks import ALONE, Ranks
 
@@ -168,7 +169,7 @@ def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module], allowed_byt
 def start_stream(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Any]],
     phases: Phases,
     ranks: Ranks = ALONE,
     offload: Offload | None = None,
@@ -204,12 +205,10 @@ def start_stream(
     for index, block in enumerate(blocks):
         block.forward = pretend(index)
     try:
-        options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+        options = {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}
         for batch in batches:
-            try:
-                model(**{name: tensor.to(place) for name, tensor in batch.items()}, **options)
-            except _AllCaptured:
-                continue
+            with suppress(_AllCaptured):
+                model(**placed(batch, model.dtype, place), **options)
     finally:
         for block in blocks:
             del block.forward

@@ -20,29 +20,35 @@ from duotone.errors import DuotoneError
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 #: Read for its license, and never copied: a checkpoint has a card of its own.
 _CARD = "README.md"
+#: The components of a pipeline of diffusers that make the picture: nearly all of its work.
+_DENOISERS = ("transformer", "unet")
 #: Second copies of the weights in other layouts.
 _NOT_FETCHED = ["consolidated*", "original/*"]
 #: Rewritten, or describing the weights that were replaced.
 _NOT_COPIED = {
     "config.json", "model.safetensors.index.json", "duotone.json", "duotone-run.json", "duotone-evaluation.json",
     "calibration.txt", "evaluation.txt", "quantize_config.json", "hf_quant_config.json",
+    "diffusion_pytorch_model.safetensors.index.json",
 }  # fmt: skip
 
 
 def locate_model(model: str | Path) -> Path:
-    """The folder of a model. Raises DuotoneError when it is neither a local folder nor a hub id that can be had."""
+    """The folder of a model; of a pipeline of diffusers, that of its denoiser.
+
+    Raises DuotoneError when it is neither a local folder nor a hub id that can be had, and for a pipeline without a denoiser.
+    """
     path, name = Path(model), str(model)
     try:
         if path.is_file():
             raise DuotoneError(f"{name}: is a file, expected a model folder or a hub id such as owner/name")
         if path.exists():
-            return path
+            return _denoiser(path)
     except OSError as error:  # such as a name that no file system takes
         raise DuotoneError(f"{name}: cannot be a model folder ({error.strerror})") from None
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise DuotoneError(f"{name}: found no such folder, expected a model folder or a hub id such as owner/name")
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, _CARD], ignore_patterns=_NOT_FETCHED))
+        return _denoiser(Path(snapshot_download(name, allow_patterns=[*_PATTERNS, _CARD], ignore_patterns=_NOT_FETCHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DuotoneError(f"{name}: is no local folder, and the hub does not give it ({_reason(error)})") from None
 
@@ -56,6 +62,19 @@ def _reason(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         return "it cannot be reached from here, and nothing of that name was downloaded before"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _denoiser(folder: Path) -> Path:
+    if not (folder / "model_index.json").is_file() or (folder / "config.json").exists():
+        return folder
+    found = next((folder / name for name in _DENOISERS if (folder / name / "config.json").is_file()), None)
+    if found is None:
+        parts = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        raise DuotoneError(
+            f"{folder}: is a pipeline of diffusers of {', '.join(parts) or 'no models'}, expected {' or '.join(_DENOISERS)} "
+            "in it; name the folder of one component"
+        )
+    return found
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -3,10 +3,15 @@
 No times and no paths: the same run gives the same bytes.
 """
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from duotone.checkpoint.compressed_tensors import SideScales
+from duotone.checkpoint.headers import TORCH_NAMES
 from duotone.checkpoint.source import read_json
 from duotone.errors import DuotoneError
 
@@ -16,6 +21,9 @@ RUN_RECORD = "duotone-run.json"
 #: The figures that `duotone eval --card` measured.
 EVALUATION_RECORD = "duotone-evaluation.json"
 FORMAT_VERSION = 1
+#: What a sample of calibration may consist of, and how many numbers at most: a stranger's file says so.
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_NAMES}
+_MOST = 2**26
 
 
 def read_sidecar(folder: Path) -> dict[str, Any] | None:
@@ -45,6 +53,23 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
         version = record.get("format_version")
         raise DuotoneError(f"{folder / name}: found format_version {version!r}, expected {FORMAT_VERSION}: update duotone")
     return record
+
+
+def recorded_inputs(folder: Path) -> dict[str, Tensor] | None:
+    """Zeros in the shape of a sample of the tensors that a checkpoint was calibrated on, None where there were none.
+
+    Raises DuotoneError for what are no shapes.
+    """
+    inputs: Any = (read_sidecar(folder) or {}).get("inputs")
+    if inputs is None:
+        return None
+    try:
+        named: dict[str, Any] = {name: (_DTYPES[dtype], [int(n) for n in sizes]) for name, (dtype, *sizes) in inputs.items()}
+        if any(min(sizes) < 1 for _, sizes in named.values()) or sum(math.prod(sizes) for _, sizes in named.values()) > _MOST:
+            raise ValueError
+        return {name: torch.zeros(sizes, dtype=dtype) for name, (dtype, sizes) in named.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise DuotoneError(f"{SIDECAR}: found inputs {str(inputs)[:80]}, expected a dtype and sizes for each") from None
 
 
 def layer_scales(sidecar: dict[str, Any] | None, layer: str) -> SideScales | None:

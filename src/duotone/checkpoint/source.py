@@ -18,8 +18,8 @@ from torch import Tensor
 from duotone.checkpoint.headers import TORCH_NAMES, TensorSpec, read_header
 from duotone.errors import DuotoneError
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+#: What the weights' files are called: by transformers, and by diffusers.
+_STEMS = ("model", "diffusion_pytorch_model")
 #: Configs and indexes are small; a larger one is not what it says it is.
 _MAX_JSON_BYTES = 256 * 1024 * 1024
 
@@ -151,9 +151,15 @@ def open_source(path: Path) -> SourceFolder:
     if not path.is_dir():
         raise DuotoneError(f"{path}: is not a folder, expected a model folder with config.json and *.safetensors")
     config = read_json(path / "config.json")
-    if not isinstance(config.get("model_type"), str):
+    if not architecture_of(config):
         raise DuotoneError(f"{path / 'config.json'}: found no 'model_type', expected the architecture's name, such as 'llama'")
     return SourceFolder(path, config, _read_tensors(path))
+
+
+def architecture_of(config: dict[str, Any]) -> str:
+    """What a config calls its architecture: `model_type`, or in diffusers' folders `_class_name`; "" where it does not."""
+    found = config.get("model_type", config.get("_class_name"))
+    return found if isinstance(found, str) else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,20 +178,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, TensorSpec]:
-    index_path = path / _INDEX
+    files = [(path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json") for stem in _STEMS]
+    single, index_path = next((both for both in files if any(file.exists() for file in both)), files[0])
     if not index_path.exists():
-        if not (path / _SINGLE).exists():
+        if not single.exists():
             other = sorted(file.name for file in path.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".gguf"})
             hint = f"; found {other[0]}, convert it to safetensors first" if other else ""
-            raise DuotoneError(f"{path}: found neither {_SINGLE} nor {_INDEX}{hint}")
-        return read_header(path / _SINGLE)
+            raise DuotoneError(f"{path}: found neither {single.name} nor {index_path.name}{hint}")
+        return read_header(single)
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DuotoneError(f"{index_path}: found no 'weight_map', expected a table from tensor names to shard files")
     tensors: dict[str, TensorSpec] = {}
     for file in sorted({_plain_name(index_path, value) for value in weight_map.values()}):
         if not (path / file).is_file():
-            raise DuotoneError(f"{path / file}: found no such shard, expected it because {_INDEX} names it")
+            raise DuotoneError(f"{path / file}: found no such shard, expected it because {index_path.name} names it")
         header = read_header(path / file)
         tensors.update({name: spec for name, spec in header.items() if weight_map.get(name) == file})
     missing = sorted(str(name) for name in weight_map if name not in tensors)

@@ -15,6 +15,7 @@ from duotone.checkpoint.kv_cache import kv_cache_scheme, kv_strategy_of, without
 from duotone.checkpoint.layouts import LAYOUTS, Layout, Shared, dense
 from duotone.checkpoint.layouts.layout import ALONE, product_scale, products
 from duotone.checkpoint.reader import WeightReader, packed_layers
+from duotone.checkpoint.sidecar import recorded_inputs
 from duotone.checkpoint.source import SourceFolder, open_source
 from duotone.converting.activations import static_scales
 from duotone.converting.gguf import write_gguf
@@ -140,7 +141,7 @@ def _named(source: SourceFolder) -> tuple[dict[str, str], list[tuple[str, ...]]]
     named = named_source(source, model)
     packed = [name for name in find_linears(model) if f"{name}{part}" in named.tensors]
     stored = {name: named.written_as(f"{name}{part}").removesuffix(part) for name in packed}
-    groups = linears_by_input(anatomy_of(source.config, model), packed)
+    groups = linears_by_input(anatomy_of(source.config, model, recorded_inputs(source.path)), packed)
     return stored, [tuple(stored[name] for name in names) for names in groups]
 
 

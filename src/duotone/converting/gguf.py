@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from duotone.checkpoint.headers import TensorSpec
 from duotone.checkpoint.hub import copy_companions
-from duotone.checkpoint.source import SourceFolder, load_finite
+from duotone.checkpoint.source import SourceFolder, architecture_of, load_finite
 from duotone.checkpoint.staging import output_folder
 from duotone.checkpoint.writer import reporting_full_disk
 from duotone.converting.report import Conversion, Progress
@@ -41,7 +41,7 @@ def write_gguf(
 
     Raises DuotoneError, before anything is written, without the package, and for what llama.cpp has no place for.
     """
-    gguf, model_type = _package(), source.config["model_type"]
+    gguf, model_type = _package(), architecture_of(source.config)
     name, turns = ARCHITECTURES.get(model_type, ("", False))
     if not name:
         known = ", ".join(ARCHITECTURES)

@@ -61,8 +61,11 @@ def judge(subject: Subject, runtime: str, gpu: str, tensor_parallel: int = 1) ->
     if tensor_parallel < 1:
         raise DuotoneError(f"--tensor-parallel: found {tensor_parallel}, expected at least 1")
     here, kind = Situation(subject, GPUS[gpu], tensor_parallel), RUNTIMES[runtime]
-    route, broken = _best(here, kind)
     facts = (runtime, kind.version, gpu, tensor_parallel, subject.layout)
+    if subject.library != "transformers" and runtime != "duotone":
+        reason = f"{kind.name} was looked at with models of transformers alone, this one is of {subject.library}"
+        return Loadability(*facts, "refused", None, [reason], _outcomes(subject, "refused", []), [])
+    route, broken = _best(here, kind)
     if route is not None and not broken:
         layers, advice = _outcomes(subject, route.outcome, []), _exact_on_ranks(here, route)
         cache = CACHES.get(runtime, {}).get(subject.kv_cache or "")

@@ -38,7 +38,7 @@ class Subject:
     those that runtimes fuse with it. heads: of
     queries and of keys; 0 where there are none. biased: banks of experts with biases. made_for: ranks whose
     shares of columns rebuild the same scales. kv_cache: what shares a scale of its FP8 cache, if it has one
-    (`scheme.KV_CACHE_STRATEGIES`).
+    (`scheme.KV_CACHE_STRATEGIES`). library: whose model it is, transformers' or diffusers'.
     """
 
     layout: str
@@ -53,6 +53,7 @@ class Subject:
     kv_cache: str | None = None
     fp8: tuple[tuple[Linear, ...], ...] = ()
     biased: frozenset[str] = frozenset()
+    library: str = "transformers"
 
     @property
     def experts(self) -> bool:

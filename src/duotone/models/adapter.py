@@ -7,6 +7,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from duotone.checkpoint.source import architecture_of
 from duotone.errors import DuotoneError
 from duotone.models.table import Adapter, NormedStream
 from duotone.models.text import TEXT_ADAPTERS
@@ -16,7 +17,7 @@ _ADAPTERS: tuple[Adapter, ...] = TEXT_ADAPTERS
 
 def find_adapter(config: dict[str, Any]) -> Adapter:
     """The table of a model's `model_type` and architecture. Raises DuotoneError that says which there are and where to add."""
-    model_type = config["model_type"]
+    model_type = architecture_of(config)
     tables = _tables_of(model_type)
     if not tables:
         known = ", ".join(sorted({name for adapter in _ADAPTERS for name in adapter.model_types}))
@@ -41,7 +42,7 @@ def normed_stream(config: dict[str, Any], option: str) -> NormedStream:
     if residual is None:
         able = ", ".join(sorted({name for adapter in _ADAPTERS if adapter.residual for name in adapter.model_types}))
         raise DuotoneError(
-            f"{option}: found model_type {config['model_type']!r}, expected one that reads its residual stream "
+            f"{option}: found model_type {architecture_of(config)!r}, expected one that reads its residual stream "
             f"through RMS norms: {able}"
         )
     return residual
@@ -49,7 +50,7 @@ def normed_stream(config: dict[str, Any], option: str) -> NormedStream:
 
 def has_adapter(config: dict[str, Any]) -> bool:
     """Whether there is a table of a model's `model_type`."""
-    return bool(_tables_of(config["model_type"]))
+    return bool(_tables_of(architecture_of(config)))
 
 
 def model_class(config: dict[str, Any]) -> type[_BaseAutoModelClass] | type[PreTrainedModel]:

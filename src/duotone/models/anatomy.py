@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, has_adapter
+from duotone.models.diffusion import input_names, is_diffusers, nested
 from duotone.models.experts import find_experts
 from duotone.models.skeleton import find_linears
 from duotone.models.table import Adapter
@@ -75,11 +76,21 @@ class Anatomy:
         return self.blocks[0].path == ""
 
 
-def anatomy_of(config: dict[str, Any], model: PreTrainedModel) -> Anatomy:
-    """The anatomy of a model. Raises DuotoneError for one without a table that cannot be traced, saying what to write."""
+def anatomy_of(config: dict[str, Any], model: PreTrainedModel, example: Mapping[str, Tensor] | None = None) -> Anatomy:
+    """The anatomy of a model. Raises DuotoneError for one without a table that cannot be traced, saying what to write.
+
+    example: inputs of the right names and shapes, where they are known; diffusers' configs do not tell them.
+    """
     if has_adapter(config):
         return _from_table(find_adapter(config), model)
-    return _from_trace(model)
+    if not is_diffusers(config):
+        return _from_trace(model)
+    if example is None:
+        names = ", ".join(input_names(model)[:3])
+        raise DuotoneError(
+            f"{type(model).__name__}: reads {names}... in shapes that no config tells, expected --calibration FILE.safetensors"
+        )
+    return _from_trace(model, nested(example))
 
 
 def linears_by_input(anatomy: Anatomy, linears: list[str]) -> list[tuple[str, ...]]:
@@ -126,7 +137,7 @@ def anatomy_of_module(model: nn.Module, positional: Sequence[Any], named: Mappin
     return Anatomy((_block_of_trace("", model, found, body),), keep, traced=True)
 
 
-def _from_trace(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None, share: float = _BODY_SHARE) -> Anatomy:
+def _from_trace(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, share: float = _BODY_SHARE) -> Anatomy:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     watched = [f"{path}.{index}" for path, blocks in lists.items() for index in range(len(blocks))]
     try:
@@ -138,11 +149,14 @@ def _from_trace(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = No
             "write a table, see docs/add-a-model.md"
         ) from None
     linears = find_linears(model)
-    heads = {name for name, linear in linears.items() if linear is model.get_output_embeddings()}.union(found.answers)
+    known = isinstance(model, PreTrainedModel)
+    head = model.get_output_embeddings() if known else None
+    heads = {name for name, linear in linears.items() if linear is head}.union(found.answers)
     keep, body = _kept(model, linears, found, heads)
     paths = _stack(lists, found, body, share)
     blocks = tuple(_block_of_trace(path, model, found, body) for path in paths)
-    facts = found.given.get(paths[0]), _two_texts(model), _input_names(model)
+    names = _input_names(model) if known else input_names(model)
+    facts = found.given.get(paths[0]), known and _two_texts(model), names
     return Anatomy(blocks, keep, True, *facts)
 
 

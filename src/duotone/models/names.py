@@ -112,7 +112,9 @@ def named_source(source: Source, model: PreTrainedModel) -> Source:
     inside = {path: f"{path}.linear" for path, module in model.named_modules() if isinstance(module, UnfoldedConv2d)}
     aliases = {f"{path}.{leaf}": f"{linear}.{leaf}" for path, linear in inside.items() for leaf in ("weight", "bias")}
     known = dict.fromkeys([*wanted, *aliases, *(name for name, _ in model.named_buffers()), *bank_tensors], True)
-    rules = get_model_conversion_mapping(model)
+    known_to_transformers = isinstance(model, PreTrainedModel)
+    rules = get_model_conversion_mapping(model) if known_to_transformers else []
+    prefix = model.base_model_prefix if known_to_transformers else ""
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     cuts: dict[str, Cut] = {}
@@ -120,7 +122,7 @@ def named_source(source: Source, model: PreTrainedModel) -> Source:
         name, end = _split(stored)
         renamed, pattern = name, None
         if name not in known or name in bank_tensors:
-            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
         renamed = aliases.get(renamed, renamed)
         bank, _, leaf = renamed.rpartition(".")
         if bank in banks:

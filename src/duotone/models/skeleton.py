@@ -3,43 +3,73 @@
 Code of the model comes from the installed transformers; code that lies in a model folder is never run.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from duotone.errors import DuotoneError
 from duotone.models.adapter import model_class
 from duotone.models.convolutions import why_not
+from duotone.models.diffusion import is_diffusers, model_maker
 from duotone.models.rewrite import all_linears
 
-#: What transformers raises, from its validators or from torch, for a config that describes no model.
+#: What transformers and diffusers raise, from validators or from torch, for a config that describes no model.
 _BAD_CONFIG = (
-    ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, StrictDataclassError,
+    ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError,
+    StrictDataclassError,
 )  # fmt: skip
 
 
 def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config, parameters on meta. Raises DuotoneError when transformers cannot build it."""
-    auto = model_class(config)
-    plain = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
+    """The model of a config, parameters on meta. Raises DuotoneError when its library cannot build it.
+
+    A model of diffusers is no PreTrainedModel: `text_config` and `tie_weights` here know both.
+    """
     try:
-        model_config = AutoConfig.for_model(**plain)
+        make = model_maker(config, dtype) if is_diffusers(config) else _maker(config, dtype)
         with _parameters_on_meta(), _empty_on_meta():
-            model = _make(auto, model_config, dtype)
+            model: Any = make()
         if any(buffer.is_meta for buffer in model.buffers()):  # made with torch.empty and filled
             with _parameters_on_meta():
-                model = _make(auto, model_config, dtype)
+                model = make()
     except _BAD_CONFIG as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DuotoneError(f"config.json: transformers cannot build model_type {config['model_type']!r}: {reason}") from None
+        kind = f"diffusers cannot build {config['_class_name']!r}" if is_diffusers(config) else ""
+        kind = kind or f"transformers cannot build model_type {config['model_type']!r}"
+        raise DuotoneError(f"config.json: {kind}: {reason}") from None
     all_linears(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig | None:
+    """What a config says of the language model, defaults and all; None for what is no model of transformers."""
+    return model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+
+
+def tie_weights(model: nn.Module) -> None:
+    """Give tied weights one memory again, after they were filled."""
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+
+
+def placed(inputs: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Inputs as a model takes them that is of a dtype and on a device."""
+    return tree_map(lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), dict(inputs))
+
+
+def _maker(config: dict[str, Any], dtype: torch.dtype) -> Callable[[], PreTrainedModel]:
+    """What makes a model of transformers."""
+    auto = model_class(config)
+    plain = {key: value for key, value in config.items() if key not in {"quantization_config", "auto_map"}}
+    model_config = AutoConfig.for_model(**plain)
+    return lambda: _make(auto, model_config, dtype)
 
 
 def _make(kind: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -119,7 +149,7 @@ def find_others(model: nn.Module) -> dict[str, tuple[str, int]]:
 
 def check_causal(model: PreTrainedModel, purpose: str) -> None:
     """Raise DuotoneError unless the model predicts each next token, as `purpose` needs."""
-    if not model.can_generate():
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise DuotoneError(f"{type(model).__name__}: predicts no next token, expected a causal language model for {purpose}")
 
 

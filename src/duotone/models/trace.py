@@ -20,6 +20,10 @@ from duotone.models.experts import find_experts
 
 #: Modules that need not be run to know the shape of what they give.
 _HOLLOW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+#: What puts the same numbers elsewhere: what a linear gives may come out of the model by these.
+_MOVES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.pixel_shuffle.default}
+#: What puts the same numbers elsewhere: what a linear gives may come out of the model by these.
+_MOVES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.pixel_shuffle.default}
 #: Two tensors of one key are the same rows: where they lie, from where on and up to where, how long a row is and how far its
 #: columns are apart, how much there is, the version.
 Key = tuple[int, int, int, int, int, int, int]
@@ -32,9 +36,10 @@ class Trace:
     calls: each linear's calls, by name, as the key of what it read. readers: for each tensor, the modules that were called with
     it. added: for every sum of two, one a linear's output and one not, which linear's and which other. passed: of each module
     in `watched`, the keys of what it was called with first and of what it gave first; given: how many things it gave in a
-    tuple, None if it gave one as it is; leaning: those called with something else that another one gave, as T5's are. answers:
-    linears whose output the model gave. written: by its place, the linear that a
-    tensor is the output of. held: tensors that must stay, so that their keys stay theirs.
+    tuple, None if it gave one as it is; leaning: those called with something else that another one gave, as T5's are, or
+    that gave sizes. answers: linears whose output the model gave, as it was or with its numbers in another order. written: by
+    its place, the linear that a tensor is the output of; moved: the same of its numbers elsewhere. held: tensors that must
+    stay, so that their keys stay theirs.
     """
 
     calls: dict[str, list[Key]] = field(default_factory=dict)
@@ -45,6 +50,7 @@ class Trace:
     leaning: set[str] = field(default_factory=set)
     passed: dict[str, list[tuple[Key, Key]]] = field(default_factory=dict)
     written: dict[int, str] = field(default_factory=dict)
+    moved: dict[int, str] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
 
     def key(self, tensor: Tensor) -> Key:
@@ -56,7 +62,7 @@ class Trace:
         return *place, tensor.shape[-1], apart, tensor.numel(), tensor._version
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Tensor], watched: Sequence[str] = ()) -> Trace:
+def trace(model: nn.Module, inputs: Mapping[str, Any], watched: Sequence[str] = ()) -> Trace:
     """Run a model without its weights, and tell what its linears read. Raises what the model's forward raises.
 
     watched: modules of which to note what goes in and what comes out.
@@ -71,7 +77,8 @@ def trace_call(model: nn.Module, positional: Sequence[Any], named: Mapping[str, 
         output = model(*positional, **named)
     given = output if isinstance(output, list | tuple) else output.values() if isinstance(output, Mapping) else [output]
     places = [tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)]
-    found.answers = [found.written[place] for place in places if place in found.written]
+    writers = found.moved | found.written
+    found.answers = [writers[place] for place in places if place in writers]
     return found
 
 
@@ -91,9 +98,17 @@ class _Sums(TorchDispatchMode):
                 in_order = one.is_contiguous() or (one.ndim == 4 and one.movedim(1, -1).is_contiguous())
                 if writer is not None and is_stream and in_order and one.shape == other.shape:
                     self._found.added.append((writer, self._found.key(other)))
+        if func in _MOVES and (writer := self._writer_of(args[0])) is not None:
+            self._found.held.append(out)
+            self._found.moved[out.untyped_storage().data_ptr()] = writer
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):  # what a linear gave is something else from now on
-            self._found.written.pop(args[0].untyped_storage().data_ptr(), None)
+            for places in (self._found.written, self._found.moved):
+                places.pop(args[0].untyped_storage().data_ptr(), None)
         return out
+
+    def _writer_of(self, tensor: Tensor) -> str | None:
+        place = tensor.untyped_storage().data_ptr()
+        return self._found.written.get(place, self._found.moved.get(place))
 
 
 @contextmanager
@@ -123,6 +138,8 @@ def _hooks(model: nn.Module, found: Trace, watched: Sequence[str]) -> Iterator[N
             if not beside.isdisjoint(_places([inputs[1:], list(named.values())])):
                 found.leaning.add(name)
             more = list(output[1:]) if isinstance(output, tuple) else []
+            if any(isinstance(leaf, int) for leaf in tree_leaves(more)):  # Swin v2's stages: the picture's size
+                found.leaning.add(name)
             found.held.extend(part for part in more if isinstance(part, Tensor))
             beside.update(_places(more).difference(_places([inputs, list(named.values())])))
             first = output[0] if isinstance(output, tuple) else output

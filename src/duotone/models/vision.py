@@ -5,7 +5,7 @@ then its blocks are a stack of their own, which runs before the body.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +29,18 @@ def vision_path(model: PreTrainedModel) -> str | None:
     return next(name for name, module in model.named_modules() if module is tower)
 
 
-def full_anatomy(config: dict[str, Any], model: PreTrainedModel, quantize_vision: bool = False) -> Anatomy:
+def full_anatomy(
+    config: dict[str, Any],
+    model: PreTrainedModel,
+    quantize_vision: bool = False,
+    example: Mapping[str, Tensor] | None = None,
+) -> Anatomy:
     """The anatomy of a model, with what it sees with. Raises DuotoneError for one that cannot be traced, has no
     tower, or has one and no stack of blocks behind it.
+
+    example: as `anatomy_of` takes it.
     """
-    body, path = anatomy_of(config, model), vision_path(model)
+    body, path = anatomy_of(config, model, example), vision_path(model)
     if path is None:
         if quantize_vision:
             raise DuotoneError(f"--quantize-vision: found no vision tower in {type(model).__name__}, expected one")

@@ -83,7 +83,7 @@ def install(model: PreTrainedModel, source: Source, anatomy: Anatomy, whole: Pre
 
     whole: what the anatomy is of; the model may lack its head, and so a prefix. Raises as `stored_scales`.
     """
-    prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model", None) is model else ""
     found = stored_scales(source, anatomy, whole, prefix)
     for name, scales in found.items():
         attention: Any = model.get_submodule(name)

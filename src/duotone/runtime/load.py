@@ -10,13 +10,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from duotone.checkpoint.prequantized import widened
 from duotone.checkpoint.reader import WeightReader, packed_layers
+from duotone.checkpoint.sidecar import recorded_inputs
 from duotone.checkpoint.source import Source, open_source
 from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.anatomy import Anatomy, anatomy_of
 from duotone.models.names import named_source
-from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears
+from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears, tie_weights
 from duotone.runtime import attention, decoder, kv_cache
 from duotone.runtime.linear import QuantizedLinear, share_call
 
@@ -40,13 +41,13 @@ def load(
     is_quantized = source.config.get("quantization_config") is not None
     scales: set[str] = set()
     if is_quantized:
-        anatomy = anatomy_of(source.config, model)
+        anatomy = anatomy_of(source.config, model, recorded_inputs(source.path))
         place_quantized(model, source, place)
         share_calls(model, anatomy)
         scales = kv_cache.install(model, source, anatomy, model, place)
     wanted = check_complete(model, source)
     fill(model, source.load(wanted), dtype, place)
-    model.tie_weights()
+    tie_weights(model)
     # Buffers that the model makes itself (position numbers, rotary tables) lie in older checkpoints too.
     known = set(model.state_dict()) | set(wanted) | {name for name, _ in model.named_buffers()} | scales
     unexpected = [name for name in source.tensors if name not in known and not _is_quantized_part(model, name)]
@@ -101,7 +102,7 @@ def place_quantized(model: PreTrainedModel, source: Source, place: torch.device)
 
 def share_calls(model: PreTrainedModel, anatomy: Anatomy) -> None:
     """One call for the linears of each input. model: may lack the head, and so the prefix, of the one that anatomy is of."""
-    prefix = f"{model.base_model_prefix}." if model.base_model is model else ""
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model", None) is model else ""
     for block in anatomy.blocks:
         for group in block.shared_inputs:
             share_call([model.get_submodule(layer.removeprefix(prefix)) for layer in group])

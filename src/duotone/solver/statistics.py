@@ -17,6 +17,8 @@ from duotone.ranks import Ranks
 _PANEL = 64
 #: Damping of H where drift is corrected, as a share of its mean diagonal. docs/LOG.md has the sweep.
 DRIFT_DAMPING = 0.05
+#: A covariance that is no more than this share of the second moments is what float32 left of their difference.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +86,19 @@ class Statistics:
             damping_K = 10 * damping_K
 
     def centered(self) -> "Statistics":
-        """Covariances in the place of second moments: what is left to a linear whose bias takes up all means."""
+        """Covariances in the place of second moments: what is left to a linear whose bias takes up all means.
+
+        Of inputs that never vary, such as a guidance that is the same in all samples, nothing is left but rounding: they stay
+        as they are.
+        """
         if self.mean is None:
+            return self
+        hessian = self.hessian.addr(self.mean, self.mean, alpha=-1)
+        if hessian.trace() <= _ROUNDING * self.hessian.trace():
             return self
         return replace(
             self,
-            hessian=self.hessian.addr(self.mean, self.mean, alpha=-1),
+            hessian=hessian,
             input_drift=_less(self.input_drift, self.input_drift_mean, self.mean),
             stream_target=_less(self.stream_target, self.stream_target_mean, self.mean),
         )
