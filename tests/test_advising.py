@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import duotone
-from duotone.advice import RUN, advice_before, divergence, overlap, repeated_share
+from duotone.advice import RUN, advice_before, chance_divergence, divergence, overlap, repeated_share
 from duotone.advising import _watched, advise
 from duotone.calibrate.data import TokenWindows, draw_windows
 from duotone.calibrate.sources import PLAIN, TEMPLATE, TURNS
@@ -72,6 +72,16 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text("".join(letters.choices("abcdefgh \n", k=20_000)))
     return folder / "a.txt", folder / "b.txt"
+
+
+def test_short_texts_diverge_by_chance() -> None:
+    """Two draws from one text, few tokens of many, differ as their windows dealt out anew do; texts of two kinds more."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randint(0, 5000, (10, 64), generator=draw) for _ in range(2))
+    assert divergence(one, other, 5000) > 0.5
+    assert divergence(one, other, 5000) == pytest.approx(chance_divergence(one, other, 5000, 0), abs=0.05)
+    far = divergence(one % 100, other % 100 + 100, 5000) - chance_divergence(one % 100, other % 100 + 100, 5000, 0)
+    assert far > 0.5
 
 
 @pytest.mark.parametrize("samples", [1, 17, 40])

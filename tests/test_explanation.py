@@ -54,7 +54,7 @@ def test_says_what_loading_does(tiny_model: ModelMaker, tmp_path: Path, group_si
             assert layer.scheme == ("tied" if options else "BF16")
             assert "output head" in (layer.kept_because or "")
     if group_size == 16 and native.available():
-        assert explanation.kernels[0].refusals == ("cpu: group_size: found 16, expected a multiple of 32",)
+        assert explanation.kernels[0].refusals[0] == "cpu: group_size: found 16, expected a multiple of 32"
 
 
 def test_shares_add_up(tiny_model: ModelMaker, tmp_path: Path) -> None:
@@ -106,13 +106,18 @@ def test_without_the_extension(tiny_model: ModelMaker, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
     kernel = json.loads(done.stdout)["kernels"][0]
     assert (kernel["backend"], kernel["runs"]) == (reference.NAME, reference.describe(Scheme()))
-    assert kernel["refusals"] == ["cpu: DUOTONE_NATIVE=0"] and kernel["layers"] == 14
+    assert kernel["refusals"] == ["cpu: DUOTONE_NATIVE=0", "triton: runs on NVIDIA GPUs, not on cpu"] and kernel["layers"] == 14
 
 
-def test_on_a_gpu() -> None:
-    """The compiled linear is a CPU's: the fallback runs there, and says why."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU, and this one has one")
+def test_for_a_gpu_that_is_not_there() -> None:
+    """The compiled linear is a CPU's, the kernels for GPUs want one; plain torch would run, and both say why not they."""
     verdict = dispatch.explain(Scheme(HOPPER, 128), torch.device("cuda"))
-    assert (verdict.backend, verdict.refusals) == ("torch", ("cpu: runs on a CPU, not on cuda",))
+    assert verdict.backend == "torch" and verdict.refusals[0] == "cpu: runs on a CPU, not on cuda"
+    assert verdict.refusals[1] in {
+        "triton: found no NVIDIA GPU",
+        "triton: the package triton is not installed; pip install 'triton>=3.6' brings it",
+    }
 
 
 @COMPILED

@@ -43,3 +43,18 @@ def test_dpq_is_nearest_to_the_original(model: str, target: str) -> None:
     wanted = {"model": model, "target": target, "group_size": 128, "scheme": "w4a8"}
     newest = {row["method"]: row["kl"] for row in rows("accuracy") if all(row[key] == value for key, value in wanted.items())}
     assert newest["dpq"] < newest["gptq"] < newest["rtn"]
+
+
+def test_divergence_ranks_texts_as_the_kl_does() -> None:
+    """The claim of docs/calibration.md, on the texts that were measured with equally many windows; perplexity does not."""
+    measured = [row for row in rows("advice") if row["calibration"]["windows"] == 64]
+    by_kl = sorted(measured, key=lambda row: row["kl"])
+    assert len(by_kl) > 5 and by_kl != sorted(measured, key=lambda row: row["perplexity_ratio"])
+    ranks = [sorted(measured, key=lambda row: row["divergence"]).index(row) for row in by_kl]
+    assert ranks == list(range(len(by_kl)))
+    none, some, whole = (next(row["kl"] for row in by_kl if row["calibration"]["text"] == text) for text in (
+        ["wiki.utf8"],
+        ["train.jsonl#question,answer:0.1", "tinystories_1000.txt:0.1", "wiki.utf8:0.8"],
+        ["train.jsonl#question,answer:0.5", "tinystories_1000.txt:0.5"],
+    ))  # fmt: skip
+    assert none - some > (none - whole) / 2

@@ -18,7 +18,15 @@ from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
-PAGES = ("README.md", "docs/accuracy.md", "docs/add-a-model.md", "docs/scale.md", "docs/serving.md", "docs/speed.md")
+PAGES = (
+    "README.md",
+    "docs/accuracy.md",
+    "docs/add-a-model.md",
+    "docs/calibration.md",
+    "docs/scale.md",
+    "docs/serving.md",
+    "docs/speed.md",
+)
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -575,6 +583,31 @@ def random_models_table() -> str:
     return markdown(("model", *tools), [(model, *(f"{kls[tool]:.4f}" for tool in tools)) for model, kls in found.items()])
 
 
+def advice_text_table() -> str:
+    """What texts are worth, at the number of windows that most were measured with; the nearest to the original first."""
+    rows = records("advice")
+    counts = [row["calibration"]["windows"] for row in rows]
+    usual = [row for row in rows if row["calibration"]["windows"] == max(counts, key=counts.count)]
+    lines = []
+    for row in sorted(usual, key=lambda row: row["kl"]):
+        heart = sum(one["by_heart"] * one["windows"] for one in row["sources"]) / row["calibration"]["windows"]
+        figures = (f"{row['divergence']:.2f}", f"{row['perplexity_ratio']:.2f}", f"{100 * heart:.1f} %")
+        lines.append((", ".join(row["calibration"]["text"]), *figures, distance(row)))
+    return markdown(("calibration text", "divergence", "perplexity ratio", "by heart", "KL to the original"), lines)
+
+
+def advice_tokens_table() -> str:
+    """KL by calibration tokens for each input of the widest linear, of the text that was measured with the most numbers."""
+    rows = records("advice")
+    texts = [json.dumps(row["calibration"]["text"]) for row in rows]
+    curve = [row for row, text in zip(rows, texts, strict=True) if text == max(texts, key=texts.count)]
+    lines = [
+        (str(row["calibration"]["tokens"]), f"{row['tokens_an_input']:.1f}", distance(row))
+        for row in sorted(curve, key=lambda row: row["tokens_an_input"])
+    ]
+    return markdown(("calibration tokens", "for each input of the widest linear", "KL to the original"), lines)
+
+
 def kv_cache_table() -> str:
     """KL with the cache in BF16 and in FP8, and its bytes, the newest row of each."""
     newest = {(row["model"], row["strategy"]): row for row in records("kv_cache")}
@@ -781,6 +814,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "vision": vision_table,
     "demo": demo_table,
     "accuracy": accuracy_table,
+    "advice-text": advice_text_table,
+    "advice-tokens": advice_tokens_table,
     "layer-error": layer_error_table,
     "comparison": comparison_table,
     "goal": goal_table,

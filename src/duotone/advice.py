@@ -18,8 +18,8 @@ TOKENS_AN_INPUT = 16
 #: Tokens in a row that two texts do not share by chance; and the shares of such runs that are worth a word.
 RUN = 16
 REPEATED, OVERLAPPING = 0.2, 0.01
-#: Divergence of two texts' tokens, in bits from 0 to 1, from which on they are of another kind.
-DIVERGENT = 0.35
+#: Divergence of two texts' tokens, in bits from 0 to 1 and above chance, from which on they are of another kind.
+DIVERGENT = 0.2
 #: Share of a linear's inputs that may be idle without a word.
 IDLE = 0.01
 
@@ -80,6 +80,13 @@ def divergence(tokens_WT: Tensor, text_WT: Tensor, vocabulary: int) -> float:
     p_V, q_V = p_V / p_V.sum(), q_V / q_V.sum()
     middle_V = (p_V + q_V) / 2
     return sum(float(torch.special.xlogy(one, one / middle_V.clamp(min=1e-300)).sum()) for one in (p_V, q_V)) / math.log(4)
+
+
+def chance_divergence(tokens_WT: Tensor, text_WT: Tensor, vocabulary: int, seed: int) -> float:
+    """The divergence of two texts of these sizes that are of one kind: all windows shuffled and dealt out again."""
+    whole_WT = torch.cat((tokens_WT, text_WT))
+    shuffled_WT = whole_WT[torch.randperm(len(whole_WT), generator=torch.Generator().manual_seed(seed))]
+    return divergence(shuffled_WT[: len(tokens_WT)], shuffled_WT[len(tokens_WT) :], vocabulary)
 
 
 def _few(plan: Plan, windows: TokenWindows) -> list[Advice]:

@@ -23,6 +23,7 @@ from duotone.advice import (
     RUN,
     Advice,
     advice_before,
+    chance_divergence,
     divergence,
     idle_advice,
     overlap,
@@ -78,7 +79,8 @@ class Suitability:
     """A calibration text, source by source, beside a text of what the model is to do, where there is one.
 
     tokens_an_input: calibration tokens for each input of the widest linear. perplexity_ratio, divergence, overlap: calibration
-    against the other text, see `advice`. starved: experts with too few tokens, of all experts. advice: what is worth a word.
+    against the other text, see `advice`; chance: the divergence that texts of one kind would have, as short as these. starved:
+    experts with too few tokens, of all experts. idle: inputs that were always zero, by linear. advice: what is worth a word.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Suitability:
     idle: dict[str, int]
     perplexity_ratio: float | None = None
     divergence: float | None = None
+    chance: float | None = None
     overlap: float | None = None
     advice: list[Advice] = field(default_factory=list)
 
@@ -136,10 +139,12 @@ def advise(
         idle={layer: int((~used_K).sum()) for layer, used_K in watch.used.items() if not bool(used_K.all())},
     )
     if other is not None:
+        texts = windows.tokens, other.tokens, int(network.config.get_text_config().vocab_size)
         facts = replace(
             facts,
             perplexity_ratio=_perplexity(found) / _perplexity(beside),
-            divergence=divergence(windows.tokens, other.tokens, network.config.get_text_config().vocab_size),
+            divergence=divergence(*texts),
+            chance=chance_divergence(*texts, config.seed),
             overlap=overlap(windows.tokens, other.tokens),
         )
     return replace(facts, advice=[*advice_before(plan, windows), *idle_advice(plan, facts.idle), *_advice(facts)])
@@ -246,10 +251,10 @@ def _advice(facts: Suitability) -> list[Advice]:
             "on it flatter; evaluate on text that was left out"
         )
         advice.append(Advice("overlaps", facts.overlap, sentence))
-    if facts.divergence is not None and facts.divergence >= DIVERGENT:
+    if facts.divergence is not None and facts.divergence - (facts.chance or 0) >= DIVERGENT:
         sentence = (
-            f"the calibration text's tokens are far from the other text's (divergence {facts.divergence:.2f} of 1); text of "
-            "the kind that the model will meet, if only a share of it, is worth more than a better method"
+            f"the calibration text's tokens are far from the other text's (divergence {facts.divergence:.2f}, by chance "
+            f"{facts.chance:.2f}); text of the kind that the model will meet, if only a share of it, may do more than a method"
         )
         advice.append(Advice("another kind of text", facts.divergence, sentence))
     ratio = facts.perplexity_ratio

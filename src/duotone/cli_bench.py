@@ -116,6 +116,32 @@ def bench_linear(
     print_result(rows, lambda values: speed_table(values), as_json)
 
 
+@bench_app.command("gpu", epilog="Example: duotone bench gpu --out records.jsonl")
+def bench_gpu(
+    shape: Annotated[list[str] | None, typer.Option(help="NxK; those of Llama-3-8B by default. Repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a call, 1 to 8192 by default; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each candidate takes its turn.")] = 20,
+    out: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/gpu.jsonl"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the linear on a GPU with the contract, then time it beside cuBLAS in BF16 and torch's FP8 product."""
+    from duotone.bench import append_records
+    from duotone.report_bench import speed_table
+    from duotone.speed_gpu import GpuBench, gpu_rows
+
+    defaults = GpuBench()
+    shapes = tuple(_shape(text) for text in shape) if shape else defaults.shapes
+    bench = GpuBench(shapes, tuple(tokens or defaults.tokens), rounds)
+    rows: list[dict[str, Any]] = []
+    with progress_bar("measuring", quiet or as_json) as tell:
+        for row in gpu_rows(bench):
+            append_records(out, [row])
+            rows.append(row)
+            tell(len(rows), 3 * len(bench.shapes) * len(bench.tokens), f"{row['kernel']}, {row['tokens']} tokens")
+    print_result(rows, lambda values: speed_table(values), as_json)
+
+
 @bench_app.command("generate", epilog="Example: duotone bench generate Llama-3.2-1B-W4AFP8 --prompt-tokens 128 --new-tokens 32")
 def bench_generate(
     model: Annotated[str | None, typer.Argument(help="A quantized checkpoint; a random one of 1.1 billion parameters.")] = None,

@@ -82,7 +82,7 @@ def reach(
     model: str, out: Path, config: Any, max_bytes: str | None, target_kl: float | None, asked: dict[str, Any], hidden: bool
 ) -> Any:
     """`goals.quantize_to`, the sensitivity read or measured first. asked: sensitivity, text and windows of the command."""
-    from duotone.calibrate.data import calibration_sources
+    from duotone.calibrate.sources import calibration_sources
     from duotone.checkpoint.hub import locate_model
     from duotone.goals import Goal, quantize_to
     from duotone.sensitivity import Sensitivity, measure_sensitivity

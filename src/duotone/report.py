@@ -101,7 +101,8 @@ def advice_summary(found: dict[str, Any]) -> RenderableType:
     facts.add_row("tokens", f"{found['tokens_an_input']:.1f} for each of the {found['inputs']} inputs of {found['widest']}")
     if found["divergence"] is not None:
         facts.add_row("against the other text", f"perplexity {found['perplexity_ratio']:.2f} times as high")
-        facts.add_row("", f"divergence of the tokens {found['divergence']:.3f} of 1, {100 * found['overlap']:.1f} % in common")
+        kinds = f"divergence of the tokens {found['divergence']:.3f} of 1, of texts of one kind {found['chance']:.3f}"
+        facts.add_row("", f"{kinds}; {100 * found['overlap']:.1f} % in common")
     if found["experts"]:
         facts.add_row("experts", f"{found['starved']} of {found['experts']} with too few tokens")
     advice = [Text(f"{one['about']}: {one['sentence']}", style="yellow") for one in found["advice"]]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duotone.calibrate.data import TokenWindows, calibration_sources
+from duotone.calibrate.data import TokenWindows
+from duotone.calibrate.sources import calibration_sources, titles
 from duotone.checkpoint.compressed_tensors import tensor_specs
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.source import open_source
@@ -138,7 +139,7 @@ def measure_sensitivity(
         fixed_bytes=plan.disk_bytes - sum(unit.nbytes["w4a8"] for unit in found),
         weights=sum(rows * columns for rows, columns in (plan.shapes[layer] for layer in chosen)),
         units=tuple(found),
-        text=tuple(Path(source.partition("#")[0]).name + source[len(source.partition("#")[0]) :] for source in sources),
+        text=tuple(titles(sources)),
         windows=len(windows),
         seq_len=windows.tokens.shape[1],
     )

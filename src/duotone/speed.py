@@ -123,7 +123,6 @@ def _measure(bench: SpeedBench, prepared: _Prepared, x: Tensor, ceiling: float) 
     bandwidth = memory.nbytes / statistics.median(reading)
     rows, columns = prepared.shape
     for name, taken in seconds.items():
-        median = statistics.median(taken)
         yield provenance(bench.seed) | {
             "kernel": name,
             "backend": prepared.runs,
@@ -131,19 +130,36 @@ def _measure(bench: SpeedBench, prepared: _Prepared, x: Tensor, ceiling: float) 
             "shape": [rows, columns],
             "tokens": len(x),
             "group_size": bench.group_size,
-            "ms": 1e3 * median,
-            "ms_min": 1e3 * min(taken),
-            "gbytes_per_second": prepared.nbytes(name) / median / 1e9,
-            "read_gbytes_per_second": bandwidth / 1e9,
-            "roofline_share": prepared.nbytes(name) / median / bandwidth,
-            "gflops": 2 * len(x) * rows * columns / median / 1e9,
+            **figures(taken, prepared.nbytes(name), 2 * len(x) * rows * columns, bandwidth),
             "peak_gflops": ceiling,
-            "times_as_fast_as": {
-                other: statistics.median(theirs / mine for theirs, mine in zip(seconds[other], taken, strict=True))
-                for other in candidates
-                if other != name
-            },
+            "times_as_fast_as": ratios(name, seconds),
         }
+
+
+def figures(taken: list[float], nbytes: int, flops: int, bandwidth: float) -> dict[str, float]:
+    """Columns of a record: of a call that took these seconds, reads so many bytes and makes so many operations.
+
+    bandwidth: bytes a second that memory gives.
+    """
+    median = statistics.median(taken)
+    return {
+        "ms": 1e3 * median,
+        "ms_min": 1e3 * min(taken),
+        "gbytes_per_second": nbytes / median / 1e9,
+        "read_gbytes_per_second": bandwidth / 1e9,
+        "roofline_share": nbytes / median / bandwidth,
+        "gflops": flops / median / 1e9,
+    }
+
+
+def ratios(name: str, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """How many times as fast a candidate is as each other: the median of the ratios of each round."""
+    mine = seconds[name]
+    return {
+        other: statistics.median(theirs / own for theirs, own in zip(taken, mine, strict=True))
+        for other, taken in seconds.items()
+        if other != name
+    }
 
 
 def _each(call: Callable[[int], object], first: int) -> None:

@@ -108,6 +108,8 @@ def shares(sources: Sequence[TextSource], count: int | None) -> list[int | None]
         if sources[0].weight is not None:
             raise DuotoneError(f"{sources[0].title}: found a weight, expected --samples beside it: a share of how many")
         return [None] * len(sources)
+    if count < len(sources):
+        raise DuotoneError(f"--samples: found {count}, expected at least one for each of the {len(sources)} texts")
     weights = [Fraction(source.weight or 1) for source in sources]
     exact = [count * weight / sum(weights) for weight in weights]
     dealt = [int(share) for share in exact]
@@ -186,11 +188,10 @@ def _render(row: dict[str, Any], source: TextSource, tokenizer: PreTrainedTokeni
         return "\n".join(map(str, values)), PLAIN
     messages = _messages(row, names)
     if messages is None:
-        missing = next((name for name in names if not isinstance(row.get(name), str)), names[0])
+        lacking = next((name for name in names if not isinstance(row.get(name), str)), names[0])
+        wanted = f"text in {lacking!r}" if source.fields else "'text', or a conversation in 'messages'"
         example = f"{source.name}#{next(iter(row), 'text')}"
-        raise DuotoneError(
-            f"{source.name}: found the fields {sorted(row)}, expected text in {missing!r}; name them as in {example}"
-        )
+        raise DuotoneError(f"{source.name}: found the fields {sorted(row)}, expected {wanted}; name them as in {example}")
     if not tokenizer.chat_template:
         return "\n".join(_words(message["content"]) for message in messages), TURNS
     try:

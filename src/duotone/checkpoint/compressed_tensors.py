@@ -118,7 +118,8 @@ def fp8_from_tensors(layer: str, tensors: dict[str, Tensor], scheme: Fp8Scheme, 
     if not scheme.target.channel_outer_scale:
         if side is None:
             raise DuotoneError(f"{layer}: duotone.json has no scales for it, expected them for target {scheme.target.name}")
-        scale, input_scale = torch.tensor([side.outer_scale]), torch.tensor(side.input_scale)
+        scale = torch.tensor([side.outer_scale], dtype=torch.float32)
+        input_scale = torch.tensor(side.input_scale, dtype=torch.float32)
     elif scale is None or tuple(scale.shape) != (len(values), 1):
         found = "none" if scale is None else list(scale.shape)
         raise DuotoneError(f"{layer}.weight_scale: found {found}, expected [{len(values)}, 1] for FP8 weights of {layer}")

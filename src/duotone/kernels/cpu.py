@@ -18,6 +18,8 @@ from duotone.qweight import QuantizedWeight, runnable_input_scale
 from duotone.scheme import AnyScheme, Fp8Scheme, Scheme
 
 NAME = "cpu"
+#: The kind of device that its weights stay on.
+DEVICE: str | None = "cpu"
 #: In the order of csrc/linear.cpp's enum Path, the fastest last.
 PATHS = ("portable", "avx2", "avx512", "avx512vnni", "avx512vbmi")
 #: Has a layout of its own, for which weights must be of one kind.

@@ -6,10 +6,11 @@ from types import ModuleType
 import torch
 
 from duotone.kernels import cpu, reference
+from duotone.kernels.gpu import backend as gpu
 from duotone.scheme import AnyScheme
 
 #: Fastest first; the reference runs everything and comes last.
-BACKENDS: tuple[ModuleType, ...] = (cpu, reference)
+BACKENDS: tuple[ModuleType, ...] = (cpu, gpu, reference)
 
 
 def choose(scheme: AnyScheme, device: torch.device) -> tuple[ModuleType, list[str]]:

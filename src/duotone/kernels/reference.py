@@ -5,6 +5,7 @@ The FP8 operand is kept in BF16, which holds every E4M3 value exactly, or as it 
 exact in float32 and summed there. So this runs W8A8 linears too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from duotone.qweight import AnyWeight, Fp8Weight, fp8_values, runnable_input_sca
 from duotone.scheme import AnyScheme, Target
 
 NAME = "torch"
+#: Its weights go anywhere.
+DEVICE: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,12 @@ def prepack(weight: AnyWeight) -> Packed:
 def values(packed: Packed) -> Tensor:
     """The FP8 operand, float32 [N, K]."""
     return packed.values.float()
+
+
+def can_merge(weights: Sequence[Packed]) -> bool:
+    """Whether weights may be one: never, a call costs nothing here that several could share."""
+    del weights
+    return False
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

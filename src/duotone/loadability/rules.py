@@ -159,16 +159,6 @@ def whole_fusions(source: str) -> Rule:
     return Rule("linears that are fused are all of one precision", source, findings)
 
 
-def no_fp8(source: str) -> Rule:
-    """Nothing in FP8 beside the 4 bits."""
-
-    def findings(here: Situation) -> Iterator[Finding]:
-        for fused in here.subject.fp8:
-            yield Finding(f"{fused[0].name} is stored in FP8", _names(fused), "no --rule with w8a8")
-
-    return Rule("all quantized linears are in 4 bits", source, findings)
-
-
 def heads(source: str) -> Rule:
     """Ranks divide the heads."""
 

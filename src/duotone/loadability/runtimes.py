@@ -12,7 +12,6 @@ from duotone.loadability.rules import (
     groups_stay_whole,
     heads,
     multiples,
-    no_fp8,
     symmetric,
     vendor,
     whole_fusions,
@@ -131,7 +130,6 @@ SGLANG = Runtime(
             "W4AFP8 experts",
             (
                 experts(f"{_SGLANG}/compressed_tensors/compressed_tensors.py _get_scheme_from_parts (NotImplementedError)"),
-                no_fp8("not read yet: how it treats FP8 linears beside W4AFP8 experts"),
                 group_size(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", 128),
                 capability(f"{_SGLANG}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8_moe.py", least=90),
             ),

@@ -20,7 +20,7 @@ def curve_svg(points: Sequence[tuple[float, float]], stderr: float) -> str:
     names = ["all in 4 bits", *[""] * (len(points) - 2), "all in FP8"][: len(points)]
     return pareto_svg(
         [
-            Contender(name, "", "", False, 0, bits, {"kl": kl, "kl_stderr": stderr}, {}, on_front=True)
+            Contender(name, "", "", False, 0, bits, {"kl": kl, "kl_stderr": stderr}, [], on_front=True)
             for name, (bits, kl) in zip(names, points, strict=True)
         ]
     )

@@ -30,9 +30,10 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.scheme: AnyScheme = weight.scheme
         self.input_scale = weight.input_scale
-        backend, self.refusals = choose(weight.scheme, device or weight.outer_scale.device)
+        place = device or weight.outer_scale.device
+        backend, self.refusals = choose(weight.scheme, place)
         self._backend = backend.__name__  # a name, since modules of Python cannot be copied with the model
-        self._packed = self.backend.prepack(weight)
+        self._packed = _moved(self.backend.prepack(weight), lambda tensor: tensor.to(place))
         self._shared: tuple[_SharedCall, int] | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -60,19 +61,21 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the module, but never change dtype: scales are part of the contract."""
-        moved: dict[str, Any] = {}
-        for field in dataclasses.fields(self._packed):
-            value = getattr(self._packed, field.name)
-            if isinstance(value, Tensor):
-                # The device fn leads to, asked with a tensor that costs nothing.
-                device = fn(torch.empty(0, device=value.device)).device
-                if self.backend is cpu and device.type != "cpu":
-                    raise DuotoneError(
-                        f"this model was loaded for a CPU; load it for {device.type}: duotone.load(..., device=...)"
-                    )
-                moved[field.name] = value.to(device)
-        if any(tensor is not getattr(self._packed, name) for name, tensor in moved.items()):
-            self._packed = dataclasses.replace(self._packed, **moved)
+
+        def follow(value: Tensor) -> Tensor:
+            # The device fn leads to, asked with a tensor that costs nothing.
+            device = fn(torch.empty(0, device=value.device)).device
+            home = self.backend.DEVICE
+            if device.type != value.device.type and home not in {None, device.type}:
+                raise DuotoneError(
+                    f"this model was loaded for {'a CPU' if home == 'cpu' else home}; load it for {device.type}: "
+                    "duotone.load(..., device=...)"
+                )
+            return value.to(device)
+
+        moved = _moved(self._packed, follow)
+        if moved is not self._packed:
+            self._packed, self._shared = moved, None  # what it shared stays where it was
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -83,11 +86,18 @@ class QuantizedLinear(nn.Module):
         )
 
 
+def _moved(packed: Any, follow: Callable[[Tensor], Tensor]) -> Any:
+    """A packed weight with each tensor where `follow` takes it; itself where that is where it was."""
+    held = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+    moved = {name: follow(value) for name, value in held.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(packed, **moved) if any(moved[name] is not held[name] for name in moved) else packed
+
+
 class _SharedCall:
     """Computes all of several linears when the first is called, and has the others' results ready for the same input."""
 
-    def __init__(self, merged: cpu.Packed) -> None:
-        self.merged = merged
+    def __init__(self, merged: Any, backend: ModuleType) -> None:
+        self.merged, self._backend = merged, backend.__name__
         self._last = _Last()
 
     def part(self, x: Tensor, number: int) -> Tensor:
@@ -95,7 +105,7 @@ class _SharedCall:
         version = None if x.is_inference() else x._version  # tensors of inference mode do not count their changes
         last = self._last
         if last.x is not x or last.version != version or number not in last.parts:
-            last.x, last.version, last.parts = x, version, dict(enumerate(cpu.linears(x, self.merged)))
+            last.x, last.version, last.parts = x, version, dict(enumerate(sys.modules[self._backend].linears(x, self.merged)))
         y = last.parts.pop(number)
         if not last.parts:
             last.x = None  # nobody else will ask: activations are not kept
@@ -121,14 +131,14 @@ def share_call(linears: Sequence[nn.Module]) -> bool:
     Activations are quantized once then, and threads are woken once. The merged weight is the only copy.
     """
     layers = [layer for layer in linears if isinstance(layer, QuantizedLinear)]
-    if len(layers) < 2 or len(layers) != len(linears) or any(layer.backend is not cpu for layer in layers):
+    if len(layers) < 2 or len(layers) != len(linears) or any(layer.backend is not layers[0].backend for layer in layers):
         return False
-    packed = [layer._packed for layer in layers]
-    if not cpu.can_merge(packed):
+    backend, packed = layers[0].backend, [layer._packed for layer in layers]
+    if not backend.can_merge(packed):
         return False
-    merged = cpu.merge(packed)
-    call = _SharedCall(merged)
-    for number, (layer, part) in enumerate(zip(layers, cpu.split(merged), strict=True)):
+    merged = backend.merge(packed)
+    call = _SharedCall(merged, backend)
+    for number, (layer, part) in enumerate(zip(layers, backend.split(merged), strict=True)):
         layer._packed, layer._shared = part, (call, number)
     return True
 

@@ -1,0 +1,252 @@
+# Shapes: M tokens, N rows, K columns, C chunks of 128 columns, S splits of K, R rows padded to whole blocks.
+# pyright: basic, reportMissingImports=false, reportMissingTypeStubs=false, reportUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportReturnType=false, reportRedeclaration=false
+"""The Triton programs of the W4A8 linear: quantize activations, multiply 4-bit codes, write FP8 weights, add up.
+
+Only `launch` calls them. Whatever rounds is written in integers: what Triton's interpreter makes of a cast to FP8 or BF16 is
+not what hardware makes of it, and one text has to serve as proof for both.
+"""
+
+import triton
+import triton.language as tl
+
+#: float32 bits of infinity: above them, without the sign, are NaNs.
+_INFINITY = tl.constexpr(0x7F800000)
+
+
+def table_text(quarter: int, signed: bool) -> str:
+    """PTX: the FP8 bytes ($0) that 4 nibbles of a chunk's words ($1, $2) stand for; the table's 16 bytes are $3, $7, $11, $15.
+
+    A prmt looks 4 bytes up among 8 by 4 nibbles, of which it wants the top bit clear. Of 16 values it takes three; of 8 and
+    their negatives one, with the sign put where it belongs (`layout.pack_words`).
+    """
+    word, odd = f"${1 + quarter // 2}", quarter % 2
+    select = f"and.b32 s, {word}, 0x77777777; " + "shr.b32 s, s, 16; " * odd
+    if signed:
+        sign = f"shl.b32 q, {word}, 4; and.b32 q, q, 0x80808080; " if odd else f"and.b32 q, {word}, 0x80808080; "
+        return "{ .reg .b32 s, q, lo; " + select + sign + "prmt.b32 lo, $3, $7, s; or.b32 $0, lo, q; }"
+    half = f"shr.b32 q, {word}, 1; and.b32 q, q, 0x44444444; or.b32 q, q, 0x32103210; " + "shr.b32 q, q, 16; " * odd
+    look = "prmt.b32 lo, $3, $7, s; prmt.b32 hi, $11, $15, s; prmt.b32 $0, lo, hi, q; "
+    return "{ .reg .b32 s, q, lo, hi; " + select + half + look + "}"
+
+
+#: One output, 4 int16 in two registers, 4 copies of each of the table's 4 words.
+_CONSTRAINTS = tl.constexpr("=r" + ",r" * 18)
+_TABLE_0, _TABLE_1, _TABLE_2, _TABLE_3 = (tl.constexpr(table_text(quarter, False)) for quarter in range(4))
+_SIGNED_0, _SIGNED_1, _SIGNED_2, _SIGNED_3 = (tl.constexpr(table_text(quarter, True)) for quarter in range(4))
+
+
+@triton.jit
+def wide(raw, IS_BF16: tl.constexpr):
+    """Raw values as float32: BF16 comes as int16."""
+    if IS_BF16:
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return raw.to(tl.float32)
+
+
+@triton.jit
+def to_bf16(value):
+    """The bits of float32 values rounded to BF16, to the nearest, ties to even: int16."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where((bits & 0x7FFFFFFF) > _INFINITY, (bits >> 16) | 0x40, rounded).to(tl.int16)
+
+
+@triton.jit
+def narrow(value, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr):
+    """The inverse of `wide`."""
+    if IS_BF16:
+        narrowed = to_bf16(value)
+    elif IS_FP16:
+        narrowed = value.to(tl.float16)
+    else:
+        narrowed = value
+    return narrowed
+
+
+@triton.jit
+def to_e4m3(value, largest):
+    """The E4M3FN byte of float32 values, to the nearest, ties to even, saturating at `largest`; NaN is 0x7f."""
+    bits = value.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    size = tl.where(size > largest, largest, size)
+    magnitude = size.to(tl.int32, bitcast=True)
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960  # 960 = 120 << 3: exponent bias 127 -> 7
+    # One unit of the last place of 2^14 is FP8's smallest subnormal, so the sum's low bits count those.
+    subnormal = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    byte = tl.where(size < 0.015625, subnormal, normal)
+    return (sign | tl.where(magnitude > _INFINITY, 0x7F, byte)).to(tl.uint8)
+
+
+@triton.jit
+def _bits_of_row(x, K, BLOCK: tl.constexpr, IS_BF16: tl.constexpr):
+    """The largest float32 bits without sign of a row: of its largest value, or of a NaN."""
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        value = wide(tl.load(x + k, mask=k < K, other=0), IS_BF16)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def quantize_rows(
+    x, x8, scales, static_scale, K, padded,
+    fp8_max, smallest_scale, BLOCK: tl.constexpr, IS_BF16: tl.constexpr, IS_STATIC: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> x8 uint8 [M, padded], zeros after K, and s_x float32 [M]; one program a token. `quantize_activations`."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * K
+    if IS_STATIC:
+        scale = tl.load(static_scale)
+    else:
+        largest = _bits_of_row(x, K, BLOCK, IS_BF16).to(tl.float32, bitcast=True)
+        scale = tl.div_rn(largest, fp8_max)
+        scale = tl.where(scale < smallest_scale, smallest_scale, scale)  # as torch's clamp: a NaN stays
+    tl.store(scales + row, scale)
+    for start in range(0, padded, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        value = wide(tl.load(x + k, mask=k < K, other=0), IS_BF16)
+        byte = to_e4m3(tl.div_rn(value, scale), fp8_max)
+        tl.store(x8 + row * padded + k, tl.where(k < K, byte, 0), mask=k < padded)
+
+
+@triton.jit
+def _decode_plainly(codes, table, entry, row, chunk, chunks, QUARTER: tl.constexpr, SIGNED: tl.constexpr):
+    """`_decode` without PTX, column by column: what is interpreted, and the text that says what the PTX does."""
+    k = tl.arange(0, 32)[None, :]
+    word = tl.load(codes + ((row // 64 * chunks + chunk) * 64 + row % 64)[:, None] * 16 + k // 4 * 2 + QUARTER // 2)
+    odd: tl.constexpr = QUARTER % 2
+    place = word >> (4 * (k % 4 + 4 * odd))
+    if SIGNED:
+        sign = (word >> (8 * (k % 4) + 7 - 4 * odd)) & 1
+        byte = tl.load(table + entry[:, None] * 16 + (place & 7)) | (sign << 7).to(tl.uint8)
+    else:
+        byte = tl.load(table + entry[:, None] * 16 + (place & 15))
+    return byte.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _decode(table, entry, words, QUARTER: tl.constexpr, SIGNED: tl.constexpr):
+    """The FP8 weights [rows, 32] of a quarter of a chunk; `entry` [rows]: which row of the table each has.
+
+    4 neighbors are the 4 bytes that one instance looks up, out of a quad's 4 words, one for each quarter. So Triton has to
+    give an instance 4 neighbors of a row; `trial` finds out on the device whether it does.
+    """
+    t0 = tl.broadcast_to(tl.load(table + entry * 4)[:, None], words.shape)
+    t1 = tl.broadcast_to(tl.load(table + entry * 4 + 1)[:, None], words.shape)
+    if SIGNED:
+        t2, t3 = t0, t1
+        text: tl.constexpr = (_SIGNED_0, _SIGNED_1, _SIGNED_2, _SIGNED_3)[QUARTER]
+    else:
+        t2 = tl.broadcast_to(tl.load(table + entry * 4 + 2)[:, None], words.shape)
+        t3 = tl.broadcast_to(tl.load(table + entry * 4 + 3)[:, None], words.shape)
+        text: tl.constexpr = (_TABLE_0, _TABLE_1, _TABLE_2, _TABLE_3)[QUARTER]
+    return tl.inline_asm_elementwise(text, _CONSTRAINTS, [words, t0, t1, t2, t3], dtype=tl.float8e4nv, is_pure=True, pack=4)
+
+
+@triton.jit
+def _entries(index, row, rows, chunk, QUARTER: tl.constexpr, GROUP: tl.constexpr, TO_A_WORD: tl.constexpr):
+    """Which row of the table the weights of a quarter have, int32 [rows]; index int32 [groups / TO_A_WORD, R].
+
+    A word is what the loop can read ahead; one of its entries would be too short for that.
+    """
+    group = (chunk * 128 + QUARTER * 32) // GROUP
+    word = tl.load(index + group // TO_A_WORD * rows + row)
+    if TO_A_WORD > 1:
+        word = (word >> (group % TO_A_WORD * (32 // TO_A_WORD))) & ((1 << (32 // TO_A_WORD)) - 1)
+    return word
+
+
+@triton.jit
+def _finished(total, outer_scale, scale, bias, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr):
+    """The contract's end: (total * outer_scale) * s_x, rounded, then the bias."""
+    y = narrow(total * outer_scale * scale, IS_BF16, IS_FP16)
+    if HAS_BIAS:
+        y = narrow(wide(y, IS_BF16) + wide(bias, IS_BF16), IS_BF16, IS_FP16)
+    return y
+
+
+@triton.jit
+def multiply(
+    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, M, N, rows, chunks, chunks_each,
+    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """y [M, N], or sums [S, M, N] of each split; a program has BLOCK_N rows (the instruction's long side), BLOCK_M tokens.
+
+    x8 fp8 [M, 128 C]. codes int32 and words int16: the same bytes. index as in `_entries`, outer_scale [N], scales [M].
+    """
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, 32)
+    x8 += tl.minimum(token, M - 1).to(tl.int64)[None, :] * (chunks * 128) + k[:, None]
+    tile = (tl.program_id(0) * BLOCK_N // 64 * chunks).to(tl.int64) * 2048
+    within = tl.arange(0, BLOCK_N) // 64 * (chunks * 2048) + tl.arange(0, BLOCK_N) % 64 * 32
+    words += tile + within[:, None] + k[None, :]
+    first = tl.program_id(1) * chunks_each
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for chunk in range(first, tl.minimum(first + chunks_each, chunks)):
+        packed = tl.load(words + chunk * 2048) if USES_PTX else 0
+        # What one chunk adds up is added in float32: Hopper's own sums keep fewer bits.
+        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for quarter in tl.static_range(4):
+            if quarter * 32 % GROUP == 0:
+                entry = _entries(index, row, rows, chunk, quarter, GROUP, TO_A_WORD)
+            if USES_PTX:
+                w8 = _decode(table, entry, packed, quarter, SIGNED)
+            else:
+                w8 = _decode_plainly(codes, table, entry, row, chunk, chunks, quarter, SIGNED)
+            part = tl.dot(w8, tl.load(x8 + chunk * 128 + quarter * 32), part)
+        total += part
+    inside = (row < N)[:, None] & (token < M)[None, :]
+    place = token.to(tl.int64)[None, :] * N + row[:, None]
+    if IS_SPLIT:
+        tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + place, total, mask=inside)
+    else:
+        outer = tl.load(outer_scale + row, mask=row < N, other=0)[:, None]
+        scale = tl.load(scales + token, mask=token < M, other=0)[None, :]
+        added = tl.load(bias + row, mask=row < N, other=0)[:, None] if HAS_BIAS else 0
+        tl.store(y + place, _finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
+
+
+@triton.jit
+def add_up(
+    partial, scales, outer_scale, bias, y, M, N, splits, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """Sums [S, M, N] -> y [M, N], always in the same order."""
+    token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = token.to(tl.int64) * N + row
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial + place, mask=row < N, other=0)
+        partial += M * N
+    outer = tl.load(outer_scale + row, mask=row < N, other=0)
+    added = tl.load(bias + row, mask=row < N, other=0) if HAS_BIAS else 0
+    rounded = _finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)
+    tl.store(y + place, rounded, mask=row < N)
+
+
+@triton.jit
+def write_values(
+    codes, words, index, table, values, rows, chunks,
+    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr,
+):  # fmt: skip
+    """FP8 weights [R, 128 C], one program for 64 rows of a chunk: the operand of the contract, for a large product."""
+    block, chunk, within, k = tl.program_id(0), tl.program_id(1), tl.arange(0, 64), tl.arange(0, 32)
+    row = block * 64 + within
+    tile = (block * chunks + chunk).to(tl.int64) * 2048
+    packed = tl.load(words + tile + within[:, None] * 32 + k[None, :]) if USES_PTX else 0
+    values += row.to(tl.int64)[:, None] * (chunks * 128) + chunk * 128 + k[None, :]
+    for quarter in tl.static_range(4):
+        if quarter * 32 % GROUP == 0:
+            entry = _entries(index, row, rows, chunk, quarter, GROUP, TO_A_WORD)
+        if USES_PTX:
+            w8 = _decode(table, entry, packed, quarter, SIGNED)
+        else:
+            w8 = _decode_plainly(codes, table, entry, row, chunk, chunks, quarter, SIGNED)
+        tl.store(values + quarter * 32, w8)

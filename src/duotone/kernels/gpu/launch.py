@@ -1,0 +1,173 @@
+# Shapes: M tokens, N out_features, K in_features, R rows padded to whole blocks, C chunks of 128 columns.
+"""The linear on a GPU as one torch op, `duotone::gpu_linear`: which of the Triton programs run, and how they are laid out.
+
+Up to DECODE_TOKENS tokens the 4-bit codes are multiplied as they are, since reading weights is what takes the time. Above, FP8
+weights are written out once a call and torch's own FP8 product does the rest: its values are the same, decoding does not show.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton  # pyright: ignore[reportMissingImports] - an optional dependency
+from torch import Tensor
+
+from duotone.kernels.gpu import kernels
+from duotone.kernels.gpu.layout import Layout
+
+#: More tokens than this are a prompt's.
+DECODE_TOKENS = 64
+#: Programs that a split of K should make, for each multiprocessor; splits are no shorter than `_LEAST_CHUNKS`.
+_PROGRAMS_EACH = 2
+_LEAST_CHUNKS = 4
+#: Of `add_up`.
+_BLOCK = 512
+_programs: Any = kernels
+#: Kernels are compiled; otherwise Triton interprets them, slowly and on a CPU, and there is no PTX.
+IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
+
+
+class Tile(NamedTuple):
+    """How `multiply` is laid out: rows and tokens of a program, its warps, and stages of its loop.
+
+    Half of the stages read the index, half what it leads to: 8 keep three chunks of codes on their way.
+    """
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int = 8
+
+
+def tile_for(tokens: int) -> Tile:
+    """By counting the loop's instructions a weight, not by measuring: nothing here has run on a GPU yet."""
+    if tokens <= 32:
+        return Tile(128, 16 if tokens <= 16 else 32, 4)
+    return Tile(128, 64, 8)
+
+
+def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
+    """Chunks of a split: as many splits as keep all multiprocessors at work, whatever the number of tokens."""
+    wanted = -(-_PROGRAMS_EACH * processors // (rows // tile.rows))
+    splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
+    return -(-chunks // splits)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit."""
+    tokens, columns = x.shape
+    padded = chunks * 128
+    x8 = torch.empty(tokens, padded, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    _programs.quantize_rows[(tokens,)](
+        _raw(x), x8, scales, input_scale if input_scale is not None else scales, columns, padded, fp8_max, smallest,
+        BLOCK=min(4096, triton.next_power_of_2(padded)), IS_BF16=x.dtype == torch.bfloat16, IS_STATIC=input_scale is not None,
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    return x8.view(torch.float8_e4m3fn), scales
+
+
+def write_values(weight: Layout, group_size: int) -> Tensor:
+    """The FP8 weights [R, 128 C]: `qweight.fp8_values`, bit for bit."""
+    codes, index, table, to_a_word, is_signed = weight
+    pieces, chunks, _, _ = codes.shape
+    values = torch.empty(pieces * 64, chunks * 128, dtype=torch.float8_e4m3fn, device=codes.device)
+    _programs.write_values[(pieces, chunks)](
+        codes, codes.view(torch.int16), index, _entries(table), values, index.shape[1], chunks,
+        GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=IS_COMPILED, num_warps=4,
+    )  # fmt: skip
+    return values
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    index: Tensor,
+    table: Tensor,
+    outer_scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    *facts: Any,
+) -> Tensor:
+    """x [..., K] in BF16, FP16 or float32 -> [..., N] in its dtype; bias in the same; facts: the rest of the schema."""
+    to_a_word, is_signed, group_size, fp8_max, smallest = facts
+    flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), len(outer_scale)
+    y = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
+    weight = Layout(codes, index, table, to_a_word, is_signed)
+    if not y.numel():
+        return y.view(*x.shape[:-1], rows)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        x8, scales = quantize(flat, codes.shape[1], input_scale, fp8_max, smallest)
+        if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
+            y = _multiply_written(x8, scales, weight, outer_scale, group_size)
+            y = y if bias is None else y + bias
+        else:
+            _multiply(x8, scales, weight, outer_scale, bias, y, group_size)
+    return y.view(*x.shape[:-1], rows)
+
+
+def _multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
+    """BF16 [M, N] of a prompt, by way of FP8 weights."""
+    w8, rows = write_values(weight, group_size), len(outer_scale)
+    outer = torch.nn.functional.pad(outer_scale, (0, len(w8) - rows))
+    product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - row-wise scales have no other name yet
+    return product(x8, w8.T, scales[:, None], outer[None], out_dtype=torch.bfloat16)[:, :rows].contiguous()
+
+
+def _multiply(
+    x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int
+) -> None:
+    """Into y [M, N]."""
+    codes, index, table, to_a_word, is_signed = weight
+    (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
+    tile = tile_for(tokens)
+    each = chunks_each(padded_rows, chunks, tile, _processors(y.device))
+    splits = -(-chunks // each)
+    partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
+    raw, added = _raw(y), y if bias is None else _raw(bias)
+    ending = {"HAS_BIAS": bias is not None, "IS_BF16": y.dtype == torch.bfloat16, "IS_FP16": y.dtype == torch.float16}
+    _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
+        x8, codes, codes.view(torch.int16), index, _entries(table), scales, outer_scale, added, raw, partial,
+        tokens, rows, padded_rows, chunks, each, GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed,
+        USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, IS_SPLIT=splits > 1, **ending,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    if splits > 1:
+        _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
+            partial, scales, outer_scale, added, raw, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
+        )
+
+
+def _entries(table: Tensor) -> Tensor:
+    """The table as the way to decode reads it: PTX looks up in words of 4 bytes."""
+    return table.view(torch.int32) if IS_COMPILED else table
+
+
+def _raw(x: Tensor) -> Tensor:
+    """BF16 as the bits that the kernels read and write."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+torch.library.define(
+    "duotone::gpu_linear",
+    "(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, Tensor? input_scale, Tensor? bias, "
+    "int to_a_word, bool is_signed, int group_size, float fp8_max, float smallest_scale) -> Tensor",
+)
+torch.library.impl("duotone::gpu_linear", "default", _linear)
+
+
+@torch.library.register_fake("duotone::gpu_linear")
+def _(
+    x: Tensor, codes: Tensor, index: Tensor, table: Tensor, outer_scale: Tensor, input_scale: Tensor | None,
+    *_: object,
+) -> Tensor:  # fmt: skip
+    del codes, index, table, input_scale
+    return x.new_empty(*x.shape[:-1], outer_scale.shape[0])
+
+
+linear = torch.ops.duotone.gpu_linear.default

@@ -1,0 +1,142 @@
+# Shapes: N out_features, K in_features, R rows padded to whole blocks, C chunks of 128 columns, T rows of the table.
+"""How a weight lies in a GPU's memory: codes where one lookup finds the four that it decodes, and a table of FP8 bytes.
+
+A chunk is 128 columns: 4 quarters of 32, each 8 quads of 4 neighbors. A word of 16 bits has the codes of a quad, so that its
+nibbles are what one lookup takes; the words of the 4 quarters' quads of the same number lie side by side. Blocks of 64 rows of
+one chunk are one piece of 4 KiB.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from duotone.contract import fp8_product
+from duotone.formats import E4M3FN
+from duotone.qweight import QuantizedWeight, expand_groups
+
+CHUNK = 128
+#: Rows are padded to a multiple of the widest tile of the kernels.
+BLOCK_ROWS = 128
+PIECE_ROWS = 64
+#: E4M3FN bytes 0 to 126 are its values from 0 to 448.
+_E4M3FN_POSITIVE = 127
+
+
+class Layout(NamedTuple):
+    """A weight's tensors as the kernels read them.
+
+    codes: int32 [R/64, C, 64, 16]. entries: int32 [groups / to_a_word, R], each word the rows of `table` that some neighboring
+    groups have, the first in its lowest bits. table: uint8 [T, 16], the FP8 bytes of each place. is_signed: 8 magnitudes and a
+    sign instead of 16 values.
+    """
+
+    codes: Tensor
+    entries: Tensor
+    table: Tensor
+    to_a_word: int
+    is_signed: bool
+
+
+def pack(weight: QuantizedWeight) -> Layout:
+    """A weight in this layout. It is signed where no more than 8 magnitudes are in use and nothing shifts them."""
+    scheme = weight.scheme
+    level_16 = torch.tensor(scheme.levels)
+    is_used = torch.bincount(weight.codes.flatten().cpu().int(), minlength=16) > 0
+    size_P = level_16[is_used].abs().unique()
+    is_signed = weight.zero_point is None and len(size_P) <= 8
+    if is_signed:
+        place_16 = torch.searchsorted(size_P, level_16.abs()).clamp(max=len(size_P) - 1)
+        words = pack_words(_padded(place_16.to(torch.uint8).to(weight.codes.device)[weight.codes.long()]), True)
+        words |= _sign_bits(_padded((level_16 < 0).to(weight.codes.device)[weight.codes.long()]))
+        values_of_table = torch.nn.functional.pad(size_P, (0, 16 - len(size_P)))
+    else:
+        words, values_of_table = pack_words(_padded(weight.codes), False), level_16
+    index_NG, table = _table(weight, values_of_table.to(weight.codes.device))
+    to_a_word = 4 if len(table) <= 2**8 else 2 if len(table) <= 2**16 else 1
+    return Layout(words, _index_words(index_NG, weight, to_a_word), table, to_a_word, is_signed)
+
+
+def values(packed: Layout, group_size: int) -> Tensor:
+    """The FP8 bytes uint8 [R, 128 C] that a weight stands for, in plain torch."""
+    codes, index, table, to_a_word, is_signed = packed
+    pieces, chunks, _, _ = codes.shape
+    quads = codes.view(pieces, chunks, PIECE_ROWS, 8, 2)
+    nibbles = torch.stack([quads >> 4 * i & 15 for i in range(8)], -1)  # [..., quad, pair of quarters, odd * 4 + byte]
+    place = _in_columns(nibbles)
+    if is_signed:
+        place = place & 7
+        sign = _in_columns(torch.stack([quads >> (8 * (i % 4) + 7 - 4 * (i // 4)) & 1 for i in range(8)], -1))
+    else:
+        sign = torch.zeros_like(place)
+    bits = 32 // to_a_word
+    entry_NG = torch.stack([index.long() >> bits * i & 2**bits - 1 for i in range(to_a_word)], 1).flatten(0, 1).T
+    entry = expand_groups(entry_NG, group_size, chunks * CHUNK)
+    return table[entry, place.long()] | (sign << 7).to(torch.uint8)
+
+
+def pack_words(place: Tensor, is_signed: bool) -> Tensor:
+    """int32 [R/64, C, 64, 16] of nibbles uint8 [R, 128 C]; those of a signed weight have their top bits clear."""
+    assert not is_signed or not place.numel() or int(place.max()) < 8
+    return _gathered(place, [4 * i for i in range(8)])
+
+
+def _sign_bits(is_negative: Tensor) -> Tensor:
+    """The top bits of a signed weight's nibbles: an even quarter's are those of odd nibbles, where a byte has its sign.
+
+    An odd quarter's are 4 bits below, so that a shift by 4 takes them there.
+    """
+    return _gathered(is_negative, [8 * (i % 4) + 7 - 4 * (i // 4) for i in range(8)])
+
+
+def _gathered(bits: Tensor, shifts: list[int]) -> Tensor:
+    """Of each quad of an even quarter, then of the odd one after it: 4 numbers shifted to their place in a word of 32 bits."""
+    rows, columns = bits.shape
+    split = bits.view(rows // PIECE_ROWS, PIECE_ROWS, columns // CHUNK, 2, 2, 8, 4)
+    # [piece, row, chunk, pair, odd, quad, byte] -> [piece, chunk, row, quad, pair, odd, byte]
+    ordered = split.permute(0, 2, 1, 5, 3, 4, 6).flatten(-2)
+    words = torch.zeros(ordered.shape[:-1], dtype=torch.int32, device=bits.device)
+    for i, shift in enumerate(shifts):
+        words |= ordered[..., i].to(torch.int32) << shift
+    return words.flatten(-2).contiguous()
+
+
+def _in_columns(parts: Tensor) -> Tensor:
+    """[piece, chunk, row, quad, pair, odd * 4 + byte] -> [R, 128 C]."""
+    pieces, chunks = parts.shape[:2]
+    ordered = parts.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 5, 3, 6)
+    return ordered.reshape(pieces * PIECE_ROWS, chunks * CHUNK)
+
+
+def _padded(values_NK: Tensor) -> Tensor:
+    rows, columns = values_NK.shape
+    return torch.nn.functional.pad(values_NK, (0, -columns % CHUNK, 0, -rows % BLOCK_ROWS))
+
+
+def _index_words(index_NG: Tensor, weight: QuantizedWeight, to_a_word: int) -> Tensor:
+    """What columns after K have does not matter, their activations are zero; but it must be in the table."""
+    rows, columns = weight.shape
+    groups = -(-(columns + -columns % CHUNK) // weight.scheme.group_size)
+    groups += -groups % to_a_word
+    padded = torch.nn.functional.pad(index_NG.int(), (0, groups - index_NG.shape[1], 0, -rows % BLOCK_ROWS))
+    words = torch.zeros(len(padded), groups // to_a_word, dtype=torch.int32, device=padded.device)
+    for i in range(to_a_word):
+        words |= padded[:, i::to_a_word] << 32 // to_a_word * i
+    return words.T.contiguous()
+
+
+def _table(weight: QuantizedWeight, level_16: Tensor) -> tuple[Tensor, Tensor]:
+    """Which row of the table each group [N, G] has, and the table, uint8 [T, 16], made by the contract."""
+    scheme, scale_NG, zero_NG = weight.scheme, weight.group_scale, weight.zero_point
+    fp8 = scheme.target.fp8
+    if zero_NG is not None:
+        pairs, entry = torch.unique(torch.stack((scale_NG, zero_NG), -1).flatten(0, 1), dim=0, return_inverse=True)
+        product = fp8_product(level_16, pairs[:, 1:], pairs[:, :1], fp8)
+    elif scheme.target.channel_outer_scale and fp8 is E4M3FN:  # scales are FP8 values: each is its byte's row
+        entry = scale_NG.to(torch.float8_e4m3fn).view(torch.uint8)
+        bytes_ = torch.arange(_E4M3FN_POSITIVE, dtype=torch.uint8, device=scale_NG.device)
+        product = fp8_product(level_16, None, bytes_.view(torch.float8_e4m3fn).float()[:, None], fp8)
+    else:
+        scales, entry = torch.unique(scale_NG, return_inverse=True)
+        product = fp8_product(level_16, None, scales[:, None], fp8)
+    return entry.view(scale_NG.shape), fp8.encode(product).contiguous()

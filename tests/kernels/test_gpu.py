@@ -1,0 +1,379 @@
+"""The Triton kernels against the contract: on a GPU where there is one, through Triton's interpreter elsewhere (conftest.py).
+
+What the interpreter cannot run, PTX, is emulated here instruction by instruction from the very text that the compiler gets;
+what only a compiler can tell is in test_gpu_compiled.py.
+"""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import duotone
+from duotone import speed_gpu
+from duotone.contract import quantize_activations
+from duotone.errors import DuotoneError
+from duotone.kernels import dispatch, reference
+from duotone.kernels.gpu import backend, layout
+from duotone.qweight import QuantizedWeight, fp8_values
+from duotone.runtime.linear import QuantizedLinear, share_call
+from duotone.runtime.load import load
+from duotone.scheme import GAUDI, HOPPER, Fp8Scheme, Scheme, Target
+from tests.kernels.test_reference import make_weight
+from tests.test_cli import invoke
+from tests.test_speed import COLUMNS
+
+pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
+
+from duotone.kernels.gpu import kernels, launch, trial
+
+#: The interpreter computes with numpy, which warns of NaN and infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = torch.device("cuda")
+SYMMETRIC_LEVELS = tuple(float(level) for level in (-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 7))
+
+
+def to_device(weight: QuantizedWeight) -> QuantizedWeight:
+    moved = {name: value.to(DEVICE) for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(weight, **moved)
+
+
+def weight_of(rows: int, columns: int, scheme: Scheme, is_signed: bool = False) -> QuantizedWeight:
+    weight = make_weight(rows, columns, scheme)
+    return to_device(dataclasses.replace(weight, codes=weight.codes.clamp(min=1)) if is_signed else weight)
+
+
+def quantized(x: Tensor, target: Target, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    chunks = -(-x.shape[1] // layout.CHUNK)
+    x8, scales = launch.quantize(x.to(DEVICE), chunks, static, target.fp8.max, target.smallest_activation_scale)
+    return x8.cpu(), scales.cpu()
+
+
+def same_bits(found: Tensor, meant: Tensor) -> bool:
+    """Equal values, NaN for NaN."""
+    return bool(((found == meant) | (found.isnan() & meant.isnan())).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=lambda target: target.name)
+def test_activations_bit_for_bit(dtype: torch.dtype, target: Target) -> None:
+    """Any size, zeros, values whose scale is clamped, NaN and infinity; columns after K are zero."""
+    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([1, 0, 1e-9, 1e-5, 100, 3e4, 1, 1, 1])[:, None]
+    x[6, 7], x[7, 0], x[8, 299] = torch.nan, torch.inf, -torch.inf
+    x = x.to(dtype)
+    static = None if target.dynamic_activations else torch.tensor(0.125)
+    x8, scales = quantized(x, target, static)
+    meant, scale = quantize_activations(x, target, static)
+    assert same_bits(x8[:, :300].float(), meant) and same_bits(scales[:, None], scale.expand(9, 1))
+    assert not x8[:, 300:].float().any() and x8.shape == (9, 384)
+
+
+def test_every_bf16_value_and_every_tie_becomes_its_fp8() -> None:
+    """All 65536 values of BF16; all numbers halfway between two of FP8's, and their neighbors in float32."""
+    every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16).float().view(64, 1024)
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (values[1:] + values[:-1]) / 2
+    near = torch.cat([middle, torch.nextafter(middle, middle * 2), torch.nextafter(middle, middle * 0)])
+    for x in (every, torch.cat([near, -near])[None]):
+        x8, _ = quantized(x, GAUDI, torch.tensor(1.0))
+        assert same_bits(x8[:, : x.shape[1]].float(), GAUDI.fp8.round(x))
+        x8, scale = quantized(x, HOPPER)
+        meant, _ = quantize_activations(x, HOPPER)
+        assert same_bits(x8[:, : x.shape[1]].float(), meant) and len(scale) == len(x)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("kind", ["hopper", "signed", "zero points", "gaudi"])
+def test_weights_bit_for_bit(group_size: int, kind: str) -> None:
+    """What is written for a prompt, and what plain torch reads out of the packed form, are the contract's FP8 values."""
+    target, symmetric = GAUDI if kind == "gaudi" else HOPPER, kind != "zero points"
+    weight = weight_of(70, 300, Scheme(target, group_size, symmetric), kind == "signed")
+    packed, meant = backend.prepack(weight), fp8_values(weight)
+    assert packed.is_signed == (kind == "signed")
+    assert torch.equal(backend.values(packed), meant)
+    written = launch.write_values(layout.pack(weight), group_size)
+    assert torch.equal(written[:70, :300].float(), meant)
+
+
+def test_other_levels_and_large_tables() -> None:
+    """Levels are data: 8 magnitudes take the shorter lookup; more groups than a byte counts take wider words of the index."""
+    scheme = Scheme(HOPPER, 32, levels=SYMMETRIC_LEVELS)
+    codes = torch.randint(0, 16, (5, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    group = torch.full((5, 3), scheme.peak_group_scale)
+    weight = QuantizedWeight(codes, group, torch.full((5,), 0.5), scheme)
+    assert backend.prepack(weight).is_signed and torch.equal(backend.values(backend.prepack(weight)), fp8_values(weight))
+    scales = (torch.arange(400).view(40, 10) + 1).float().bfloat16().float() / 256
+    codes = codes.repeat(8, 4)[:, :320].contiguous()
+    wide = to_device(QuantizedWeight(codes, scales, torch.ones(1), Scheme(GAUDI, 32), None, torch.tensor(1.0)))
+    packed = backend.prepack(wide)
+    assert packed.to_a_word == 4 or len(packed.table) > 256
+    assert torch.equal(backend.values(packed), fp8_values(wide))
+    assert torch.equal(launch.write_values(layout.pack(wide), 32)[:40, :320].float(), fp8_values(wide))
+
+
+def product_bound(y: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
+    """Within float32 sums of the operands in float64, and the roundings at the end; a GPU's own sums keep fewer bits."""
+    x8, scale = quantize_activations(x, weight.scheme.target, weight.input_scale)
+    operand, outer = fp8_values(weight).double(), weight.outer_scale.double() * scale.double()
+    exact = x8.double() @ operand.T * outer
+    size = x8.double().abs() @ operand.abs().T * outer
+    sums = size * (2.0**-12 if DEVICE.type == "cuda" else (x.shape[1] + 3) * 2.0**-24)
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 0.0}[y.dtype]
+    assert bool(((y.double() - exact).abs() <= sums + exact.abs() * rounding + 1e-7).all())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "group_size", "target", "symmetric"),
+    [
+        (1, torch.bfloat16, 128, HOPPER, True),
+        (3, torch.float32, 32, HOPPER, False),
+        (17, torch.float16, 64, HOPPER, True),
+        (33, torch.bfloat16, 128, GAUDI, True),
+        (70, torch.bfloat16, 64, HOPPER, True),
+        (70, torch.float32, 256, HOPPER, True),
+    ],
+)
+def test_products(tokens: int, dtype: torch.dtype, group_size: int, target: Target, symmetric: bool) -> None:
+    """Tiles of tokens that are not full, a K of chunks that are not, splits of K, prompts, zero points, static activations."""
+    columns = 1100 if tokens < 70 else 300
+    weight = weight_of(130, columns, Scheme(target, group_size, symmetric))
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(DEVICE, dtype)
+    y = backend.linear(x, backend.prepack(weight))
+    assert y.dtype == dtype and y.shape == (tokens, 130) and y.is_contiguous()
+    product_bound(y, x, weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_bitwise_on_exact_sums(tokens: int) -> None:
+    """Where every product and sum is exact, so is the output: shape, order of scales, rounding, and the bias after it."""
+    scheme = Scheme(HOPPER, 64)
+    codes = torch.randint(0, 16, (144, 384), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    group = torch.full((144, 6), 56.0)
+    weight = to_device(QuantizedWeight(codes, group, torch.full((144,), 0.25), scheme))
+    x = torch.zeros(tokens, 2, 384).bfloat16()
+    x[..., ::3] = torch.randint(-3, 4, (tokens, 2, 128), generator=torch.Generator().manual_seed(1)).bfloat16() * 64
+    x[..., 0] = 448  # s_x is exactly 1
+    x, bias = x.to(DEVICE), torch.randn(144, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    packed, meant = backend.prepack(weight), (x.double() @ fp8_values(weight).double().T * 0.25).bfloat16()
+    assert torch.equal(backend.linear(x, packed), meant)
+    assert torch.equal(backend.linear(x, packed, bias.bfloat16()), meant + bias.bfloat16())
+    if tokens == 1:
+        assert torch.equal(backend.linear(x, packed, bias), meant + bias), "a bias of another type decides the type"
+
+
+def test_no_tokens_and_doubles() -> None:
+    """An expert that nothing is sent to; a type that no kernel reads."""
+    weight = weight_of(8, 64, Scheme(HOPPER, 32))
+    packed, x = backend.prepack(weight), torch.randn(2, 64, dtype=torch.float64, device=DEVICE)
+    assert backend.linear(x[:0].bfloat16(), packed).shape == (0, 8)
+    assert torch.allclose(backend.linear(x, packed), reference.linear(x, reference.prepack(weight)), atol=1e-5)
+
+
+def test_splits_fill_a_gpu() -> None:
+    """As many programs as multiprocessors want, in splits that are not too short; every chunk in just one, for any size."""
+    tile = launch.tile_for(1)
+    for rows, chunks in ((4096, 32), (6144, 32), (28672, 32), (4096, 112), (128, 1), (256, 9)):
+        each = launch.chunks_each(rows, chunks, tile, 132)
+        splits = -(-chunks // each)
+        assert (splits - 1) * each < chunks <= splits * each
+        assert splits == 1 or each >= 4
+        assert rows // tile.rows * splits >= 132 or each < 8 or rows < 4096
+    assert {launch.tile_for(tokens).rows for tokens in range(1, 65)} == {128}, "splits depend on rows, never on tokens"
+
+
+def emulate(text: str, registers: dict[str, np.ndarray]) -> np.ndarray:
+    """What a block of PTX of and, or, shl, shr and prmt leaves in $0."""
+    held = dict(registers)
+    body = text.strip().removeprefix("{").removesuffix("}")
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        if line.startswith(".reg"):
+            continue
+        name, _, rest = line.partition(" ")
+        out, *names = [word.strip() for word in rest.split(",")]
+        given = [held[word] if word in held else np.uint32(int(word, 0)) for word in names]
+        if name == "prmt.b32":
+            pair = given[0].astype(np.uint64) | given[1].astype(np.uint64) << np.uint64(32)
+            held[out] = np.zeros_like(given[2])
+            for i in range(4):
+                nibble = given[2] >> np.uint32(4 * i) & np.uint32(15)
+                byte = (pair >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(255)
+                sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+                held[out] |= np.where(nibble & np.uint32(8), sign, byte) << np.uint32(8 * i)
+        else:
+            operation = {
+                "and.b32": np.bitwise_and,
+                "or.b32": np.bitwise_or,
+                "shl.b32": np.left_shift,
+                "shr.b32": np.right_shift,
+            }
+            held[out] = operation[name](*given)
+    return held["$0"]
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_the_ptx_looks_up_what_plain_torch_does(is_signed: bool) -> None:
+    """Every quarter of a chunk, random codes and bytes of tables: the text that is compiled, emulated."""
+    generator = torch.Generator().manual_seed(int(is_signed))
+    table = torch.randint(0, 128 if is_signed else 256, (256, 16), generator=generator, dtype=torch.uint8)
+    place = torch.randint(0, 8 if is_signed else 16, (128, 128), generator=generator, dtype=torch.uint8)
+    words = layout.pack_words(place, is_signed)
+    if is_signed:
+        words |= layout._sign_bits(torch.randint(0, 2, (128, 128), generator=generator, dtype=torch.uint8))
+    entry = torch.randint(0, 256, (1, 128), generator=generator, dtype=torch.int32)
+    meant = layout.values(layout.Layout(words, entry, table, 1, is_signed), 128)
+    pairs = words.view(128, 8, 2).numpy().view(np.uint32)  # of a quad: quarters 0 and 1, quarters 2 and 3
+    rows = table[entry[0].long()].contiguous().view(torch.int32).numpy().view(np.uint32)
+    registers = {"$1": pairs[..., 0], "$2": pairs[..., 1]}
+    registers |= {f"${3 + 4 * i}": np.broadcast_to(rows[:, i, None], (128, 8)) for i in range(4)}
+    for quarter in range(4):
+        found = emulate(kernels.table_text(quarter, is_signed), registers)
+        bytes_ = np.ascontiguousarray(found.astype(np.uint32)).view(np.uint8).reshape(128, 32)
+        assert np.array_equal(bytes_, meant[:, 32 * quarter : 32 * (quarter + 1)].numpy())
+
+
+def test_the_op_keeps_its_word() -> None:
+    """Schema, shapes for compilers, nothing changed in place: what torch.compile and CUDA graphs go by."""
+    weight = weight_of(24, 64, Scheme(HOPPER, 32))
+    packed, x = backend.prepack(weight), torch.randn(2, 3, 64, device=DEVICE).bfloat16()
+    arguments = (
+        x, packed.codes, packed.index, packed.table, packed.outer_scale, None, torch.randn(24, device=DEVICE).bfloat16(),
+        packed.to_a_word, packed.is_signed, 32, packed.fp8_max, packed.smallest_scale,
+    )  # fmt: skip
+    assert set(torch.library.opcheck(launch.linear, arguments).values()) == {"SUCCESS"}
+
+
+def test_linears_of_one_input_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as alone, one call for all; the module's weights are those of its own rows."""
+
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend, reference))
+    weights = [weight_of(rows, 96, Scheme(HOPPER, 32)) for rows in (128, 256, 24)]
+    alone, together = ([QuantizedLinear(weight, None) for weight in weights] for _ in range(2))
+    assert alone[0].backend is backend and share_call(together)
+    calls: list[int] = []
+    original = backend.linear
+    monkeypatch.setattr(backend, "linear", lambda *given: calls.append(1) or original(*given))
+    x = torch.randn(1, 2, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    with torch.no_grad():
+        meant, calls[:] = [layer(x) for layer in alone], []
+        assert all(torch.equal(together[i](x), meant[i]) for i in (1, 0, 2)) and len(calls) == 1
+    for layer, weight in zip(together, weights, strict=True):
+        assert torch.equal(layer.dequantize(), fp8_values(weight) * weight.outer_scale[:, None])
+    assert not share_call([QuantizedLinear(weight_of(rows, 96, Scheme(HOPPER, 32)), None) for rows in (24, 128)])
+
+
+def test_a_trial_finds_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong weights, activations or products, and whatever fails, are a sentence; the kernels as they are pass."""
+    if DEVICE.type == "cpu":
+        for name, less in (("_TOKENS", (3,)), ("_ROWS", 16), ("_COLUMNS", 160)):
+            monkeypatch.setattr(trial, name, less)
+    assert trial.fault.__wrapped__(64, DEVICE) is None
+    for name, wrong, said in (
+        ("linear", lambda x, *_: torch.zeros(len(x), trial._ROWS, device=DEVICE), "products of 3 tokens"),
+        ("quantize", lambda x, *_: (torch.zeros_like(x), x[:, 0].float()), "FP8 activations"),
+        ("write_values", lambda *_: torch.ones(trial._ROWS, trial._COLUMNS, device=DEVICE), "FP8 weights"),
+    ):
+        monkeypatch.setattr(launch, name, wrong)
+        assert trial.fault.__wrapped__(64, DEVICE) == f"a trial on {DEVICE} gave other {said} than plain torch does"
+
+    def fails(*_: object) -> Tensor:
+        raise RuntimeError("no ptxas\nat all")
+
+    monkeypatch.setattr(launch, "write_values", fails)
+    assert trial.fault.__wrapped__(64, DEVICE) == f"a trial on {DEVICE} failed (RuntimeError: no ptxas)"
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in one sentence: another device, no Triton or an old one, AMD, no GPU, an old one, groups, a failed trial."""
+    scheme = Scheme(HOPPER, 128)
+    assert backend.refuses(scheme, torch.device("cpu")) == "runs on NVIDIA GPUs, not on cpu"
+    assert backend.refuses(Fp8Scheme(HOPPER), CUDA) == "multiplies 4-bit codes, not FP8 weights"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.refuses(scheme, CUDA) == "found no NVIDIA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    said = "NVIDIA A100 does not multiply FP8: found compute capability 8.0, expected 8.9 or higher"
+    assert backend.refuses(scheme, CUDA) == said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(trial, "fault", lambda size, device: f"a trial of {size} on {device} failed" if size == 128 else None)
+    assert backend.refuses(scheme, CUDA) == "a trial of 128 on cuda failed"
+    assert backend.refuses(Scheme(GAUDI, 256), CUDA) is None
+    assert backend.refuses(Scheme(HOPPER, 96), CUDA) == "group_size: found 96, expected 32, 64 or a multiple of 128"
+    chosen, refusals = dispatch.choose(Scheme(HOPPER, 64), CUDA)
+    assert chosen is backend and refusals == ["cpu: runs on a CPU, not on cuda"]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "another FP8 (FNUZ)" in str(backend.refuses(scheme, CUDA))
+    monkeypatch.setattr(backend, "version", lambda _: "3.5.1")
+    assert backend.refuses(scheme, CUDA) == "found triton 3.5.1, expected 3.6 or newer"
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _: None)
+    assert "is not installed" in str(backend.refuses(scheme, CUDA))
+
+
+def test_triton_is_imported_only_where_it_runs() -> None:
+    """Only two files import Triton, and nobody imports those but inside a function: duotone works without it."""
+    root = Path(duotone.__file__).parent
+    importing = {path.name for path in root.rglob("*.py") if re.search(r"^import triton", path.read_text(), re.M)}
+    assert importing == {"kernels.py", "launch.py"}
+    for path in root.rglob("*.py"):
+        if path.name in importing and path.parent.name == "gpu":
+            continue
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in at_once for alias in node.names}
+        assert not names & {"duotone.kernels.gpu.launch", "duotone.kernels.gpu.kernels", "duotone.kernels.gpu.trial"}, path
+
+
+def test_a_whole_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Loaded on these kernels, its linears sharing calls, a model answers as on plain torch but for roundings."""
+    duotone.quantize(
+        tiny_model("llama", num_hidden_layers=1, num_key_value_heads=4), tmp_path / "out", method="rtn", device="cpu"
+    )
+    logits: list[Tensor] = []
+    for chosen in (backend, reference):
+        monkeypatch.setattr(backend, "refuses", lambda *_: None)
+        monkeypatch.setattr(dispatch, "BACKENDS", (chosen,))
+        model = load(tmp_path / "out", device=DEVICE.type, shortcuts=False)
+        linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        assert linears and all(linear.backend is chosen for linear in linears)
+        assert sum(linear._shared is not None for linear in linears) == (5 if chosen is backend else 0)
+        with torch.no_grad():
+            logits.append(model(torch.arange(5, device=DEVICE)[None]).logits.float())
+    assert torch.allclose(*logits, atol=0.02 * float(logits[1].abs().max()))
+
+
+def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as `bench linear` writes them, after a comparison with the contract that a wrong product does not pass."""
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+    monkeypatch.setattr(speed_gpu, "_OUT_OF_CACHE", 2**16)
+    monkeypatch.setattr(speed_gpu, "_PEAK_SIZE", 64)
+    bench = speed_gpu.GpuBench(((48, 256),), (1, 2), rounds=1)
+    rows = list(speed_gpu.gpu_rows(bench, DEVICE))
+    assert [(row["kernel"], row["tokens"]) for row in rows] == [
+        (name, tokens) for tokens in (1, 2) for name in (speed_gpu.OURS, speed_gpu.BF16, speed_gpu.FP8)
+    ]
+    for row in rows:
+        assert row.keys() == COLUMNS | {"device"} and 0 < row["ms_min"] <= row["ms"]
+        assert set(row["times_as_fast_as"]) == {speed_gpu.OURS, speed_gpu.BF16, speed_gpu.FP8} - {row["kernel"]}
+    original = backend.linear
+    monkeypatch.setattr(backend, "linear", lambda x, packed: original(x, packed).roll(1, -1))
+    with pytest.raises(DuotoneError, match=r"^bench gpu: 48x256 with 1 tokens: found other products than the contract's$"):
+        next(speed_gpu.gpu_rows(bench, DEVICE))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU, and this one has one")
+def test_bench_without_a_gpu(tmp_path: Path) -> None:
+    """One sentence, exit code 2, no file."""
+    result = invoke("bench", "gpu", "--out", str(tmp_path / "records.jsonl"))
+    assert result.code == 2 and "bench gpu: found no NVIDIA GPU" in result.err
+    assert not list(tmp_path.iterdir())
+    result = invoke("bench", "gpu", "--shape", "40x128")
+    assert result.code == 2 and "--shape 40x128: expected NxK, N a multiple of 16" in result.err

@@ -1,0 +1,83 @@
+"""What the compiler makes of the Triton programs, for GPUs that need not be there: the instructions that speed depends on.
+
+This is no measurement: nothing here says how fast anything runs.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCTS = {
+    "sm_89": {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"},
+    "sm_90": {f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.e4m3.e4m3" for tokens in (16, 32, 64)},
+    "sm_100": {"tcgen05.mma.cta_group::1.kind::f8f6f4"},
+}
+#: Three programs of 4 warps fit a multiprocessor's 65536 registers then, one at least its shared memory of 99 KiB (Ada).
+MOST_REGISTERS, MOST_SHARED = 168, 99 * 1024
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Of each program for each architecture. Compiled in another process: here Triton may be set to interpret."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    command = [sys.executable, "-m", "tests.kernels.compiled"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_fp8_products(facts: dict[str, dict[str, Any]]) -> None:
+    """The units' FP8 products everywhere, with the tokens as the short side; no fallback to FP16's, no conversions to it."""
+    found: dict[str, set[str]] = {}
+    for name, fact in facts.items():
+        if "multiply" in name:
+            assert len(fact["products"]) == 1, name
+            found.setdefault(name.split()[0], set()).update(fact["products"])
+            assert not fact["instructions"]["HMMA"] and not fact["instructions"]["F2FP"], name
+    assert found == PRODUCTS
+
+
+def test_nothing_is_spilled(facts: dict[str, dict[str, Any]]) -> None:
+    """No local memory, and no more registers and shared memory than leave room for other programs."""
+    for name, fact in facts.items():
+        spilled = fact["local_in_ptx"], fact["stack"], fact["instructions"]["LDL"], fact["instructions"]["STL"]
+        assert spilled == (0, 0, 0, 0), f"{name} spills: {spilled}"
+        assert fact["registers"] <= MOST_REGISTERS, f"{name}: {fact['registers']} registers"
+        assert fact["shared"] <= MOST_SHARED, f"{name}: {fact['shared']} bytes of shared memory"
+
+
+def test_everything_is_read_ahead(facts: dict[str, dict[str, Any]]) -> None:
+    """Codes, index, tables and activations are copied to shared memory while older ones are multiplied: no load is awaited."""
+    for name, fact in facts.items():
+        if "multiply" in name:
+            assert fact["loads_in_loop"] == 0 and fact["instructions"]["LDGSTS"] > 0, name
+
+
+def test_a_lookup_gets_four_neighbors(facts: dict[str, dict[str, Any]]) -> None:
+    """What `kernels._decode` asks of the compiler: the 4 elements of an instance are neighbors along K, in order."""
+    seen = 0
+    for name, fact in facts.items():
+        for layout in fact["lookups"]:
+            along_k = re.search(r"kWidth = (\d+)", layout) or re.search(
+                r"sizePerThread = \[1, (\d+)\].*order = \[1, 0\]", layout
+            )
+            neighbors = int(along_k[1] or along_k[2]) >= 4 if along_k else "register = [[0, 1], [0, 2]" in layout
+            assert neighbors, f"{name}: {layout}"
+            seen += 1
+    assert seen >= 8
+
+
+def test_lookups_cost_what_they_should(facts: dict[str, dict[str, Any]]) -> None:
+    """A prmt decodes 4 of 8 magnitudes with signs, 3 decode 4 of 16 values: 32 words of codes a thread in the widest tile."""
+    assert 96 <= facts["sm_90 multiply 16"]["instructions"]["PRMT"] < 96 + 8
+    assert 32 <= facts["sm_90 multiply 16 signed"]["instructions"]["PRMT"] < 32 + 8
