@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format docs dist bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -19,10 +19,27 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+	$(MAKE) docs
 
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site, from docs/*.md, docstrings and --help; a broken link or reference is an error. Open build/docs/index.html.
+docs: $(READY)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --write-all --builder html docs build/docs
+
+# What would be uploaded: the wheel is built from the source distribution, installed where nothing else is, and used there.
+dist: $(READY)
+	rm -rf dist build/dist
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet -c constraints.txt 'torch==$(TORCH)+cpu' 2>/dev/null \
+	  || build/dist/bin/python -m pip install --quiet -c constraints.txt torch
+	build/dist/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build/dist && bin/python $(CURDIR)/tools/smoke.py $(CURDIR)/assets/duotone-10m
 
 # The bundled model on its own held-out text; appends to bench/records/accuracy.jsonl.
 bench: $(READY)

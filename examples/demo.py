@@ -82,7 +82,7 @@ def _table(summary: dict) -> Table:
             f"{row['perplexity']:.3f}",
             f"{row['kl']:.5f}±{row['kl_stderr']:.5f}",
             f"{100 * row['top1_agreement']:.2f} %",
-            f"{row['seconds']:.1f} s",
+            f"{row['seconds']:.3g} s",
         )
     return table
 

@@ -48,10 +48,9 @@ def quantize(
 
     resume: go on with a run on this output that was killed, or begin. save_every: seconds of work between two saves. offload: a
     folder for the hidden states of calibration, which are in memory otherwise. options: the fields of
-    `duotone.plan.QuantizeConfig` (method, target, group_size, symmetric, ignore, calibration, samples, seq_len, damping_frac,
-    order, refresh_scales, effort, rotate, equalize, seed, device, dtype, strict). In a script that torchrun has started, every
-    process calls this and they share the work. Raises DuotoneError; then `out` is as it was before, or what was saved lies
-    beside it.
+    `duotone.settings.QuantizeConfig` (method, target, group_size, calibration, samples, ignore...). In a script that torchrun
+    has started, every process calls this and they share the work. Raises DuotoneError; then `out` is as it was before, or what
+    was saved lies beside it.
     """
     from duotone.pipeline import quantize as run
     from duotone.ranks import joined

@@ -94,7 +94,7 @@ def quantize_in_a_process(bench: AccuracyBench, method: str, target: str, out: P
         command += ["--calibration", text]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise DuotoneError(f"{method} on {target}: {done.stderr.strip() or 'ended without a word'}")
+        raise DuotoneError(f"{method} on {target}: {done.stderr.strip().removeprefix('duotone: ') or 'ended without a word'}")
     return json.loads(done.stdout)
 
 

@@ -28,9 +28,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(bench_app, name="bench")
-for commands in (advise_app, eval_app, layouts_app, report_app, sensitivity_app, hub_app):
-    app.registered_commands += commands.registered_commands
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from duotone.version import VERSION
+
+        typer.echo(f"duotone {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """What every command has before it."""
+    del version  # told by its callback
 
 
 @app.command(
@@ -126,7 +141,8 @@ def quantize(  # noqa: PLR0913 - every option of the command
         bool, typer.Option("--resume", help="Go on with a run on this output that was killed; begin where there is none.")
     ] = False,
     save_every: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Work that a killed run may lose, at least; 0 saves after every block.")
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Work that a killed run may lose; 0 saves after every block."),
     ] = 60.0,
     offload: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep calibration's hidden states in files there, not in memory.")
@@ -261,13 +277,19 @@ def explain(model: Model, device: Device = "auto", as_json: Json = False, quiet:
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     device: Device = "auto",
 ) -> None:
     """Answer OpenAI-style requests: the server of transformers, with models run by duotone."""
     from duotone.runtime.serve import serve as run
 
     run(model, host, port, device)
+
+
+# In the order of --help: making and running a checkpoint first, then measuring, converting and telling.
+for commands in (advise_app, eval_app, layouts_app, report_app, sensitivity_app, hub_app):
+    app.registered_commands += commands.registered_commands
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def evaluate(  # noqa: PLR0913 - every option of the command
             "hellaswag,arc_easy, or a task file of its own .yaml kind (which may run code); repeatable."
         ),
     ] = None,
-    items: Annotated[int | None, typer.Option(help="The most questions of a task.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="The most questions of a task.")] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to measure the distance from.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     samples: Annotated[int | None, typer.Option(help="Windows drawn from the text; all by default.")] = None,

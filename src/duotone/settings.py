@@ -95,6 +95,8 @@ class QuantizeConfig:
             raise DuotoneError(f"--memory-budget: found {self.memory_budget}, expected more than 0 (GiB)")
         if self.samples < 1:
             raise DuotoneError(f"--samples: found {self.samples}, expected at least 1")
+        if self.seq_len < 2:
+            raise DuotoneError(f"--seq-len: found {self.seq_len}, expected at least 2 tokens")
         parse_sources(self.calibration)
         check_seed(self.seed)
         check_rules(self.ignore)

@@ -5,7 +5,13 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from duotone.checkpoint.writer import reporting_full_disk
 from duotone.errors import DuotoneError
@@ -27,6 +33,8 @@ def locate_model(model: str | Path) -> Path:
     """The folder of a model. Raises DuotoneError when it is neither a local folder nor a hub id that can be had."""
     path, name = Path(model), str(model)
     try:
+        if path.is_file():
+            raise DuotoneError(f"{name}: is a file, expected a model folder or a hub id such as owner/name")
         if path.exists():
             return path
     except OSError as error:  # such as a name that no file system takes
@@ -36,8 +44,18 @@ def locate_model(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, _CARD], ignore_patterns=_NOT_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DuotoneError(f"{name}: is no local folder, and the hub does not give it ({reason})") from None
+        raise DuotoneError(f"{name}: is no local folder, and the hub does not give it ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub gives nothing, and what to do where that is known; else the error's first line."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on its page there, then hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no model of that name, or a private one: hf auth login"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it cannot be reached from here, and nothing of that name was downloaded before"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -53,6 +53,8 @@ def export_checkpoint(
     if layout not in LAYOUTS:
         raise DuotoneError(f"--format: found {layout!r}, expected one of {', '.join(LAYOUTS)}")
     kind, source = LAYOUTS[layout], open_source(locate_model(model))
+    if not source.config.get("quantization_config"):
+        raise DuotoneError(f"{model}: is not quantized, expected a checkpoint; make one with duotone quantize")
     reader, layers = WeightReader(source), packed_layers(source)
     shapes = {layer: stored_shape(source, layer) for layer in layers}
     for layer, shape in shapes.items():

@@ -109,7 +109,7 @@ def use_in_transformers() -> ExitStack:
     Also for what calls `from_pretrained` itself: pipelines, lm-evaluation-harness. Meanwhile from_pretrained raises
     DuotoneError for a compressed-tensors checkpoint that is not W4A8 (`pack-quantized` or `duotone-gaudi`), for a damaged one,
     for a `gaudi` one without its duotone.json, for more than one device, and for models whose linears transformers builds as
-    something else (mixtures of experts, GPT-2), which duotone.load takes. Other `quant_method`s are not touched.
+    something else (mixtures of experts, GPT-2), which duotone.load takes. Another `quant_method` is not touched.
     """
     before = ExitStack()
     tables: tuple[tuple[dict[str, Any], type], ...] = (
