@@ -2,7 +2,7 @@
 
     python bench/sensitivity.py MODEL --calibration TEXT... --text TEXT... [--records FILE]
 
-A list by hand leaves some linears in BF16 and is quantized as it is; then `quantize --max-bytes` gets as many bytes. Sensitivities
+A list by hand leaves some linears in BF16 and is quantized as it is; then `--max-bytes` gets as many bytes. Sensitivities
 are measured on the calibration text, all are judged on the other. Appends a row for each to bench/records/sensitivity.jsonl.
 """
 

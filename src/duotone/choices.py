@@ -41,7 +41,7 @@ def choose_schemes(model: nn.Module, anatomy: Anatomy, config: QuantizeConfig) -
         if rule is not None and choice == "bf16":
             kept[name] = f"ignored by the rule {rule}"
         elif name in tied:
-            kept[name] = tied[name]
+            kept[name] = reason if rule is None and reason is not None else tied[name]
         elif reason is None:
             schemes[name] = config.scheme if choice == "w4a8" else config.fp8_scheme
         elif rule is None:
