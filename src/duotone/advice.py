@@ -99,8 +99,8 @@ def _few(plan: Plan, windows: TokenWindows) -> list[Advice]:
         Advice(
             "few tokens",
             each,
-            f"{windows.positions} calibration tokens are {each:.1f} for each of the {inputs} inputs of {layer}; up to about "
-            f"{TOKENS_AN_INPUT} more of them still help: --samples {enough}",
+            f"{windows.positions} calibration tokens are {each:.1f} for each of the {inputs} inputs of {layer}; up to "
+            f"{TOKENS_AN_INPUT} for each, more help much: --samples {enough}",
         )
     ]
 

@@ -102,7 +102,7 @@ def advice_summary(found: dict[str, Any]) -> RenderableType:
     if found["divergence"] is not None:
         facts.add_row("against the other text", f"perplexity {found['perplexity_ratio']:.2f} times as high")
         kinds = f"divergence of the tokens {found['divergence']:.3f} of 1, of texts of one kind {found['chance']:.3f}"
-        facts.add_row("", f"{kinds}; {100 * found['overlap']:.1f} % in common")
+        facts.add_row("", f"{kinds}; {100 * found['overlap']:.1f} % of its runs stand in both")
     if found["experts"]:
         facts.add_row("experts", f"{found['starved']} of {found['experts']} with too few tokens")
     advice = [Text(f"{one['about']}: {one['sentence']}", style="yellow") for one in found["advice"]]
