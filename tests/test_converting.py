@@ -336,7 +336,7 @@ def test_exports_that_are_refused(ours: Path, tiny_model: ModelMaker, tmp_path: 
     """A format nobody knows, what is not ours, zero points for GPTQ, a folder in use: one sentence, nothing written."""
     for model, layout, words in (
         (ours, "onnx", "--format: found 'onnx', expected one of compressed-tensors, w4a16, gptq"),
-        (tiny_model(), "w4a16", "quant_method None"),
+        (tiny_model(), "w4a16", "is not quantized, expected a checkpoint"),
         (PEERS / "gptqmodel", "w4a16", "quant_method 'gptq'"),
     ):
         with pytest.raises(DuotoneError, match=words):

@@ -256,7 +256,8 @@ def test_no_table_no_blocks_no_guess(tiny_model: Callable[..., Path], monkeypatc
 def test_the_page_on_tables_can_be_followed(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The table in docs/add-a-model.md is short, is taken, and says what a trace says."""
     page = (Path(__file__).parents[2] / "docs" / "add-a-model.md").read_text(encoding="utf-8")
-    source = page.partition("```python\n")[2].partition("```")[0]
+    blocks = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
+    source = next(block for block in blocks if "Adapter(" in block)
     assert len(source.splitlines()) < 15
     names: dict[str, Any] = {"Adapter": Adapter}
     exec(source, names)
