@@ -2,7 +2,7 @@
 
 from duotone.loadability.caches import VLLM_CACHE
 from duotone.loadability.mixtures import VLLM_EXPERTS
-from duotone.loadability.plugin import with_plugin
+from duotone.loadability.plugin import ON_GPU, TRITON, with_plugin
 from duotone.loadability.routes import Route, Runtime
 from duotone.loadability.rules import (
     capability,
@@ -281,6 +281,8 @@ DUOTONE = Runtime(
     (
         Route("compressed-tensors", "w4a8", "its own CPU kernel", (vendor("duotone kernels/cpu.py", "cpu"),)),
         Route("duotone-gaudi", "w4a8", "its own CPU kernel", (vendor("duotone kernels/cpu.py", "cpu"),)),
+        Route("compressed-tensors", "w4a8", TRITON, ON_GPU),
+        Route("duotone-gaudi", "w4a8", TRITON, ON_GPU),
         Route("compressed-tensors", "w4a8", "torch's operations: right, not fast", ()),
         Route("duotone-gaudi", "w4a8", "torch's operations: right, not fast", ()),
         Route("dense-bf16", "bf16", "transformers", ()),
