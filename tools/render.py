@@ -617,6 +617,19 @@ def advice_tokens_table() -> str:
     return markdown(("calibration tokens", "for each input of the widest linear", "KL to the original"), lines)
 
 
+def sensitivity_table() -> str:
+    """Lists by hand beside the choice of at most as many bytes, the newest of each."""
+    newest = {(row["model"], row["by_hand"]): row for row in records("sensitivity")}
+    rows = []
+    for row in newest.values():
+        chosen = {key.removeprefix("chosen_"): value for key, value in row.items() if key.startswith("chosen_")}
+        counts = ", ".join(f"{count} {name}" for name, count in row.get("precisions", {}).items() if count)
+        ratio = f"{chosen['kl'] / row['kl']:.2f}" if chosen else "-"
+        figures = (f"{row['nbytes'] / 1e6:.1f}", distance(row), distance(chosen) if chosen else "-", ratio, counts or "-")
+        rows.append((row["model"], row["by_hand"], *figures))
+    return markdown(("model", "by hand", "MB", "KL", "KL of the choice", "ratio", "groups of linears chosen"), rows)
+
+
 def kv_cache_table() -> str:
     """KL with the cache in BF16 and in FP8, and its bytes, the newest row of each."""
     newest = {(row["model"], row["strategy"]): row for row in records("kv_cache")}
@@ -856,6 +869,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "accuracy": accuracy_table,
     "advice-text": advice_text_table,
+    "sensitivity": sensitivity_table,
     "advice-tokens": advice_tokens_table,
     "layer-error": layer_error_table,
     "comparison": comparison_table,
