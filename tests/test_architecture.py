@@ -45,7 +45,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("speed",),
     ("speed_gpu", "speed_model"),
     ("cli_options",),
-    ("cli_advise", "cli_bench", "cli_eval", "cli_hub", "cli_layouts", "cli_report", "cli_sensitivity"),
+    ("cli_advise", "cli_bench", "cli_eval", "cli_hub", "cli_layouts", "cli_quantize", "cli_report", "cli_sensitivity"),
     ("cli", "__init__"),
     ("__main__",),
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import duotone
 from duotone.checkpoint.source import open_source
-from duotone.cli_sensitivity import nbytes_of
+from duotone.cli_quantize import nbytes_of
 from duotone.errors import DuotoneError
 from duotone.evaluation import evaluate
 from duotone.goals import PRECISIONS, Goal, choose, curve, gains
@@ -158,6 +158,8 @@ def test_from_the_command_line(found: Sensitivity, model: Path, text_file: Path,
         (("--max-bytes", "9MB", "--target-kl", "1"), "expected either"),
         (("--max-bytes", "9MB", "--resume"), "found --resume"),
         (("--max-bytes", "9MB", "--group-size", "32"), "groups of 64"),
+        (("--max-bytes", "9MB", "--ignore", "re:.*down_proj"), "holds other groups of linears"),
+        ((), "--sensitivity: found neither --max-bytes nor --target-kl"),
     ):
         ended = invoke("quantize", model, tmp_path / "no", *more, *wrong)
         assert ended.code == 2 and sentence in " ".join(ended.err.split()), ended.err

@@ -145,6 +145,17 @@ def measure_sensitivity(
     )
 
 
+def check_fits(found: Sensitivity, model: str | Path, config: QuantizeConfig, where: str) -> None:
+    """Raise DuotoneError unless a sensitivity is of this model, quantized by these settings."""
+    was, wanted = (found.method, found.target, found.group_size), (config.method, config.target, config.group_size)
+    if was != wanted:
+        told, expected = ("{}, {}, groups of {}".format(*facts) for facts in (was, wanted))
+        raise DuotoneError(f"{where}: is of {told}, expected {expected}")
+    units = units_of(make_plan(open_source(locate_model(model)), config))
+    if [unit.layers for unit in found.units] != units:
+        raise DuotoneError(f"{where}: holds other groups of linears than {model} has with these rules, expected the same")
+
+
 def units_of(plan: Plan) -> list[tuple[str, ...]]:
     """Linears in 4 bits by what runtimes fuse, in running order."""
     found: dict[str, list[str]] = {}
