@@ -119,10 +119,12 @@ def test_measured_as_checkpoints_would_be(found: Sensitivity, model: Path, text_
 
 def test_experts_of_a_bank_are_one_unit(tiny_model: ModelMaker) -> None:
     """As runtimes have them, whatever their number; a linear that a rule has settled is in none."""
-    config = QuantizeConfig(method="rtn", rules=("re:.*o_proj=w8a8",), **QUICK)
+    config = QuantizeConfig(method="rtn", rules=("re:.*o_proj=w8a8", "re:.*1.self_attn.q_proj=w4a8"), **QUICK)
     units = units_of(make_plan(open_source(tiny_model("mixtral", num_local_experts=4)), config))
     sizes = {layers[0].split("layers.0.")[1].split(".")[0]: len(layers) for layers in units if "layers.0." in layers[0]}
     assert sizes == {"self_attn": 3, "mlp": 12}
+    settled = [len(layers) for layers in units if "layers.1.self_attn" in layers[0]]
+    assert settled == [2]  # k and v: a precision that the user has chosen, 4 bits too, is not chosen again
 
 
 def test_transforms_are_refused(model: Path) -> None:

@@ -81,7 +81,7 @@ def choose(found: Sensitivity, goal: Goal) -> Choice:
     """The best choice. Raises DuotoneError where even 4 bits everywhere take too much."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    gain = gains(found)
+    gain, whole = gains(found), max(found.kl, 1e-30)
     size = np.array([[unit.nbytes[name] for name in PRECISIONS] for unit in found.units], dtype=float)
     one_each = np.kron(np.eye(len(size)), np.ones(len(PRECISIONS)))
     limits = [LinearConstraint(one_each, 1, 1)]
@@ -90,11 +90,11 @@ def choose(found: Sensitivity, goal: Goal) -> Choice:
         if goal.max_bytes < least:
             raise DuotoneError(f"--max-bytes: found {goal.max_bytes}, expected at least {least}, with 4 bits everywhere")
         limits.append(LinearConstraint(size.reshape(1, -1), -np.inf, goal.max_bytes - found.fixed_bytes))
-        cost = -gain / max(found.kl, 1e-30) + 1e-9 * size / size.max()  # of equal gains the smaller
+        cost = -gain / whole + 1e-9 * size / size.max()  # of equal gains the smaller
     else:
         assert goal.target_kl is not None
         wanted = min(found.kl - goal.target_kl, float(gain[:, -1].sum()) * (1 - 1e-9))
-        limits.append(LinearConstraint(gain.reshape(1, -1) / found.kl, wanted / found.kl, np.inf))
+        limits.append(LinearConstraint(gain.reshape(1, -1) / whole, wanted / whole, np.inf))
         cost = size / size.max()
     answer = milp(
         cost.ravel(), constraints=limits, integrality=np.ones(cost.size), bounds=Bounds(0, 1), options={"mip_rel_gap": 0}

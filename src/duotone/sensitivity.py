@@ -29,7 +29,7 @@ from duotone.pipeline import quantize
 from duotone.plan import Plan, make_plan
 from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
-from duotone.scheme import Scheme
+from duotone.scheme import choice_of, matches
 from duotone.settings import QuantizeConfig
 from duotone.solver.fp8 import round_fp8
 
@@ -101,7 +101,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Quantize a model by `config` and measure each unit. The original and the quantized model are in memory, once each.
 
-    text: to measure on; the calibration text where there is none. Linears that `config` keeps or puts into FP8 stay so.
+    text: to measure on; the calibration text where there is none. Linears that a rule of `config` names, or it keeps, stay so.
     Raises DuotoneError for models that predict no text, for transforms, whose parts cannot be exchanged, and as `quantize`.
     """
     tell: Progress = progress or (lambda *_: None)
@@ -157,12 +157,13 @@ def check_fits(found: Sensitivity, model: str | Path, config: QuantizeConfig, wh
 
 
 def units_of(plan: Plan) -> list[tuple[str, ...]]:
-    """Linears in 4 bits by what runtimes fuse, in running order."""
+    """Linears that are free to be in 4 bits or more, by what runtimes fuse, in running order: no rule names them."""
+    settled = [choice_of(rule)[0] for rule in plan.config.rules]
     found: dict[str, list[str]] = {}
     for block in plan.blocks:
         for group in block.shared_inputs:
             for layer in group:
-                if isinstance(plan.schemes[layer], Scheme):
+                if not any(matches(layer, pattern) for pattern in settled):
                     bank = max((name for name in block.banks.values() if layer.startswith(f"{name}.")), default=group[0])
                     found.setdefault(bank, []).append(layer)
     return [tuple(layers) for layers in found.values()]
