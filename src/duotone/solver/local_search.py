@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duotone.device import product_dtype
-from duotone.kernels import native
+from duotone.solver import loops
 from duotone.solver.sweep import Grid
 
 #: Columns that a row may look at, and no fewer than a share of K times K: every step looks at all. docs/LOG.md has what
@@ -39,9 +39,10 @@ def local_search(gradient_NK: Tensor, hessian_KK: Tensor, damping_K: Tensor, gri
         damping_K = damping_K + (hessian_KK.diagonal() - narrow_KK.diagonal())
         hessian_KK = narrow_KK
     steps = steps_of(codes_NK.shape[1])
-    if not native.compiled(grid.scheme.target.fp8, gradient_NK):
+    compiled = loops.compiled(grid.scheme.target.fp8, gradient_NK)
+    if compiled is None:
         return local_search_torch(gradient_NK, hessian_KK, damping_K, grid, codes_NK, steps)
-    return torch.ops.duotone.local_search(
+    return compiled.local_search(
         gradient_NK.contiguous(),
         hessian_KK.contiguous(),
         damping_K.contiguous(),

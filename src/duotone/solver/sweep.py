@@ -1,10 +1,10 @@
 # Shapes: N out_features, K in_features, B columns of a block, G groups along K, g = group_size, C candidates.
 # torch is typed in part only.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""The solver's two inner loops, compiled where the extension is there and in torch otherwise: same rounding, same order.
+"""The solver's two inner loops, compiled where `loops` has them and in torch otherwise: same rounding, same order.
 
 `sweep` rounds the columns of a block one after the other, each adding what the earlier ones left. `scale_error` measures
-group scales. The torch versions are the specification and run anywhere; the compiled ones take float32 on the CPU.
+group scales. The torch versions are the specification and run anywhere; the compiled ones take float32.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from duotone.contract import fp8_product
-from duotone.kernels import native
 from duotone.scheme import Scheme
+from duotone.solver import loops
 from duotone.solver.scales import ColumnScales, Scales, grouped, nearest_code, nearest_entry
 
 #: In torch, rank-1 updates inside a block touch this many columns; beyond, one small matrix product does.
 _INNER_COLUMNS = 32
-#: In torch, candidates are tried on so many rows at a time: temporaries stay in the cache.
-_ROWS = 64
+#: In torch, candidates are tried on so many rows at a time: temporaries stay in a CPU's cache; a GPU wants more at once.
+_ROWS, _ROWS_ELSEWHERE = 64, 2048
 
 
 class Rule(IntEnum):
@@ -83,9 +83,10 @@ def sweep(base_BN: Tensor, reference_BN: Tensor, coupling_BB: Tensor, grid: Grid
     Column j rounds base_j + sum_{i<j} coupling[i, j] * (reference_i - value_i); of `coupling` only i < j is read.
     group_B: int32, the group of each column.
     """
-    if not native.compiled(grid.scheme.target.fp8, base_BN):
+    compiled = loops.compiled(grid.scheme.target.fp8, base_BN)
+    if compiled is None:
         return sweep_torch(base_BN, reference_BN, coupling_BB, grid, group_B)
-    return torch.ops.duotone.sweep(
+    return compiled.sweep(
         base_BN.contiguous(),
         reference_BN.contiguous(),
         coupling_BB.contiguous(),
@@ -124,9 +125,10 @@ def scale_error(
 
     Zero points and outer scale are those of `start`. With `column_weight_K`, each column's squared error counts that often.
     """
-    if not native.compiled(scheme.target.fp8, w_NK):
+    compiled = loops.compiled(scheme.target.fp8, w_NK)
+    if compiled is None:
         return scale_error_torch(w_NK, candidates_NGC, start, scheme, group_size, column_weight_K)
-    return torch.ops.duotone.scale_error(
+    return compiled.scale_error(
         w_NK.contiguous(),
         candidates_NGC.contiguous(),
         None if start.zero_point is None else start.zero_point.contiguous(),
@@ -145,8 +147,9 @@ def scale_error_torch(
     weight_Gg = None if column_weight_K is None else grouped(column_weight_K[None], group_size)[0]
     outer_N = start.outer_scale.expand(len(w_NK))
     error_NGC = torch.empty_like(candidates_NGC)
-    for first in range(0, len(w_NK), _ROWS):
-        rows = slice(first, first + _ROWS)
+    step = _ROWS if w_NK.device.type == "cpu" else _ROWS_ELSEWHERE
+    for first in range(0, len(w_NK), step):
+        rows = slice(first, first + step)
         zero = None if start.zero_point is None else start.zero_point[rows].unsqueeze(-1)
         scaled_NGg = grouped(w_NK[rows], group_size) / outer_N[rows, None, None]
         for c in range(candidates_NGC.shape[-1]):

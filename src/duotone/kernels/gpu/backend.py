@@ -56,10 +56,8 @@ def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
         return "multiplies 4-bit codes, not FP8 weights"
     if device.type != DEVICE:
         return f"runs on NVIDIA GPUs, not on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install 'triton>=3.6' brings it"
-    if tuple(int(part) for part in version("triton").split(".")[:2]) < _OLDEST:
-        return f"found triton {version('triton')}, expected 3.6 or newer"
+    if reason := missing_triton():
+        return reason
     if torch.version.hip is not None:
         return "runs on NVIDIA GPUs; AMD's MI300 multiplies another FP8 (FNUZ), and these kernels would fall back to FP16 there"
     if not torch.cuda.is_available():
@@ -68,6 +66,15 @@ def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} does not multiply FP8: found compute capability {found[0]}.{found[1]}, expected 8.9 or higher"
     return _scheme_refuses(scheme) or _trial(scheme, device)
+
+
+def missing_triton() -> str | None:
+    """Why there is no Triton to compile programs with, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'triton>=3.6' brings it"
+    if tuple(int(part) for part in version("triton").split(".")[:2]) < _OLDEST:
+        return f"found triton {version('triton')}, expected 3.6 or newer"
+    return None
 
 
 def _scheme_refuses(scheme: Scheme) -> str | None:
