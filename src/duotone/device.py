@@ -23,6 +23,34 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
+class StreamClock:
+    """Time as the work queued on a GPU passes by, for `Phases`: nothing waits until seconds are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> torch.cuda.Event:
+        """The end of what is queued so far."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, since: torch.cuda.Event, until: torch.cuda.Event) -> float:
+        """Between two marks, once the GPU has come to the later one."""
+        until.synchronize()
+        return since.elapsed_time(until) / 1e3
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nobody holds."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory of a GPU that this process's tensors have held; 0 for a CPU, whose memory `phases` looks at."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     """`float32` or `bfloat16` as a torch dtype. Raises DuotoneError for another."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +97,16 @@ def product_dtype(matrix: torch.Tensor) -> torch.dtype:
 def multiplies_narrow(device: torch.device, columns: int) -> bool:
     """Whether float32 matrices of so many columns are multiplied in BF16."""
     return device.type == "cpu" and columns >= _WIDE and has_bf16_units()
+
+
+def sums_stay_wide(device: torch.device) -> bool:
+    """Whether torch gives BF16 products in the float32 that they are added up in (`wide_product`): on NVIDIA's GPUs."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of two BF16 matrices, in float32, never rounded to BF16."""
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def is_x86() -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from duotone.device import sums_stay_wide, wide_product
 from duotone.errors import DuotoneError
 from duotone.kernels import native
 from duotone.ranks import Ranks
@@ -168,19 +169,27 @@ def _add(sums: tuple[Tensor, Tensor] | None, left_MD: Tensor, x_MK: Tensor) -> t
 def _add_moments(x_MK: Tensor, left_MD: Tensor | None, sum_DK: Tensor) -> None:
     """Add left^T x in float32; without `left`, x^T x, which is symmetric: on and above the diagonal's panels.
 
-    On a CPU BF16 inputs are multiplied as they are, by an op of our own (torch would round the sum to BF16); that is exact
-    but for the additions. Elsewhere they are widened first.
+    BF16 inputs are multiplied as they are, which is exact but for the additions: on a CPU by an op of our own (torch would
+    round the sum to BF16), on an NVIDIA GPU by torch's with float32 sums. Elsewhere they are widened first.
     """
     if x_MK.dtype == torch.bfloat16 and x_MK.device.type == "cpu" and native.available():
         left, right = (x_MK, None) if left_MD is None else (left_MD, x_MK.contiguous())
         torch.ops.duotone.moments(left.contiguous(), right, sum_DK, False)
         return
-    x_MK = x_MK.float()
+    if not (x_MK.dtype == torch.bfloat16 and sums_stay_wide(x_MK.device)):
+        x_MK = x_MK.float()
     if left_MD is not None:
-        sum_DK.addmm_(left_MD.float().T, x_MK)
+        _add_product(sum_DK, left_MD.to(x_MK.dtype).T, x_MK)
         return
     columns = x_MK.shape[1]
     width = max(4, -(-columns // (4 * _PANEL))) * _PANEL  # four products, none so narrow that it would be slow
     for start in range(0, columns, width):
         end = min(start + width, columns)
-        sum_DK[start:end, start:].addmm_(x_MK[:, start:end].T, x_MK[:, start:])
+        _add_product(sum_DK[start:end, start:], x_MK[:, start:end].T, x_MK[:, start:])
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.bfloat16:
+        into += wide_product(left, right)
+    else:
+        into.addmm_(left, right)
