@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from duotone.calibrate.stream import BlockStream
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
@@ -88,8 +89,9 @@ def quantize_module(module: nn.Module, calibration_batches: Iterable[Any], **opt
         raise DuotoneError("--effort high: found a module, expected a language model, whose loss is known")
     device = resolve_device(config.device)
     with torch.no_grad():
-        found = _prepared(module, calls[0]).to(device)
+        found = _prepared(module, calls[0])
         anatomy = anatomy_of_module(found, *calls[0])
+        found = found.to(device)
         source = MemorySource(Path(type(module).__name__), {name: t.detach() for name, t in found.state_dict().items()})
         plan = plan_of(source, found, anatomy, config)
         report = QuantizeReport(type(module).__name__, "", config, _facts(calls), kept=plan.kept)
@@ -165,7 +167,7 @@ def _stream(calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], run: Run, c
         rest = dict(named)
         first = positional[0] if positional else rest.pop(next(iter(rest)))
         hidden.append(first)
-        arguments.append((positional[1:], rest))
+        arguments.append(tree_map_only(Tensor, lambda tensor: tensor.to(run.device), (positional[1:], rest)))
     stream = BlockStream(hidden, [arguments], run.phases, run.device)
     if config.method_facts.drift:
         stream.carry_original()

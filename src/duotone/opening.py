@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from duotone.calibrate.offload import WAITING_SHARE
 from duotone.calibrate.samples import Samples
-from duotone.calibrate.stream import BlockStream, start_stream
+from duotone.calibrate.stream import WAITING_BYTES, BlockStream, start_stream
 from duotone.checkpoint.source import load_finite
+from duotone.device import free_bytes
 from duotone.errors import DuotoneError
-from duotone.models.skeleton import expected_tensors, fill, release, tie_weights
+from duotone.models.skeleton import expected_tensors, fill, place_buffers, release, tie_weights
 from duotone.models.tokenizer import check_tokens
 from duotone.run import Run
 
@@ -32,6 +34,7 @@ def open_stream(run: Run, skeleton: Any, samples: Samples, done: int) -> BlockSt
     with run.phases("read"):
         fill(skeleton, load_finite(plan.source, tuple(names)), run.dtype, run.device)
         tie_weights(skeleton)
+        place_buffers(skeleton, run.device)
     drift = plan.config.method_facts.drift
     if done < plan.tower_blocks:
         stream = _start(run, skeleton, samples, slice(plan.tower_blocks))
@@ -64,6 +67,8 @@ def _start(run: Run, skeleton: Any, samples: Samples, which: slice) -> BlockStre
         shared = (run.phases, run.ranks, run.offload)
         stream = start_stream(skeleton, blocks, batches, *shared, part.gives, run.device)
     stream.first, stream.waiting_bytes = which.start or 0, plan.waiting_bytes
+    if stream.waiting_bytes is None and run.device.type == "cuda":
+        stream.waiting_bytes = max(WAITING_BYTES, int(WAITING_SHARE * free_bytes(run.device)))
     return stream
 
 

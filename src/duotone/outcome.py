@@ -28,7 +28,8 @@ class QuantizeReport:
 
     seconds: by phase. work: what each phase had to compute (floors.py). phase_bytes: memory seen in each phase (phases.py).
     resumed_at: the block from which this run went on with one that was killed, None for a run of its own. inputs: of a model
-    calibrated on tensors, dtype and sizes of each in one sample (`samples.input_shapes`).
+    calibrated on tensors, dtype and sizes of each in one sample (`samples.input_shapes`). device_bytes: most memory of a GPU
+    that tensors took. states_in: where the calibration's hidden states were kept from block to block.
     """
 
     model: str
@@ -48,6 +49,8 @@ class QuantizeReport:
     phase_bytes: dict[str, int] = field(default_factory=dict)
     resumed_at: int | None = None
     inputs: dict[str, list[Any]] = field(default_factory=dict)
+    device_bytes: int = 0
+    states_in: str = "memory"
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -4,27 +4,61 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 #: Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 
+#: Marks that wait for their seconds to be read.
+_WAITING_MARKS = 1024
+
+
+class Clock(Protocol):
+    """What marks points in time and tells the seconds between two of them, perhaps later than they were made."""
+
+    def mark(self) -> Any:
+        """This point in time."""
+        ...
+
+    def seconds(self, since: Any, until: Any) -> float:
+        """From one mark to a later one."""
+        ...
+
+
+class HostClock:
+    """This process's time."""
+
+    def mark(self) -> float:
+        """Now."""
+        return time.perf_counter()
+
+    def seconds(self, since: float, until: float) -> float:
+        """Their difference."""
+        return until - since
+
+
 class Phases:
     """Seconds by phase. A phase entered inside another stops the outer one's clock.
+
+    A GPU's work goes on after it was asked for: its clock (`time_by`) marks the points in its own queue where a phase's work
+    begins and ends, and nobody waits for it in between.
 
     peaks: by phase, the most memory that this process was seen to hold: its high mark where that rose in the phase, else what
     it held at the phase's end. Empty where the system does not tell (other than Linux).
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self._seconds: dict[str, float] = {}
+        self._marks: list[tuple[str, Any, Any]] = []
         self._running: list[str] = []
         self._high = 0
-        self._since = time.perf_counter()
+        self._clock: Clock = HostClock()
+        self._since = self._clock.mark()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -38,10 +72,24 @@ class Phases:
             self._running.pop()
             self._look(phase)
 
-    def add(self, seconds: dict[str, float]) -> None:
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, of all phases that have ended; of a GPU's, once it has done their work."""
+        marks, self._marks = self._marks, []
+        self.add((phase, self._clock.seconds(since, until)) for phase, since, until in marks)
+        return self._seconds
+
+    def add(self, seconds: Iterable[tuple[str, float]]) -> None:
         """Count what an earlier run has spent."""
-        for phase, more in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + more
+        for phase, more in seconds:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + more
+
+    def time_by(self, clock: Clock) -> None:
+        """From here on take the time by another clock."""
+        self._charge()
+        _ = self.seconds  # by the clock that there was
+        self._clock = clock
+        self._since = clock.mark()
 
     def peak_bytes(self) -> int:
         """Most memory this process was seen to hold: Linux counts roughly, and its mark may step back a little."""
@@ -55,10 +103,11 @@ class Phases:
             self.peaks[phase] = max(self.peaks.get(phase, 0), seen)
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = self._clock.mark()
         if self._running:
-            phase = self._running[-1]
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+            self._marks.append((self._running[-1], self._since, now))
+            if len(self._marks) > _WAITING_MARKS:
+                _ = self.seconds
         self._since = now
 
 

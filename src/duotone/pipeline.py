@@ -20,18 +20,19 @@ from duotone.advice import idle_advice
 from duotone.calibrate.cache import CacheWatch
 from duotone.calibrate.curvature import Backward, measure_curvature
 from duotone.calibrate.observer import Observer
-from duotone.calibrate.offload import Offload
+from duotone.calibrate.offload import choose_keeper
 from duotone.calibrate.pairs import ImageTextPairs, draw_samples
 from duotone.calibrate.samples import Samples, are_tensors, input_shapes, read_samples
 from duotone.calibrate.sources import calibration_sources
 from duotone.calibrate.stream import BlockStream
+from duotone.checkpoint.ahead import ReadAhead
 from duotone.checkpoint.hub import locate_model
 from duotone.checkpoint.kv_cache import scale_tensors
 from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.source import load_finite, open_source
 from duotone.checkpoint.staging import check_output
 from duotone.contract import kv_scale, static_activation_scale
-from duotone.device import calibration_dtype, resolve_device
+from duotone.device import StreamClock, calibration_dtype, peak_bytes, resolve_device
 from duotone.errors import DuotoneError
 from duotone.floors import phase_work
 from duotone.models.caching import key_heads
@@ -47,6 +48,7 @@ from duotone.ranks import ALONE, Ranks
 from duotone.run import Progress, Run
 from duotone.settings import QuantizeConfig
 from duotone.solver.drift import bias_shift
+from duotone.solver.loops import refusal
 from duotone.solver.statistics import Statistics
 from duotone.solving import solve_group
 from duotone.transforms.equalization import equalize
@@ -95,8 +97,9 @@ def quantize(
     report.work = {
         phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len, dtype, device).items()
     }
-    run = Run(plan, device, dtype, phases, report, ranks, None if offload is None else Offload(offload))
-    with made_output(run, out, resume, run_settings(plan, device, dtype, windows, ranks), save_every) as output:
+    run = Run(plan, device, dtype, phases, report, ranks)
+    ahead = _use_device(run, offload, tokens)
+    with made_output(run, out, resume, run_settings(plan, device, dtype, windows, ranks), save_every) as output, ahead:
         skeleton = build_skeleton(plan.source.config, dtype)
         steps, before, done = len(plan.blocks), 0, output.done or 0
         stream = open_stream(run, skeleton, windows, done) if windows is not None else None
@@ -118,9 +121,23 @@ def quantize(
         report.notes += [one.sentence for one in idle_advice(plan, idle) if one.sentence not in report.notes]
         tell(steps, steps, "writing")
         output.finish()
-    report.seconds = dict(phases.seconds)
+    report.seconds, report.device_bytes = dict(phases.seconds), peak_bytes(device)
     report.peak_bytes, report.phase_bytes = phases.peak_bytes(), dict(phases.peaks)
     return report
+
+
+def _use_device(run: Run, offload: str | Path | None, tokens: int) -> ReadAhead:
+    """See how blocks are read, where hidden states will be, what times the phases, and whether the solver is compiled."""
+    config, device = run.plan.config, run.device
+    if device.type == "cuda":
+        run.phases.time_by(StreamClock(device))
+    if config.needs_statistics and (reason := refusal(device)):
+        run.report.notes.append(f"the solver runs in plain torch on this GPU, which takes long: {reason}")
+    states = 2 * (1 + config.method_facts.drift)  # what enters a block and what leaves it, of one prefix or two
+    state_bytes = states * tokens // run.ranks.size * run.plan.hidden_size * run.dtype.itemsize
+    run.offload, run.report.states_in = choose_keeper(offload, device, state_bytes)
+    run.ahead = ReadAhead(run.plan.source, [block.tensors for block in run.plan.blocks], device)
+    return run.ahead
 
 
 def quantize_block(
@@ -132,7 +149,7 @@ def quantize_block(
     the scales of the cache.
     """
     with run.phases("read"):
-        originals = load_finite(run.plan.source, block.tensors)
+        originals = load_finite(run.plan.source, block.tensors) if run.ahead is None else run.ahead.block(index)
     weights: dict[str, AnyWeight] = {}
     changed: dict[str, Tensor] = {}
     if stream is None:

@@ -47,6 +47,8 @@ def quantize_summary(report: dict[str, Any]) -> RenderableType:
     phases = ", ".join(f"{phase} {duration(spent)}" for phase, spent in seconds.items())
     table.add_row("time", f"{duration(sum(seconds.values()))} ({phases})")
     table.add_row("peak memory", megabytes(report["peak_bytes"]))
+    if report["device_bytes"]:
+        table.add_row("peak GPU memory", f"{megabytes(report['device_bytes'])}; hidden states in {report['states_in']}")
     return Group(table, *_kept(report["kept"]), *_notes(report["notes"]))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from duotone.calibrate.offload import Offload
+from duotone.calibrate.offload import Keeper
+from duotone.checkpoint.ahead import ReadAhead
 from duotone.checkpoint.scratch import Scratch
 from duotone.outcome import QuantizeReport
 from duotone.phases import Phases
@@ -21,7 +22,7 @@ Progress = Callable[[int, int, str], None]
 class Run:
     """A plan, where and by whom it is carried out, and what has come of it so far.
 
-    offload: where hidden states lie, if not in memory.
+    offload: where hidden states lie, if not in the device's memory. ahead: reads the blocks of a checkpoint.
     curvatures: with `--effort high`, where each group's waits on disk until the group is solved.
     """
 
@@ -31,6 +32,7 @@ class Run:
     phases: Phases
     report: QuantizeReport
     ranks: Ranks
-    offload: Offload | None = None
+    offload: Keeper | None = None
+    ahead: ReadAhead | None = None
     sidecar_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     curvatures: Scratch | None = None

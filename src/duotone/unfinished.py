@@ -71,6 +71,6 @@ def recall(record: Record | None, report: QuantizeReport, sidecar_layers: dict[s
     report.layers.extend(LayerReport(**layer) for layer in record.facts["layers"])
     sidecar_layers.update(record.facts["sidecar_layers"])
     report.notes[:] = record.facts["notes"]
-    phases.add(record.facts["seconds"])
+    phases.add(record.facts["seconds"].items())
     report.resumed_at = record.done
     return record.done

@@ -1,17 +1,56 @@
-"""Hidden states on a disk instead of in memory, mapped: read when they are needed, given up when memory is."""
+"""Where hidden states are between two blocks: in the device's memory, in a GPU's host, or in files on a disk."""
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from duotone.device import free_bytes
 from duotone.errors import DuotoneError
+
+#: Of a GPU's free memory, how much hidden states may take, and how much the activations of batches that wait inside a block, of
+#: each prefix. The rest is for moments and the solver.
+STATES_SHARE, WAITING_SHARE = 1 / 4, 1 / 4
+
+
+class Keeper(Protocol):
+    """What keeps states until the next block wants them."""
+
+    def keep(self, state: Tensor) -> Tensor:
+        """A copy of a tensor in another place."""
+        ...
+
+
+def choose_keeper(folder: str | Path | None, device: torch.device, nbytes: int) -> tuple[Keeper | None, str]:
+    """What keeps so many bytes of states of a run on a device (None: they stay where they are), and where that is, for people.
+
+    folder: where the user wants them. A GPU keeps them itself where they take no more than STATES_SHARE of its free memory.
+    """
+    if folder is not None:
+        return Offload(folder), "files on a disk"
+    if device.type == "cpu":
+        return None, "memory"
+    if nbytes <= STATES_SHARE * free_bytes(device):
+        return None, "the GPU's memory"
+    return HostMemory(), "pinned host memory"
+
+
+class HostMemory:
+    """Memory of the host that no system pages out, so that a GPU reads it by itself."""
+
+    def keep(self, state: Tensor) -> Tensor:
+        """A copy there. The copying is waited for: what is saved to a disk reads it without asking the GPU."""
+        return torch.empty_like(state, device="cpu", pin_memory=True).copy_(state)
 
 
 class Offload:
-    """A folder for states between two blocks. Files have no name any more once they are mapped: a killed run leaves none."""
+    """A folder for states between two blocks, mapped: read when they are needed, given up when memory is.
+
+    Files have no name any more once they are mapped: a killed run leaves none.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)

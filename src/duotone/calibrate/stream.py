@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from duotone.calibrate.observer import Observer
-from duotone.calibrate.offload import Offload
+from duotone.calibrate.offload import Keeper
 from duotone.calibrate.walk import BlockWalk, Call, notebooks, with_own_notebooks
 from duotone.errors import UnfinishedError
 from duotone.models.skeleton import placed, text_config
@@ -53,7 +53,7 @@ class BlockStream:
     device: torch.device
     original: list[Tensor] | None = None
     ranks: Ranks = ALONE
-    offload: Offload | None = None
+    offload: Keeper | None = None
     first: int = 0
     after: "BlockStream | None" = None
     added: list[list[Tensor | None]] = field(default_factory=list)
@@ -117,12 +117,12 @@ class BlockStream:
         weights. aside: the block is only looked at, and leaves nothing for those behind. The hidden states stay until `leave`.
         """
         with ExitStack() as stack:
-            calls = [Call(*call) for call in self.calls(index, self.hidden)]
+            calls = self._calls(index, self.hidden)
             calls = [with_own_notebooks(call, {}) for call in calls] if aside else calls
             walk = stack.enter_context(self._walk(block, calls, stops, marks, behind=()))
             beside = None
             if original is not None and self.original is not None:
-                calls = [with_own_notebooks(Call(*call), self._books) for call in self.calls(index, self.original)]
+                calls = [with_own_notebooks(call, self._books) for call in self._calls(index, self.original)]
                 beside = stack.enter_context(self._walk(original, calls, stops, marks, behind=marks))
             yield Observer(walk, beside, self.phases, self.ranks, index=index)
 
@@ -146,15 +146,20 @@ class BlockStream:
 
     def calls(self, index: int, hidden: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
         """What a block is called with for each batch of hidden states: these, and what follows by position and by name."""
-        for states, arguments in zip(hidden, self.arguments[index - self.first], strict=True):
-            yield states.to(self.device), *arguments
+        for call in self._calls(index, hidden):
+            yield call.hidden.to(self.device), call.positional, dict(call.named)
+
+    def _calls(self, index: int, hidden: Sequence[Tensor]) -> list[Call]:
+        """The same with hidden states left where they are kept."""
+        arguments = self.arguments[index - self.first]
+        return [Call(states, *more) for states, more in zip(hidden, arguments, strict=True)]
 
     def _walk(
         self, block: nn.Module, calls: list[Call], stops: Mapping[str, str], marks: Mapping[str, str], behind: Collection[str]
     ) -> BlockWalk:
         at, noted = ({name: block.get_submodule(path) for name, path in paths.items()} for paths in (stops, marks))
         waiting = _waiting([call.hidden for call in calls[:1]], at.values(), self.waiting_bytes)
-        return BlockWalk(block, calls, at, noted, waiting, behind)
+        return BlockWalk(block, calls, at, noted, waiting, behind, self.device)
 
 
 def _waiting(hidden: Sequence[Tensor], linears: Iterable[nn.Module], allowed_bytes: int | None) -> int:
@@ -172,7 +177,7 @@ def start_stream(
     batches: Sequence[Mapping[str, Any]],
     phases: Phases,
     ranks: Ranks = ALONE,
-    offload: Offload | None = None,
+    offload: Keeper | None = None,
     gives: int | None = None,
     device: torch.device | None = None,
 ) -> BlockStream:

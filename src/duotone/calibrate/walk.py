@@ -75,7 +75,8 @@ class BlockWalk:
     stops: modules to stop before, in the order the block runs them; those of an expert no token of a batch may come to. marks:
     for some stops, the module whose input is the residual stream that the linear's output is added to. behind: the stops to
     make once the linear has run. waiting: how many batches may wait inside the block, holding their activations; the others
-    walk from its start to every stop again, which takes time and gives the same numbers. None: all.
+    walk from its start to every stop again, which takes time and gives the same numbers. None: all. device: the block's, to
+    which hidden states are brought when their batch sets out; by default they are there.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class BlockWalk:
         marks: Mapping[str, nn.Module],
         waiting: int | None = None,
         behind: Collection[str] = (),
+        device: torch.device | None = None,
     ) -> None:
-        self._block, self.stops, self._marks, self._behind = block, stops, marks, behind
+        self._block, self.stops, self._marks, self._behind, self._device = block, stops, marks, behind, device
         self._place = {name: place for place, name in enumerate(stops)}
         allowed = len(calls) if waiting is None else waiting
         self._batches = [_Batch(i < allowed, i) for i in range(len(calls))]
@@ -172,7 +174,8 @@ class BlockWalk:
         task: Any = getcurrent()
         task.batch = batch
         try:
-            return self._block(call.hidden, *call.positional, **call.named)
+            hidden = call.hidden if self._device is None else call.hidden.to(self._device, non_blocking=True)
+            return self._block(hidden, *call.positional, **call.named)
         finally:
             del task.batch  # a cycle would keep the activations until the collector comes by
 

@@ -139,11 +139,16 @@ class MemorySource:
 def load_finite(source: Source, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of a source. Raises DuotoneError naming one that holds NaN or infinity."""
     tensors = source.load(names)
+    check_finite(source, tensors)
+    return tensors
+
+
+def check_finite(source: Source, tensors: dict[str, Tensor]) -> None:
+    """Raise DuotoneError naming a tensor of a source, wherever it lies, that holds NaN or infinity."""
     for name, tensor in tensors.items():
         if source.tensors[name].is_float and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise DuotoneError(f"{source.path / source.tensors[name].file}: {name} holds {bad} NaN or infinite values")
-    return tensors
 
 
 def open_source(path: Path) -> SourceFolder:

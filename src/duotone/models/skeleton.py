@@ -98,6 +98,14 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, devic
             module.register_buffer(leaf, value)
 
 
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring buffers to a device: those that no checkpoint brings, such as rotary tables, were made on the CPU."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta and buffer.device != device:
+                setattr(module, name, buffer.to(device))
+
+
 def release(module: nn.Module, names: Iterable[str] | None = None) -> None:
     """Send a module's parameters, all or those named, back to meta; their memory is free again."""
     for name in [name for name, _ in module.named_parameters(remove_duplicate=False)] if names is None else names:

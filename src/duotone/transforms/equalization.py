@@ -49,8 +49,9 @@ def equalize(
     old_K = originals[f"{norm}.weight"].to(wanted_K.device, torch.float32)
     new_K = (old_K / wanted_K).to(torch.bfloat16).float()
     s_K = torch.where(new_K == 0, 1.0, old_K / new_K)
-    tensors = {name: originals[name].float() * s_K.cpu() for name in (f"{layer}.weight" for layer in readers)}
-    tensors[f"{norm}.weight"] = torch.where(new_K == 0, old_K, new_K).cpu()
+    read = {name: originals[name].float() for name in (f"{layer}.weight" for layer in readers)}
+    tensors = {name: w_NK * s_K.to(w_NK.device) for name, w_NK in read.items()}
+    tensors[f"{norm}.weight"] = torch.where(new_K == 0, old_K, new_K)
     return Equalized(s_K, rescaled(statistics, s_K), tensors)
 
 

@@ -1,0 +1,68 @@
+"""A model's blocks read one ahead of the work, for a GPU: from the disk to pinned memory, and on by a stream of its own."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from duotone.checkpoint.source import Source, check_finite, load_finite
+
+Tensors = dict[str, Tensor]
+
+
+class ReadAhead:
+    """A context: the tensors of one block after the other, those of the next being read meanwhile where the device is a GPU.
+
+    On a CPU, whose memory and processors the work wants for itself, a block is read when it is asked for.
+    """
+
+    def __init__(self, source: Source, blocks: Sequence[Iterable[str]], device: torch.device) -> None:
+        self._source, self._blocks, self._device = source, blocks, device
+        self._reads: dict[int, Future[Tensors]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._device.type != "cpu":
+            self._reader = ThreadPoolExecutor(1, "duotone-read")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+        self._reads.clear()
+
+    def block(self, index: int) -> Tensors:
+        """A block's tensors by name, on the GPU if that is the device. Raises DuotoneError for what the file does not hold, and
+        for NaN and infinity.
+        """
+        if self._reader is None:
+            return load_finite(self._source, self._blocks[index])
+        tensors = self._read(self._reader, index).result()
+        del self._reads[index]
+        if index + 1 < len(self._blocks):
+            self._read(self._reader, index + 1)
+        handed_over(tensors, self._device)
+        return tensors
+
+    def _read(self, reader: ThreadPoolExecutor, index: int) -> "Future[Tensors]":
+        if index not in self._reads:
+            self._reads[index] = reader.submit(read_beside, self._source, self._blocks[index], self._device)
+        return self._reads[index]
+
+
+def read_beside(source: Source, names: Iterable[str], device: torch.device) -> Tensors:
+    """Tensors read to a GPU on a stream of their own, whole when this returns. Raises as `ReadAhead.block`."""
+    lane: Any = torch.cuda.Stream(device)
+    with torch.cuda.stream(lane):
+        tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in source.load(names).items()}
+        check_finite(source, tensors)
+    lane.synchronize()
+    return tensors
+
+
+def handed_over(tensors: Tensors, device: torch.device) -> None:
+    """Their memory is not used anew before the work that is queued now, or later by whoever has them, is done with it."""
+    for tensor in tensors.values():
+        tensor.record_stream(torch.cuda.current_stream(device))
