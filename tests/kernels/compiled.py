@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from duotone.kernels.gpu import kernels, launch
+from duotone.kernels.gpu import kernels, launch, solver, solver_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: What `launch` hands over, BF16 as its bits; a size has its own name.
@@ -24,8 +24,11 @@ POINTERS = {
     "outer_scale": "*fp32", "bias": "*i16", "y": "*i16", "partial": "*fp32", "values": "*fp8e4nv", "static_scale": "*fp32",
     "fp8_max": "fp32", "smallest_scale": "fp32",
 }  # fmt: skip
+#: Of the solver's programs: everything but these is float32.
+SOLVER_POINTERS = {"codes": "*u8", "moves": "*i32", "group": "*i32"}
+SOLVER_NUMBERS = {"N", "B", "K", "coupling_row", "steps", "groups", "candidates", "group_size"}
 #: Of these, launches find that 16 divides them.
-ALIGNED = {"N", "K", "rows", "padded"}
+ALIGNED = {"N", "K", "rows", "padded", "coupling_row"}
 INSTRUCTIONS = ("LDL", "STL", "PRMT", "LDGSTS", "HMMA", "F2FP")
 ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 
@@ -33,6 +36,8 @@ ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> dict[str, Any]:
     """Facts of a program for an architecture, 90 for Hopper: instructions, registers, what was spilled, and its text."""
     types = POINTERS | ({"x8": "*u8"} if program is kernels.quantize_rows else {})
+    if program.fn.__module__ == solver_kernels.__name__:
+        types = {name: "*fp32" for name in program.arg_names if name not in SOLVER_NUMBERS} | SOLVER_POINTERS
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in program.arg_names}
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ALIGNED]
     source = ASTSource(program, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
@@ -52,6 +57,7 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "stack": int(re.findall(r"STACK:(\d+)", usage)[-1]) + int(re.findall(r"LOCAL:(\d+)", usage)[-1]),
         "shared": built.metadata.shared,
+        "fused": len(re.findall(r"\bfma\.rn", built.asm["ptx"])),
         "lookups": lookups(built.asm["ttgir"]),
         "loads_in_loop": loads_in_loop(built.asm["ttgir"]),
     }
@@ -95,6 +101,16 @@ def main() -> None:
         "sm_89 multiply 16": product(89, 16),
         "sm_100 multiply 16": product(100, 16),
     }
+    table = {"HAS_ZERO": True, "LOWEST": -8.0, "FP8_MAX": 448.0}
+    sizes = {
+        "sweep": {"RULE": 0, "ROWS": solver._ROWS, "COLUMNS": solver._COLUMNS},
+        "open_columns": {"BLOCK": solver._LANES},
+        "local_search": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver._LANES},
+        "scale_error": {"HAS_WEIGHT": True, "ROWS": solver._LANES // 128, "WIDTH": 128},
+    }
+    for name, size in sizes.items():
+        warps = solver.warps_for(solver._LANES) if name == "local_search" else 4
+        facts[f"sm_90 solver {name}"] = compiled(getattr(solver_kernels, name), 90, table | size, warps)
     json.dump(facts, sys.stdout)
 
 

@@ -89,9 +89,14 @@ def local_search(
         _programs.local_search[(rows,)](
             gradient_NK, up_NK, down_NK, codes_NK, moves, hessian_KK.view(torch.int16) if narrow else hessian_KK, curvature_K,
             damping_K, group_scale_GN, zero_GN, outer_N, group_K, rows, columns, steps, TENURE=tenure, IS_BF16=narrow,
-            num_warps=max(1, lanes // 256), **common,
+            num_warps=warps_for(lanes), **common,
         )  # fmt: skip
     return codes_NK
+
+
+def warps_for(lanes: int) -> int:
+    """Warps of a program of the local search: each thread has eight columns."""
+    return max(1, lanes // 256)
 
 
 def scale_error(
