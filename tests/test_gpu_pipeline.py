@@ -15,12 +15,14 @@ from duotone.calibrate import offload
 from duotone.checkpoint import ahead
 from duotone.checkpoint.source import Source, check_finite
 from duotone.kernels import native
+from duotone.models.skeleton import place_buffers
 from duotone.outcome import QuantizeReport
 from duotone.phases import HostClock
 from duotone.pipeline import quantize
 from duotone.settings import QuantizeConfig
-from duotone.solver import local_search, loops
-from tests.pretended import Pretended, PretendedGpu, pretended_gpu
+from duotone.solver import local_search, loops, statistics
+from duotone.solver.statistics import StatisticsAccumulator
+from tests.pretended import CUDA, Pretended, PretendedGpu, pretended_gpu
 
 
 class Loops:
@@ -97,3 +99,66 @@ def test_everything_is_on_the_gpu_and_the_bytes_are_a_cpus(
     assert on_cpu.keys() == on_gpu.keys()
     assert [name for name in on_cpu if not torch.equal(on_cpu[name], on_gpu[name])] == []
     assert gpu.seen["sweep"] > 0 and gpu.seen["waits"] < 25 * len(found.layers)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
+@pytest.mark.usefixtures("gpu")
+def test_no_room_and_no_triton(tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
+    """Hidden states that a GPU has no room for wait in its host until a block wants them; a solver in torch is told."""
+    model = tiny_model(num_hidden_layers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "free_bytes", lambda _: 1000)
+        patch.setattr(pipeline, "refusal", lambda _: "there is none")
+        found = run(model, tmp_path / "host", text_file, "cuda:0")
+    meant = run(model, tmp_path / "gpu", text_file, "cuda:0")
+    assert found.states_in == "pinned host memory" and meant.states_in == "the GPU's memory"
+    told = {"the solver runs in plain torch on this GPU, which takes long: there is none"}
+    assert set(found.notes) - set(meant.notes) == told
+    kept, there = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "gpu"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in there.items())
+
+
+@pytest.mark.usefixtures("gpu")
+def test_moments_in_bfloat16_stay_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded to BF16 on the way: sums of products of BF16 values, within float32's roundings of float64's."""
+    products: list[torch.dtype] = []
+    multiply = statistics.wide_product
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        products.append(left.dtype)
+        return multiply(left, right)
+
+    monkeypatch.setattr(statistics, "wide_product", product)
+    x, original, target = (torch.randn(2, 150, width).bfloat16() for width in (300, 300, 70))
+    sums = StatisticsAccumulator(300, CUDA)
+    for part in range(2):
+        sums.add(*(tensor[part].to(CUDA) for tensor in (x, original, target)))
+    found = sums.finish("layer")
+    x_MK, drift_MK, target_MD = (y.reshape(-1, y.shape[-1]).double() for y in (x, original - x, target))
+    for moment, left in ((found.hessian, x_MK), (found.input_drift, drift_MK), (found.stream_target, target_MD)):
+        assert moment is not None and moment.device == CUDA and moment.dtype == torch.float32
+        exact, size = left.T @ x_MK / len(x_MK), left.abs().T @ x_MK.abs() / len(x_MK)
+        assert bool(((moment.cpu().double() - exact).abs() <= 1e-5 * size).all())
+    assert set(products) == {torch.bfloat16} and len(products) > 6
+
+
+def test_two_devices_do_not_mix(gpu: PretendedGpu) -> None:
+    """What the tests above rely on: an operand left on the CPU is an error, as on a GPU; reading values back counts."""
+    x = torch.ones(3, 3).to(CUDA)
+    assert isinstance(x, Pretended) and x.device == CUDA
+    for mixed in (lambda: x + torch.ones(3, 3), lambda: torch.ones(3)[x.long()], lambda: torch.where(x > 0, x, torch.zeros(3))):
+        with pytest.raises(RuntimeError, match=r"found (operands|indices) on cuda:0"):
+            mixed()
+    waits = gpu.seen["waits"]
+    assert float(x.sum()) == 9.0 and torch.equal((x + 1).cpu(), torch.full((3, 3), 2.0))
+    assert gpu.seen["waits"] == waits + 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_buffers_follow() -> None:
+    """Those that no checkpoint brings are made on the CPU; those on meta are filled later."""
+    module = torch.nn.Module()
+    module.register_buffer("table", torch.arange(3), persistent=False)
+    module.register_buffer("later", torch.empty(3, device="meta"))
+    place_buffers(module, CUDA)
+    assert isinstance(module.table, Pretended) and module.later.is_meta

@@ -46,3 +46,41 @@ def test_marks_are_this_process_s() -> None:
     """Some tens of megabytes at least; what is held is at most what was held at most."""
     marks = phases_module._resident_marks()
     assert 10e6 < marks["VmRSS"] <= marks["VmHWM"] < 1e12
+
+
+class Queue:
+    """A GPU's clock, which counts how often it was read."""
+
+    def __init__(self) -> None:
+        self.now, self.looks = 0.0, 0
+
+    def mark(self) -> float:
+        return self.now
+
+    def seconds(self, since: float, until: float) -> float:
+        self.looks += 1
+        return until - since
+
+
+def test_another_clock_is_read_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went before is counted by the old clock; by the new one nothing is waited for until seconds are asked for."""
+    now = [0.0]
+    monkeypatch.setattr(phases_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(phases_module, "_resident_marks", dict)
+    phases, queue = Phases(), Queue()
+    with phases("read"):
+        now[0] += 3
+        phases.time_by(queue)
+        now[0] += 100  # the host's time no longer counts
+        queue.now += 2
+        with phases("forward"):
+            queue.now += 5
+    assert queue.looks == 0
+    assert phases.seconds == {"read": 5.0, "forward": 5.0}
+    phases.add({"forward": 7.0}.items())
+    waiting = phases_module._WAITING_MARKS
+    for _ in range(waiting + 2):
+        with phases("solve"):
+            queue.now += 1
+    assert queue.looks > waiting  # they do not pile up
+    assert phases.seconds == {"read": 5.0, "forward": 12.0, "solve": waiting + 2.0}

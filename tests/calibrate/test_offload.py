@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from duotone.calibrate.offload import Offload
+from duotone.calibrate import offload as module
+from duotone.calibrate.offload import STATES_SHARE, HostMemory, Offload, choose_keeper
 from duotone.errors import DuotoneError
 
 
@@ -41,3 +42,16 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DuotoneError, match=r"--offload .*file/below: Not a directory, expected a folder"):
         Offload(tmp_path / "file" / "below")
+
+
+def test_where_states_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user says; else in the device's memory, or in the host's where they would take too much of a GPU's."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 1000 if device == cuda else pytest.fail("asked of a CPU"))
+    assert choose_keeper(None, cpu, 10**15) == (None, "memory")
+    assert choose_keeper(None, cuda, int(1000 * STATES_SHARE)) == (None, "the GPU's memory")
+    keeper, where = choose_keeper(None, cuda, int(1000 * STATES_SHARE) + 1)
+    assert isinstance(keeper, HostMemory) and where == "pinned host memory"
+    for device in (cpu, cuda):
+        keeper, where = choose_keeper(tmp_path, device, 10**15)
+        assert isinstance(keeper, Offload) and where == "files on a disk"

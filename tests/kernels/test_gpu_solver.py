@@ -154,7 +154,8 @@ def test_errors_of_scales(group_size: int, target: Target, symmetric: bool) -> N
 
 
 @pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
-@pytest.mark.parametrize("order", ["act", pytest.param("gar", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["act", "gar"])
 def test_a_method_gives_a_cpus_codes(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """dpq from scales to codes, K no multiple of 128, columns scattered over their groups or not: the extension's codes."""
     monkeypatch.setattr(searching, "LEAST_VISITS", 8 * 140)

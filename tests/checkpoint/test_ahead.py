@@ -1,0 +1,85 @@
+"""Blocks read while others are worked on: by a stand-in for the reading on a GPU's stream."""
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from duotone.checkpoint import ahead
+from duotone.checkpoint.ahead import ReadAhead
+from duotone.checkpoint.source import MemorySource, Source, check_finite
+from duotone.errors import DuotoneError
+
+CUDA = torch.device("cuda", 0)
+BLOCKS = [["a", "b"], ["c"], ["d"]]
+
+
+class Lane:
+    """Reads in the place of `read_beside`, and tells what it has read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[list[str]] = []
+        self.threads: set[int] = set()
+        self.handed: list[str] = []
+        self.done = threading.Semaphore(0)
+        monkeypatch.setattr(ahead, "read_beside", self._read)
+        monkeypatch.setattr(ahead, "handed_over", lambda tensors, _: self.handed.extend(tensors))
+
+    def _read(self, source: Source, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        assert device == CUDA
+        self.read.append(list(names))
+        self.threads.add(threading.get_ident())
+        self.done.release()
+        tensors = source.load(names)
+        check_finite(source, tensors)
+        return tensors
+
+
+def source(**changed: Tensor) -> MemorySource:
+    tensors = {name: torch.full((2,), float(place)) for place, name in enumerate("abcd")}
+    return MemorySource(Path("here"), tensors | changed)
+
+
+def test_the_next_block_is_read_beside_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one other thread, once each, one ahead and no further; each is handed over when it is asked for."""
+    lane = Lane(monkeypatch)
+    with ReadAhead(source(), BLOCKS, CUDA) as blocks:
+        assert lane.read == []
+        assert blocks.block(0).keys() == {"a", "b"}
+        assert all(lane.done.acquire(timeout=10) for _ in range(2))
+        assert lane.read == BLOCKS[:2] and lane.handed == ["a", "b"]
+        assert torch.equal(blocks.block(1)["c"], torch.full((2,), 2.0))
+        assert blocks.block(2).keys() == {"d"}
+    assert lane.read == BLOCKS and lane.handed == list("abcd")
+    assert len(lane.threads) == 1 and threading.get_ident() not in lane.threads
+
+
+def test_it_begins_anywhere_and_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run that was killed goes on; what was read ahead for nothing is let go."""
+    lane = Lane(monkeypatch)
+    with ReadAhead(source(), BLOCKS, CUDA) as blocks:
+        assert blocks.block(1).keys() == {"c"}
+    assert ["a", "b"] not in lane.read
+
+
+def test_a_bad_block_is_told_when_it_is_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the block before is worked on."""
+    lane = Lane(monkeypatch)
+    with ReadAhead(source(c=torch.tensor([1.0, torch.nan])), BLOCKS, CUDA) as blocks:
+        blocks.block(0)
+        assert all(lane.done.acquire(timeout=10) for _ in range(2))
+        with pytest.raises(DuotoneError, match="c holds 1 NaN or infinite values"):
+            blocks.block(1)
+
+
+def test_a_cpu_reads_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread, nothing ahead; NaN is refused as well."""
+    lane = Lane(monkeypatch)
+    with ReadAhead(source(d=torch.tensor([torch.inf])), BLOCKS, torch.device("cpu")) as blocks:
+        assert blocks.block(0).keys() == {"a", "b"}
+        with pytest.raises(DuotoneError, match="d holds 1 NaN or infinite values"):
+            blocks.block(2)
+    assert lane.read == []
