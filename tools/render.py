@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scale import scale_lines
+from scale_gpu import gpu_lines
 
 from duotone.examining import mcnemar
 from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
@@ -485,6 +486,11 @@ def scale_table() -> str:
     return markdown(head, scale_lines(excess_of_phases()))
 
 
+def gpu_table() -> str:
+    """Seconds of each phase on one GPU, at data-sheet speed."""
+    return markdown(("phase", "arithmetic, s", "memory, s", "launches, s", "one after the other, s"), gpu_lines())
+
+
 def excess_table() -> str:
     """By phase: how far above its arithmetic the newest timed run was."""
     return markdown(("phase", "times its arithmetic"), [(phase, f"{times:.1f}") for phase, times in excess_of_phases().items()])
@@ -884,6 +890,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize-phases": phases_of_time_table,
     "scale": scale_table,
     "scale-excess": excess_table,
+    "scale-gpu": gpu_table,
     "out-of-domain": out_of_domain_table,
     "vllm-load": vllm_load_table,
     "vllm-cache": vllm_cache_table,

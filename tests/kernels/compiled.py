@@ -105,12 +105,13 @@ def main() -> None:
     sizes = {
         "sweep": {"RULE": 0, "ROWS": solver._ROWS, "COLUMNS": solver._COLUMNS},
         "open_columns": {"BLOCK": solver._LANES},
-        "local_search": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver._LANES},
+        "local_search": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver.lanes_for(4096)},
+        "local_search of wide rows": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver.lanes_for(14336)},
         "scale_error": {"HAS_WEIGHT": True, "ROWS": solver._LANES // 128, "WIDTH": 128},
     }
     for name, size in sizes.items():
-        warps = solver.warps_for(solver._LANES) if name == "local_search" else 4
-        facts[f"sm_90 solver {name}"] = compiled(getattr(solver_kernels, name), 90, table | size, warps)
+        program, warps = name.split()[0], 4 if "BLOCK" not in size else solver.warps_for(size["BLOCK"])
+        facts[f"sm_90 solver {name}"] = compiled(getattr(solver_kernels, program), 90, table | size, warps)
     json.dump(facts, sys.stdout)
 
 

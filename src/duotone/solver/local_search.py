@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duotone.device import product_dtype
 from duotone.solver import loops
+from duotone.solver.scales import ColumnScales
 from duotone.solver.sweep import Grid
 
 #: Columns that a row may look at, and no fewer than a share of K times K: every step looks at all. docs/LOG.md has what
@@ -64,12 +65,11 @@ def local_search_torch(
     """`local_search` in torch, on any device and in float32 or float64: all rows take a step together."""
     rows, group_K = torch.arange(len(codes_NK), device=codes_NK.device), _groups(grid, codes_NK)
     code_NK, g_NK, curvature_K = codes_NK.to(gradient_NK.dtype), gradient_NK.clone(), hessian_KK.diagonal() + damping_K
-    columns = [grid.column(group) for group in range(len(grid.group_scale_GN))]
-
-    def value(code_NK: Tensor) -> Tensor:
-        return torch.stack([columns[g].value(code_NK[:, k], grid.scheme) for k, g in enumerate(group_K.tolist())], 1)
-
-    table_16NK = torch.stack([value(torch.full_like(code_NK, code)) for code in range(16)]).to(gradient_NK.dtype)
+    scale_NK = grid.group_scale_GN[group_K].T
+    zero_NK = None if grid.zero_point_GN is None else grid.zero_point_GN[group_K].T
+    columns = ColumnScales(scale_NK, scale_NK, zero_NK, grid.outer_scale[:, None])  # of all groups at once
+    table = [columns.value(torch.full_like(code_NK, code), grid.scheme) for code in range(16)]
+    table_16NK = torch.stack(table).to(gradient_NK.dtype)
     total_N = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     least_N, best_NK, moved_NK = total_N.clone(), code_NK.clone(), torch.full_like(codes_NK, -TENURE - 1, dtype=torch.int64)
     for step in range(steps):
