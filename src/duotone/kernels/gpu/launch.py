@@ -113,10 +113,36 @@ def _linear(
 
 def _multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
     """BF16 [M, N] of a prompt, by way of FP8 weights."""
-    w8, rows = write_values(weight, group_size), len(outer_scale)
-    outer = torch.nn.functional.pad(outer_scale, (0, len(w8) - rows))
+    return _scaled_product(x8, scales, write_values(weight, group_size), outer_scale, torch.bfloat16)
+
+
+def _scaled_product(x8: Tensor, scales: Tensor, w8: Tensor, outer_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[M, N] by torch's own product with FP8 weights [N', 128 C], N' a multiple of 16.
+
+    The product scales rows by itself where BF16 comes of it; for other types, which not every version of it gives with row-wise
+    scales, it gives float32 sums.
+    """
     product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - row-wise scales have no other name yet
-    return product(x8, w8.T, scales[:, None], outer[None], out_dtype=torch.bfloat16)[:, :rows].contiguous()
+    rows, more = len(outer_scale), len(w8) - len(outer_scale)
+    if dtype == torch.bfloat16:
+        outer = torch.nn.functional.pad(outer_scale, (0, more)) if more else outer_scale
+        return product(x8, w8.T, scales[:, None], outer[None], out_dtype=dtype)[:, :rows].contiguous()
+    one = torch.ones((), device=x8.device)
+    total = product(x8, w8.T, one, one, out_dtype=torch.float32)[:, :rows]
+    return (total * outer_scale * scales[:, None]).to(dtype)
+
+
+def _linear_fp8(
+    x: Tensor, values: Tensor, outer_scale: Tensor, input_scale: Tensor | None, fp8_max: float, smallest: float
+) -> Tensor:
+    """x [..., K] in BF16, FP16 or float32 -> [..., N] in its dtype; values: FP8 bytes [N', 128 C]."""
+    flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), len(outer_scale)
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], rows)
+    with torch.cuda.device_of(x):
+        x8, scales = quantize(flat, values.shape[1] // 128, input_scale, fp8_max, smallest)
+        y = _scaled_product(x8, scales, values.view(torch.float8_e4m3fn), outer_scale, x.dtype)
+    return y.view(*x.shape[:-1], rows)
 
 
 def _multiply(
@@ -170,4 +196,18 @@ def _(
     return x.new_empty(*x.shape[:-1], outer_scale.shape[0])
 
 
+torch.library.define(
+    "duotone::gpu_linear_fp8",
+    "(Tensor x, Tensor values, Tensor outer_scale, Tensor? input_scale, float fp8_max, float smallest_scale) -> Tensor",
+)
+torch.library.impl("duotone::gpu_linear_fp8", "default", _linear_fp8)
+
+
+@torch.library.register_fake("duotone::gpu_linear_fp8")
+def _(x: Tensor, values: Tensor, outer_scale: Tensor, *_: object) -> Tensor:
+    del values
+    return x.new_empty(*x.shape[:-1], outer_scale.shape[0])
+
+
 linear = torch.ops.duotone.gpu_linear.default
+linear_fp8 = torch.ops.duotone.gpu_linear_fp8.default
