@@ -25,7 +25,7 @@ _CAPABILITY = (8, 9)
 _OLDEST = (3, 6)
 #: Columns that share a lookup: a group is some of these, and some chunks, or chunks some groups.
 _QUARTER = 32
-#: What activations may come as.
+#: What `linear` reads as it is.
 NATIVE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -59,7 +59,7 @@ def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
 
 
 def device_refuses(device: torch.device) -> str | None:
-    """Why no kernel of this room runs on a device, or None."""
+    """Why none of these kernels runs on a device, or None."""
     if device.type != DEVICE:
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if importlib.util.find_spec("triton") is None:

@@ -59,13 +59,17 @@ def _processors(device: torch.device) -> int:
 
 
 def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit."""
+    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit.
+
+    input_scale: static, of all tokens, or of each [M]; None: dynamic.
+    """
     tokens, columns = x.shape
     padded = chunks * 128
     x8 = torch.empty(tokens, padded, dtype=torch.uint8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     _programs.quantize_rows[(tokens,)](
-        _raw(x), x8, scales, input_scale if input_scale is not None else scales, columns, padded, fp8_max, smallest,
+        raw(x), x8, scales, scales if input_scale is None else input_scale, 0 if input_scale is None else input_scale.dim(),
+        columns, padded, fp8_max, smallest,
         BLOCK=min(4096, triton.next_power_of_2(padded)), IS_BF16=x.dtype == torch.bfloat16, IS_STATIC=input_scale is not None,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
@@ -78,7 +82,7 @@ def write_values(weight: Layout, group_size: int) -> Tensor:
     pieces, chunks, _, _ = codes.shape
     values = torch.empty(pieces * 64, chunks * 128, dtype=torch.float8_e4m3fn, device=codes.device)
     _programs.write_values[(pieces, chunks)](
-        codes, codes.view(torch.int16), index, _entries(table), values, index.shape[1], chunks,
+        codes, codes.view(torch.int16), index, entries(table), values, index.shape[1], chunks,
         GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=IS_COMPILED, num_warps=4,
     )  # fmt: skip
     return values
@@ -155,26 +159,26 @@ def _multiply(
     each = chunks_each(padded_rows, chunks, tile, _processors(y.device))
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
-    raw, added = _raw(y), y if bias is None else _raw(bias)
+    bits, added = raw(y), y if bias is None else raw(bias)
     ending = {"HAS_BIAS": bias is not None, "IS_BF16": y.dtype == torch.bfloat16, "IS_FP16": y.dtype == torch.float16}
     _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
-        x8, codes, codes.view(torch.int16), index, _entries(table), scales, outer_scale, added, raw, partial,
+        x8, codes, codes.view(torch.int16), index, entries(table), scales, outer_scale, added, bits, partial,
         tokens, rows, padded_rows, chunks, each, GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed,
         USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, IS_SPLIT=splits > 1, **ending,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
         _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
-            partial, scales, outer_scale, added, raw, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
+            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
         )
 
 
-def _entries(table: Tensor) -> Tensor:
+def entries(table: Tensor) -> Tensor:
     """The table as the way to decode reads it: PTX looks up in words of 4 bytes."""
     return table.view(torch.int32) if IS_COMPILED else table
 
 
-def _raw(x: Tensor) -> Tensor:
+def raw(x: Tensor) -> Tensor:
     """BF16 as the bits that the kernels read and write."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
