@@ -78,11 +78,11 @@ def product(arch: int, tokens: int, is_signed: bool = False, group_size: int = 1
     return compiled(kernels.multiply, arch, constants, tile.warps, tile.stages)
 
 
-def grouped(arch: int, tokens: int, sharers: int = 8, group_size: int = 128) -> dict[str, Any]:
-    """`multiply_grouped` as `grouped` lays it out for so many tokens an expert, each of which goes to `sharers` experts."""
+def grouped(arch: int, tokens: int) -> dict[str, Any]:
+    """`multiply_grouped` as `grouped` lays it out for so many tokens an expert."""
     tile = launch.tile_for(tokens)
-    constants = {"GROUP": group_size, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= {"BLOCK_M": tile.tokens} | ENDING | {"HAS_BIAS": False} | ({"sharers": 1} if sharers == 1 else {})
+    constants = {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True, "BLOCK_N": tile.rows}
+    constants |= {"BLOCK_M": tile.tokens} | ENDING
     return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages)
 
 
@@ -101,8 +101,6 @@ def main() -> None:
         "sm_90 quantize_rows": compiled(kernels.quantize_rows, 90, {"BLOCK": 4096, "IS_BF16": True, "IS_STATIC": False}, 8),
         "sm_90 add_up": compiled(kernels.add_up, 90, {"BLOCK": launch._BLOCK} | ENDING),
         "sm_90 multiply_grouped 16": grouped(90, 16),
-        "sm_90 multiply_grouped 16 g32 alone": grouped(90, 16, sharers=1, group_size=32),
-        "sm_90 multiply_grouped 32": grouped(90, 32),
         "sm_90 multiply_grouped 64": grouped(90, 64),
         "sm_90 find_blocks": compiled(grouped_kernels.find_blocks, 90, {"EXPERTS": 256, "BLOCK_M": 16}),
         "sm_89 multiply_grouped 16": grouped(89, 16),
