@@ -33,7 +33,8 @@ class Routes(NamedTuple):
 def routes(chosen: Tensor, experts: int) -> Routes:
     """Of the experts [T, A] that tokens go to, slots in that order; a number that is no expert's stands for none."""
     size = launch.tile_for(-(-chosen.numel() // experts)).tokens
-    return Routes(*torch.ops.duotone.gpu_routes.default(chosen, experts, size), size)
+    expert, order, starts, blocks = torch.ops.duotone.gpu_routes.default(chosen, experts, size)
+    return Routes(expert, order, starts, blocks, size)
 
 
 def linear(x: Tensor, routed: Routes, bank: Bank, bias: Tensor | None = None) -> Tensor:
