@@ -16,6 +16,7 @@ from duotone.contract import quantize_activations
 from duotone.kernels import dispatch, reference
 from duotone.kernels.gpu import backend, bank
 from duotone.models.experts import Experts, find_experts
+from duotone.models.skeleton import build_skeleton
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.runtime import experts as runtime
 from duotone.runtime.linear import QuantizedLinear
@@ -246,6 +247,16 @@ def check_bank(experts: Experts) -> None:
     assert together.dtype == torch.bfloat16 and torch.allclose(one_by_one, together, atol=0.02 * float(together.abs().max()))
 
 
+def test_llama_4_deals_its_tokens_out() -> None:
+    """As no other does; its experts are not grouped."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16}
+    sizes |= {"intermediate_size": 32, "num_local_experts": 2, "moe_layers": [0], "head_dim": 16}
+    for model_type in ("llama4_text", "mixtral"):
+        model = build_skeleton({"model_type": model_type} | sizes, torch.bfloat16)
+        (experts,) = (found for _, found in find_experts(model))
+        assert experts.dealt == (model_type == "llama4_text")
+
+
 def test_a_bank_that_stays_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """Why, and how many: a failed trial, linears that others multiply."""
     out = tmp_path / "out"
@@ -262,5 +273,8 @@ def test_a_bank_that_stays_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     experts.get_submodule("1").up_proj = QuantizedLinear(make_weight(64, 128, Scheme(HOPPER, 128)), None)
     monkeypatch.setattr(trial, "grouped_fault", lambda *_: "a trial failed")
     with pytest.warns(UserWarning, match=said + "a trial failed$"):
+        runtime.group(model)
+    experts.dealt = True
+    with pytest.warns(UserWarning, match=said + "tokens are dealt out to all of them$"):
         runtime.group(model)
     assert experts.grouped is None

@@ -5,6 +5,7 @@ A linear can be observed, solved, written and multiplied by itself, and files na
 vLLM reads. Which tokens go where is the router's business, which stays as it is.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ class Experts(nn.Module):
     """A bank of experts: children "0", "1", ... each with `gate_proj` (if gated), `up_proj` and `down_proj`.
 
     gated, interleaved, transposed: how the checkpoint may hold them in one tensor: with a gate, its rows between those of `up`
-    instead of before them, as [E, in, out] instead of [E, out, in].
+    instead of before them, as [E, in, out] instead of [E, out, in]. dealt: Llama 4's way, see `forward`.
 
     shown_all: experts that are run on every token, so that a calibration that sends them few sees them at work; what the bank
     gives is the same. sent: of the batch under way, what `routing` was given in another model: each expert is run on the
@@ -32,6 +33,7 @@ class Experts(nn.Module):
         self.gated = bool(getattr(bank, "has_gate", True))
         self.interleaved = not getattr(bank, "is_concatenated", True)
         self.transposed = _is_transposed(bank)
+        self.dealt = len(inspect.signature(bank.forward).parameters) == 1
         self.width = int(dict(bank.named_parameters(recurse=False))["down_proj"].shape[1 if self.transposed else 2])
         found = dict(bank.named_parameters(recurse=False))
         up = "gate_up_proj" if "gate_up_proj" in found else "up_proj"

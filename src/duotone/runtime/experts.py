@@ -82,8 +82,10 @@ def _group(experts: Experts) -> str | None:
         return None
     if len(quantized) < len(flat):
         return f"{len(flat) - len(quantized)} of {len(flat)} linears are no 4-bit codes for these kernels"
+    if experts.dealt:
+        return "tokens are dealt out to all of them"
     weights = [[[layer.packed for layer in expert] for expert in linears] for linears in found]
-    if reason := why_not(weights[0]) or why_not(weights[1]) or _trial(weights[0][0][0]):
+    if reason := why_not(weights[0]) or why_not(weights[1]) or _trial(weights[0][0][0]) or _trial(weights[1][0][0]):
         return reason
     banks, biases = [], []
     for linears, held in zip(found, weights, strict=True):
@@ -91,7 +93,7 @@ def _group(experts: Experts) -> str | None:
         for layers, parts in zip(linears, split(bank), strict=True):
             for layer, part in zip(layers, parts, strict=True):
                 layer.hold(part)
-        held.clear()  # the last that knew of the weights as they were
+        held.clear()  # what else knew of the weights as they were
         banks.append(bank)
         biases.append(_biases([layer for layers in linears for layer in layers], bank.part_rows))
     experts.grouped = GroupedExperts(banks[0], banks[1], biases)
