@@ -22,6 +22,8 @@ CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 #: What reads a value back: the host waits for all that is queued.
 _WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default}
+#: What asks a GPU for memory, not for work.
+_NO_WORK = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_local_scalar_dense"}
 #: Operations that take tensors of both devices: copies, and indices on the CPU.
 _MIXES = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_copy_from"}
 
@@ -79,7 +81,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any
         raise RuntimeError(f"{name}: found operands on cuda:0 and on cpu, {[tuple(x.shape) for x in strays]}")
     if name == "aten::index" and not isinstance(args[0], Pretended):
         raise RuntimeError("aten::index: found indices on cuda:0 of a tensor on the cpu")
-    seen["operations"] += 1
+    returns = func._schema.returns
+    is_view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+    seen["launches"] += not is_view and name not in _NO_WORK
     if func in _WAITS or (asked is not None and there and torch.device(asked).type == "cpu"):
         seen["waits"] += 1
     if name == "aten::copy_" and not isinstance(args[0], Pretended):
@@ -114,7 +118,7 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class PretendedGpu(TorchDispatchMode):
-    """While active, `cuda:0` is there. seen: how many operations it was asked for, and how often the host waited for it."""
+    """While active, `cuda:0` is there. seen: how many launches it was asked for, and how often the host waited for it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """The pipeline on a GPU that is only pretended (tests/pretended.py): nothing is left on the CPU, and little is waited for."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from duotone.pipeline import quantize
 from duotone.settings import QuantizeConfig
 from duotone.solver import local_search, loops, statistics
 from duotone.solver.statistics import StatisticsAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import scale
+import scale_gpu
+
 from tests.pretended import CUDA, Pretended, PretendedGpu, pretended_gpu
 
 
@@ -34,7 +41,7 @@ class Loops:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
             assert all(isinstance(x, Pretended) for x in given if isinstance(x, torch.Tensor)), name
-            self._gpu.seen["operations"] += 1
+            self._gpu.seen["launches"] += 1
             self._gpu.seen[name] += 1
             found = getattr(torch.ops.duotone, name)(*(x.held if isinstance(x, Pretended) else x for x in given))
             return tree_map_only(torch.Tensor, Pretended, found)
@@ -99,6 +106,10 @@ def test_everything_is_on_the_gpu_and_the_bytes_are_a_cpus(
     assert on_cpu.keys() == on_gpu.keys()
     assert [name for name in on_cpu if not torch.equal(on_cpu[name], on_gpu[name])] == []
     assert gpu.seen["sweep"] > 0 and gpu.seen["waits"] < 25 * len(found.layers)
+    if case == "dpq":  # what docs/scale.md counts on paper
+        paper = scale_gpu.phases(scale.dense(case, 128, 256, 2, 64, 260), scale_gpu.H200, 8 * 64)
+        launches = sum(phase.launches for phase in paper.values()) / scale_gpu.LAUNCH_SECONDS
+        assert 0.85 * launches < gpu.seen["launches"] <= launches
 
 
 @pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")

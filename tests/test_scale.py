@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import scale  # noqa: E402 - a tool, not a package
+import scale_gpu  # noqa: E402
 
 MODEL = ROOT / "assets" / "duotone-10m"
 
@@ -65,3 +66,17 @@ def test_a_ceiling_is_measured_and_turns_work_into_seconds(tmp_path: Path) -> No
     ceiling = measured_ceiling(tmp_path, size=128)
     assert min(ceiling.narrow, ceiling.wide, ceiling.disk) > 0 and not list(tmp_path.iterdir())
     assert Ceiling(2.0, 4.0, 8.0).seconds(Work(narrow=2.0, wide=8.0, nbytes=4.0)) == 3.5
+
+
+def test_one_gpu_multiplies_what_the_cost_model_counts() -> None:
+    """By phase, the same arithmetic where it is whole matrices'; caches hold the state of narrow rows only."""
+    shape, gpu = scale.dense("llama", 4096, 14336, 2, 1024, 1000), scale_gpu.H200
+    found = scale_gpu.phases(shape, gpu, tokens=8192, window=0)
+    meant = scale.cost(shape, 1, scale.Machine("same", gpu.narrow, gpu.wide, 1.0, 1.0), tokens=8192).seconds
+    assert found["forward"].arithmetic == pytest.approx(meant["forward"])
+    assert found["moments"].arithmetic == pytest.approx(meant["hessian"])
+    searched = sum(phase.arithmetic for name, phase in found.items() if name in {"local search", "scales", "column loops"})
+    assert 0 < found["factors, products"].arithmetic - meant["factorize"] < meant["solve"] < searched + meant["solve"]
+    assert all(phase.seconds > 0 for phase in found.values())
+    wide = scale_gpu.phases(scale.dense("wide", 4096, 65536, 2, 1024, 1000), gpu)["local search"]
+    assert wide.memory / wide.arithmetic > 2 * found["local search"].memory / found["local search"].arithmetic

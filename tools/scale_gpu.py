@@ -40,7 +40,7 @@ VISIT_INSTRUCTIONS, TRIAL_INSTRUCTIONS = 16, 25
 PROGRAMS, WIDE, STATE_BYTES, MOVED_BYTES = (3, 1), 8192, 12, 16
 #: Launches: of a block's forward pass, of the moments of a batch, of a column block, and all others of a linear; counted on a
 #: pretended GPU (tests/test_gpu_pipeline.py holds their sum against what is counted).
-FORWARD_LAUNCHES, MOMENT_LAUNCHES, BLOCK_LAUNCHES, LINEAR_LAUNCHES = 40, 12, 10, 600
+FORWARD_LAUNCHES, MOMENT_LAUNCHES, BLOCK_LAUNCHES, LINEAR_LAUNCHES = 40, 12, 10, 800
 
 
 @dataclass
@@ -74,7 +74,7 @@ def phases(shape: Shape, gpu: Gpu, tokens: int = 128 * 2048, window: int = 2048)
         sums = found["moments"]
         sums.arithmetic += times * moments(group.rows[0], k, here, group.writes) / gpu.narrow
         entries = k * (k + (group.rows[0] if group.writes else k))
-        sums.memory += times * batches * 16 * entries / gpu.memory  # a product written and read, the sum read and written
+        sums.memory += times * batches * 24 * entries / gpu.memory  # a product written and read, its sum in float64 too
         sums.launches += times * batches * MOMENT_LAUNCHES * LAUNCH_SECONDS
         products = found["factors, products"]
         solved = (4 + REFITS) * n * k**2 + sum(correcting(group.rows, k, group.writes)) + k**3 / 3
