@@ -139,9 +139,11 @@ def _guarded() -> Iterator[None]:
     before = cpu_and_cuda[1]
     cpu_and_cuda[1] = before or cpu_and_cuda[0]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its numbers on the CPU and moves them
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters
     try:
         yield
     finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
         torch._C._set_only_lift_cpu_tensors(False)
         cpu_and_cuda[1] = before
 
@@ -152,5 +154,6 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_name", lambda _: "a pretended GPU")
+    patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))  # whose linears are plain torch
     with _guarded(), torch.no_grad(), PretendedGpu() as gpu:
         yield gpu

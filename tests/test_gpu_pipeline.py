@@ -17,6 +17,7 @@ from duotone.checkpoint import ahead
 from duotone.checkpoint.source import Source, check_finite
 from duotone.kernels import native
 from duotone.models.skeleton import place_buffers
+from duotone.modules import quantize_module
 from duotone.outcome import QuantizeReport
 from duotone.phases import HostClock
 from duotone.pipeline import quantize
@@ -127,6 +128,21 @@ def test_no_room_and_no_triton(tiny_model: Callable[..., Path], tmp_path: Path, 
     assert set(found.notes) - set(meant.notes) == told
     kept, there = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "gpu"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in there.items())
+
+
+@pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
+def test_a_module_given_in_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Module and batches come from the CPU, positional and named; the codes are a CPU's, and the answer is on the GPU."""
+    monkeypatch.setattr(local_search, "LEAST_VISITS", 2**11)
+    torch.manual_seed(0)
+    module, x = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 8)), torch.randn(2, 32, 64)
+    meant = quantize_module(module, [{"input": x[0]}, x[1]], device="cpu", group_size=32)
+    request.getfixturevalue("gpu")
+    found = quantize_module(module, [{"input": x[0]}, x[1]], device="cuda:0", group_size=32)
+    assert meant.weights.keys() == found.weights.keys() == {"0"}
+    for layer, weight in found.weights.items():
+        assert weight.codes.device == CUDA and torch.equal(weight.codes.cpu(), meant.weights[layer].codes)
+    assert torch.allclose(found.module(x[0].to(CUDA)).cpu(), meant.module(x[0]), atol=1e-5)
 
 
 @pytest.mark.usefixtures("gpu")
