@@ -223,10 +223,13 @@ def test_who_has_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loops.refusal(torch.device("cpu")) is None
     assert (loops.compiled(HOPPER.fp8, x) is torch.ops.duotone) == native.available()
     assert loops.compiled(HOPPER.fp8, x.double()) is None and loops.compiled(HOPPER.fp8, there) is None
-    loops.refusal.cache_clear()
+    loops._tried.cache_clear()
     monkeypatch.setattr(trial, "fault", lambda device: f"a trial on {device} failed")
     assert loops.refusal(cuda) == "a trial on cuda:0 failed"
-    loops.refusal.cache_clear()
+    monkeypatch.setattr(trial, "fault", lambda _: pytest.fail("tried again"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert loops.refusal(torch.device("cuda")) == "a trial on cuda:0 failed"
+    loops._tried.cache_clear()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _: None)
     assert "triton is not installed" in str(loops.refusal(cuda))
-    loops.refusal.cache_clear()
+    loops._tried.cache_clear()

@@ -28,13 +28,18 @@ def compiled(fp8: FloatFormat, tensor: Tensor) -> Any:
     return solver
 
 
-@cache
 def refusal(device: torch.device) -> str | None:
     """Why a GPU does not run the Triton programs, as a sentence; None: it does, or the device is none. Tries them once."""
     if device.type != "cuda":
         return None
+    is_any = device.index is None  # pyright: ignore[reportUnnecessaryComparison] - torch's types leave None out
+    return _tried(torch.cuda.current_device() if is_any else device.index)
+
+
+@cache
+def _tried(index: int) -> str | None:
     if reason := missing_triton():
         return reason
     from duotone.solver import trial
 
-    return trial.fault(device)
+    return trial.fault(torch.device("cuda", index))
