@@ -25,7 +25,10 @@ _CAPABILITY = (8, 9)
 _OLDEST = (3, 6)
 #: Columns that share a lookup: a group is some of these, and some chunks, or chunks some groups.
 _QUARTER = 32
-_NATIVE = (torch.bfloat16, torch.float16, torch.float32)
+#: What `linear` reads as it is.
+NATIVE = (torch.bfloat16, torch.float16, torch.float32)
+#: Columns of a row that a program holds in registers, to norm it.
+MOST_NORMED = 2**14
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,8 @@ class Packed:
     """A weight as the op reads it: the only copy there is.
 
     codes, index, table, to_a_word, is_signed: as in `layout.Layout`, whose entries are the index. outer_scale: float32 [N].
-    input_scale: static activation scale or None. parts: the rows of each of several weights in one.
+    input_scale: static activation scale or None. parts: the rows of each of several weights in one. norm: [K], of the RMS norm
+    that inputs go through first, and its epsilon, where this weight does that too (`with_norm`).
     """
 
     codes: Tensor
@@ -48,12 +52,19 @@ class Packed:
     fp8_max: float
     smallest_scale: float
     parts: tuple[int, ...] = ()
+    norm: Tensor | None = None
+    epsilon: float = 0.0
 
 
 def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
     """Why this backend cannot run weights of a scheme on a device, or None."""
     if isinstance(scheme, Fp8Scheme):
         return "multiplies 4-bit codes, not FP8 weights"
+    return device_refuses(device) or _scheme_refuses(scheme) or _trial(scheme, device)
+
+
+def device_refuses(device: torch.device) -> str | None:
+    """Why none of these kernels runs on a device, or None."""
     if device.type != DEVICE:
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -67,7 +78,7 @@ def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
     if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} does not multiply FP8: found compute capability {found[0]}.{found[1]}, expected 8.9 or higher"
-    return _scheme_refuses(scheme) or _trial(scheme, device)
+    return None
 
 
 def _scheme_refuses(scheme: Scheme) -> str | None:
@@ -153,11 +164,33 @@ def split(merged: Packed) -> list[Packed]:
     return weights
 
 
+def with_norm(packed: Packed, weight: Tensor, epsilon: float) -> Packed:
+    """A weight whose inputs are normed as transformers' LlamaRMSNorm does, in the same launch that quantizes them.
+
+    weight: the norm's, [K], no more than `MOST_NORMED` of them.
+    """
+    return replace(packed, norm=weight, epsilon=epsilon)
+
+
+def activations(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """What `linear` multiplies of x [M, K]: FP8 [M, K] and s_x float32 [M], its norm done if it has one."""
+    from duotone.kernels.gpu import launch
+
+    facts = packed.codes.shape[1], packed.input_scale, packed.fp8_max, packed.smallest_scale
+    x8, scales = launch.activations(x, *facts, *_norm(x, packed))
+    return x8[:, : x.shape[1]], scales
+
+
+def _norm(x: Tensor, packed: Packed) -> tuple[Tensor, float] | tuple[()]:
+    """The norm's weight in the dtype that a model has which gives such an x, and its epsilon; nothing where there is none."""
+    return () if packed.norm is None else (packed.norm.to(x.dtype), packed.epsilon)
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """What `reference.linear` computes, but for the order of its sums; x [..., K] -> [..., N]."""
     from duotone.kernels.gpu import launch
 
-    if x.dtype not in _NATIVE:
+    if x.dtype not in NATIVE:
         y = linear(x.float(), packed).to(x.dtype)
         return y if bias is None else y + bias
     fused = bias if bias is not None and bias.dtype == x.dtype else None
@@ -174,6 +207,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         packed.group_size,
         packed.fp8_max,
         packed.smallest_scale,
+        *_norm(x, packed),
     )
     return y if bias is None or fused is not None else y + bias
 

@@ -3,6 +3,7 @@
 What a compiler or a driver makes of them is theirs to decide: a wrong value is a reason to run plain torch, never an answer.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,11 +22,15 @@ _ROWS, _COLUMNS = 144, 1056
 @cache
 def fault(group_size: int, device: torch.device) -> str | None:
     """What the kernels do that the contract does not, as a sentence; None: they agree."""
+    return told(device, lambda: _difference(group_size, False, device) or _difference(group_size, True, device))
+
+
+def told(device: torch.device, difference: Callable[[], str | None]) -> str | None:
+    """What comes of a comparison on a device, as a sentence, of which it gives what differs; None: nothing does."""
     with torch.no_grad(), torch.cuda.device_of(torch.empty(0, device=device)):
         try:
-            for is_signed in (False, True):
-                if wrong := _difference(group_size, is_signed, device):
-                    return f"a trial on {device} gave other {wrong} than plain torch does"
+            if wrong := difference():
+                return f"a trial on {device} gave other {wrong} than plain torch does"
         except Exception as error:
             first_line = (str(error).strip().splitlines() or ["no message"])[0]
             return f"a trial on {device} failed ({type(error).__name__}: {first_line})"
