@@ -56,10 +56,10 @@ def norm_of(size: int, dtype: torch.dtype, kind: Any = LlamaRMSNorm) -> Any:
     return norm.requires_grad_(False)
 
 
-def normed(x: Tensor, weight: Tensor, target: Target, static: Tensor | None) -> tuple[Tensor, Tensor]:
+def normed(x: Tensor, weight: Tensor, target: Target, static: Tensor | None, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
     there = None if static is None else static.to(DEVICE)
     facts = -(-x.shape[1] // 128), there, target.fp8.max, target.smallest_activation_scale
-    x8, scales = rows.norm_and_quantize(x.to(DEVICE), weight.to(DEVICE), EPSILON, *facts)
+    x8, scales = rows.norm_and_quantize(x.to(DEVICE), weight.to(DEVICE), epsilon, *facts)
     assert not x8[:, x.shape[1] :].float().any() and x8.shape[1] % 128 == 0
     return x8[:, : x.shape[1]].float().cpu(), scales.cpu()[:, None]
 
@@ -81,6 +81,14 @@ def test_norms_bit_for_bit_on_exact_sums(size: int, target: Target, dtype: torch
     meant, scale = quantize_activations(norm(x.to(dtype)), target, static)
     assert same_bits(x8, meant) and same_bits(scales, scale.expand(5, 1))
     assert bool(meant[2:].isnan().any(-1).all())
+
+
+def test_a_norm_of_next_to_nothing() -> None:
+    """Squares that are zero and no epsilon: infinities of the row, not the NaN that is made of what lies after it."""
+    x, norm = torch.full((1, 100), 1e-30).bfloat16(), LlamaRMSNorm(100, eps=0.0).bfloat16().requires_grad_(False)
+    x8, scale = normed(x, norm.weight, HOPPER, None, 0.0)
+    meant, its = quantize_activations(norm(x), HOPPER)
+    assert torch.equal(scale, its) and its.isinf().all() and same_bits(x8, meant)
 
 
 @pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=lambda target: target.name)
