@@ -184,7 +184,10 @@ def test_one_sentence_from_the_one_that_failed(model: Path, text_file: Path, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("die", [False, True])
 def test_torchrun(model: Path, text_file: Path, tmp_path: Path, die: bool) -> None:
-    """As a user starts it, with two batches of 4096 tokens: what one process finds. When a process dies, torchrun ends the others, and the sentence comes all the same."""
+    """As a user starts it, with a batch for each: what one process finds.
+
+    When a process dies, torchrun ends the others, and the sentence comes all the same.
+    """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     ours = ["duotone", "quantize", str(model), str(tmp_path / "dpq"), "--calibration", str(text_file)]
     ours += ["--samples", "64", "--seq-len", "128", "--device", "cpu", "--json"]

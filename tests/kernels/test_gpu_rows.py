@@ -22,13 +22,14 @@ from duotone.contract import dequantize_kv, quantize_activations, quantize_kv
 from duotone.errors import DuotoneError
 from duotone.explanation import _cache
 from duotone.kernels import dispatch, reference
-from duotone.kernels.gpu import backend, cache
+from duotone.kernels.gpu import backend, cache, fp8
 from duotone.models.text import LLAMA
+from duotone.qweight import Fp8Weight
 from duotone.runtime import cache as held
 from duotone.runtime import decoder, kv_cache, norms
 from duotone.runtime.linear import QuantizedLinear, share_call
 from duotone.runtime.load import load
-from duotone.scheme import GAUDI, HOPPER, Scheme, Target
+from duotone.scheme import GAUDI, HOPPER, Fp8Scheme, Scheme, Target
 from tests.kernels.test_gpu import CUDA, DEVICE, quantized, same_bits, weight_of
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
@@ -114,26 +115,31 @@ def test_static_activations_of_every_value(columns: int) -> None:
     """All of BF16 in rows that no block divides, by large and small powers of two: NaN stays, infinity saturates at 240."""
     every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
     x = every[-(2**16 // columns if columns == 1021 else 7) * columns :].view(-1, columns)
-    for static in (torch.tensor(2.0**-30), torch.tensor(0.125), torch.tensor([2.0**12])):
+    for static in (torch.tensor(2.0**-30), torch.tensor(0.125), torch.tensor(2.0**12)):
         x8, scales = quantized(x, GAUDI, static.to(DEVICE))
         meant, _ = quantize_activations(x, GAUDI, static)
         assert same_bits(x8[:, :columns].float(), meant) and bool((scales == static).all())
         assert torch.equal(x8[:, :columns].float().isnan(), x.isnan()) and float(meant.nan_to_num().abs().max()) <= 240
 
 
-@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=lambda target: target.name)
-def test_a_linear_that_norms(target: Target) -> None:
-    """The bits of norm and linear apart; a shared call too; in the dtype that a model is cast to; without tokens."""
-    weight = weight_of(24, 100, Scheme(target, 32))
-    packed, norm, x = backend.prepack(weight), norm_of(100, torch.bfloat16), integers(2, 3, 100)
-    both = backend.with_norm(packed, norm.weight.to(DEVICE), EPSILON)
+def fp8_weight(rows: int, columns: int) -> Fp8Weight:
+    values, outer = draw(6, rows, columns).clamp(-4, 4).to(torch.float8_e4m3fn), draw(7, rows).abs() + 0.1
+    return Fp8Weight(values.to(DEVICE), outer.bfloat16().float().to(DEVICE), Fp8Scheme(HOPPER))
+
+
+@pytest.mark.parametrize("kind", ["hopper", "gaudi", "FP8 weights"])
+def test_a_linear_that_norms(kind: str) -> None:
+    """The bits of norm and linear apart; in the dtype that a model is cast to; without tokens."""
+    place, weight = backend, weight_of(24, 100, Scheme(GAUDI if kind == "gaudi" else HOPPER, 32))
+    if kind == "FP8 weights":
+        place, weight = fp8, fp8_weight(24, 100)
+    packed, norm, x = place.prepack(weight), norm_of(100, torch.bfloat16), integers(2, 3, 100)
+    both = place.with_norm(packed, norm.weight.to(DEVICE), EPSILON)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        meant = backend.linear(copy.deepcopy(norm).to(kind)(x.to(kind)).to(DEVICE), packed)
-        assert torch.equal(backend.linear(x.to(DEVICE, dtype), both), meant.to(dtype))
-    assert backend.linear(x[:0].to(DEVICE, torch.bfloat16), both).shape == (0, 3, 24)
-    x8, scales = backend.activations(x[0].to(DEVICE, torch.bfloat16), both)
-    assert x8.shape == (3, 100) and scales.shape == (3,)
+        kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        meant = place.linear(copy.deepcopy(norm).to(kept)(x.to(kept)).to(DEVICE), packed)
+        assert torch.equal(place.linear(x.to(DEVICE, dtype), both), meant.to(dtype))
+    assert place.linear(x[:0].to(DEVICE, torch.bfloat16), both).shape == (0, 3, 24)
 
 
 class Block(nn.Module):
@@ -150,8 +156,9 @@ class Block(nn.Module):
 
 @pytest.fixture
 def readers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, nn.Module]]:
-    monkeypatch.setattr(backend, "refuses", lambda *_: None)
-    monkeypatch.setattr(dispatch, "BACKENDS", (backend, reference))
+    monkeypatch.setattr(backend, "refuses", lambda scheme, _: "no" if isinstance(scheme, Fp8Scheme) else None)
+    monkeypatch.setattr(fp8, "refuses", lambda *_: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend, fp8, reference))
     weights = [weight_of(rows, 96, Scheme(HOPPER, 32)) for rows in (128, 24)]
     return lambda: {name: QuantizedLinear(weight, None) for name, weight in zip(("gate_proj", "up_proj"), weights, strict=True)}
 
@@ -173,6 +180,16 @@ def test_readers_take_their_norm(readers: Callable[[], dict[str, nn.Module]]) ->
     block.post_attention_layernorm.weight.zero_()
     assert not any(bool(y.any()) for y in block(x))
     assert {name for name, _ in block.named_parameters()} == {"post_attention_layernorm.weight"}
+
+
+def test_readers_of_two_precisions_take_it(readers: Callable[[], dict[str, nn.Module]]) -> None:
+    """A linear with FP8 weights beside one of 4-bit codes: each norms what it is given."""
+    x, norm = integers(3, 96).bfloat16(), norm_of(96, torch.bfloat16)
+    mixed = lambda: readers() | {"up_proj": QuantizedLinear(fp8_weight(24, 96), None)}  # noqa: E731
+    meant = [reader(norm(x).to(DEVICE)) for reader in mixed().values()]
+    block = Block(norm.to(DEVICE), mixed())
+    assert norms.install(nn.ModuleList([block]), NORMS[1:], torch.bfloat16) == 1
+    assert all(map(torch.equal, block(x.to(DEVICE)), meant))
 
 
 @pytest.mark.parametrize("kind", [Gemma2RMSNorm, Olmo2RMSNorm, nn.LayerNorm], ids=lambda kind: kind.__name__)
@@ -294,6 +311,9 @@ def test_the_ops_keep_their_word() -> None:
         packed.is_signed, 32, packed.fp8_max, packed.smallest_scale, torch.ones(64, device=DEVICE).bfloat16(), EPSILON,
     )  # fmt: skip
     assert set(torch.library.opcheck(torch.ops.duotone.gpu_linear.default, given).values()) == {"SUCCESS"}
+    bytes_ = torch.zeros(16, 128, dtype=torch.uint8, device=DEVICE)
+    given = (x, bytes_, torch.ones(9, device=DEVICE), None, packed.fp8_max, packed.smallest_scale, *given[-2:])
+    assert set(torch.library.opcheck(torch.ops.duotone.gpu_linear_fp8.default, given).values()) == {"SUCCESS"}
 
 
 def test_a_static_cache_compiles() -> None:

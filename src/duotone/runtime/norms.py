@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from duotone.contract import quantize_activations
-from duotone.kernels.gpu import backend
+from duotone.kernels.gpu import backend, fp8
+from duotone.kernels.gpu.layout import CHUNK
 from duotone.runtime.linear import QuantizedLinear, take_norm
 
 
@@ -30,7 +31,7 @@ def install(blocks: nn.ModuleList, norms: Iterable[tuple[str, tuple[str, ...]]],
         for path, readers in norms:
             norm: Any = block.get_submodule(path)
             linears = [layer for name in readers if isinstance(layer := block.get_submodule(name), QuantizedLinear)]
-            if len(linears) < len(readers) or any(layer.backend is not backend for layer in linears):
+            if len(linears) < len(readers) or any(layer.backend not in (backend, fp8) for layer in linears):
                 continue
             if fault := _fault(norm, linears[0], dtype):
                 faults.append(f"{path}: {fault}")
@@ -64,9 +65,13 @@ def _fault(norm: nn.Module, reader: QuantizedLinear, dtype: torch.dtype) -> str 
 
 
 def _difference(norm: nn.Module, weight: Tensor, epsilon: float, reader: QuantizedLinear) -> str | None:
+    from duotone.kernels.gpu import launch
+
     x = torch.randint(-8, 9, (3, len(weight)), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    static = None if reader.input_scale is None else reader.input_scale.cpu()
-    meant, scale = quantize_activations(copy.deepcopy(norm).cpu()(x), reader.scheme.target, static)
-    x8, scales = backend.activations(x.to(weight.device), backend.with_norm(reader._packed, weight, epsilon))
-    same = torch.equal(x8.float().cpu(), meant) and torch.equal(scales.cpu()[:, None], scale.expand(3, 1))
+    target, packed = reader.scheme.target, reader.packed
+    static = None if packed.input_scale is None else packed.input_scale.cpu()
+    meant, scale = quantize_activations(copy.deepcopy(norm).cpu()(x), target, static)
+    facts = packed.input_scale, packed.fp8_max, packed.smallest_scale
+    x8, scales = launch.activations(x.to(weight.device), -(-len(weight) // CHUNK), *facts, weight, epsilon)
+    same = torch.equal(x8[:, : len(weight)].float().cpu(), meant) and torch.equal(scales.cpu()[:, None], scale.expand(3, 1))
     return None if same else "FP8 activations"

@@ -172,18 +172,9 @@ def with_norm(packed: Packed, weight: Tensor, epsilon: float) -> Packed:
     return replace(packed, norm=weight, epsilon=epsilon)
 
 
-def activations(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """What `linear` multiplies of x [M, K]: FP8 [M, K] and s_x float32 [M], its norm done if it has one."""
-    from duotone.kernels.gpu import launch
-
-    facts = packed.codes.shape[1], packed.input_scale, packed.fp8_max, packed.smallest_scale
-    x8, scales = launch.activations(x, *facts, *_norm(x, packed))
-    return x8[:, : x.shape[1]], scales
-
-
-def _norm(x: Tensor, packed: Packed) -> tuple[Tensor, float] | tuple[()]:
-    """The norm's weight in the dtype that a model has which gives such an x, and its epsilon; nothing where there is none."""
-    return () if packed.norm is None else (packed.norm.to(x.dtype), packed.epsilon)
+def norm_of(x: Tensor, norm: Tensor | None, epsilon: float) -> tuple[Tensor, float] | tuple[()]:
+    """A norm in the dtype that its weight has in a model which gives such an x, for an op; nothing where there is none."""
+    return () if norm is None else (norm.to(x.dtype), epsilon)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -207,7 +198,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         packed.group_size,
         packed.fp8_max,
         packed.smallest_scale,
-        *_norm(x, packed),
+        *norm_of(x, packed.norm, packed.epsilon),
     )
     return y if bias is None or fused is not None else y + bias
 
