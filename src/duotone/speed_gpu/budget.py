@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,8 @@ class Deadline:
         except Exception as error:  # whatever a compiler, a driver or another's package may raise: the other rows matter
             yield facts | {"unmeasured": reason_of(error)}
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # after some failures nothing on the device works any more
+                    torch.cuda.empty_cache()
 
 
 class Budget:

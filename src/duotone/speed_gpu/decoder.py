@@ -67,12 +67,12 @@ class Between:
         """For a device: compiled on a GPU, once it has computed there what the plain functions compute."""
         if device.type != "cuda" and backend == "inductor":
             return cls()
-        compiled: dict[str, Any] = {
-            function.__name__: torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
-            for function in (add_and_norm, gate, rotate_and_keep)
-        }
-        between = cls(**compiled, how=f"torch.compile, {backend}")
         try:
+            compiled: dict[str, Any] = {
+                function.__name__: torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
+                for function in (add_and_norm, gate, rotate_and_keep)
+            }
+            between = cls(**compiled, how=f"torch.compile, {backend}")
             with torch.no_grad():
                 differs = any(_differs(between, batch, tokens, device) for batch, tokens in ((1, 1), (2, 1), (1, 3)))
         except Exception as error:  # a compiler that is missing, or fails
@@ -95,12 +95,10 @@ def _differs(between: Between, batch: int, tokens: int, device: torch.device) ->
 
 @dataclass(frozen=True)
 class _Layer:
-    qkv: Linear
-    o: Linear
-    gate_up: Linear
-    down: Linear
-    input_norm: Tensor
-    output_norm: Tensor
+    """Linears in the order of `Sizes.linears`, and the norms before the first and the third of them."""
+
+    linears: tuple[Linear, ...]
+    norms: tuple[Tensor, ...]
 
 
 @dataclass
@@ -120,21 +118,16 @@ class Decoder:
     @classmethod
     def random(cls, sizes: Sizes, form: Form, group_size: int, between: Between, device: torch.device) -> "Decoder":
         """Made where it runs. Layers are copies of the first: each has its memory, the values are all the same to time."""
-        norms = {name: torch.ones(sizes.hidden, dtype=torch.bfloat16, device=device) for name in ("input_norm", "output_norm")}
-        first = _Layer(
-            **{
-                name: form.prepare(random_weight(shape, group_size, device, seed))
-                for seed, (name, shape) in enumerate(sizes.linears().items())
-            },
-            **norms,
-        )
+        shapes, one = sizes.linears().values(), torch.ones(sizes.hidden, dtype=torch.bfloat16, device=device)
+        linears = tuple(form.prepare(random_weight(shape, group_size, device, seed)) for seed, shape in enumerate(shapes))
+        first = _Layer(linears, (one, one.clone()))
         generator = torch.Generator(device).manual_seed(0)
         table, head = (
             torch.randn(sizes.vocabulary, sizes.hidden, generator=generator, device=device, dtype=torch.bfloat16) * scale
             for scale in (1.0, sizes.hidden**-0.5)
         )
         layers = [first, *(copy.deepcopy(first) for _ in range(sizes.layers - 1))]
-        return cls(sizes, form, between, layers, table, head, norms["input_norm"], group_size)
+        return cls(sizes, form, between, layers, table, head, one.clone(), group_size)
 
     @property
     def weight_bytes(self) -> int:
@@ -164,16 +157,17 @@ class Decoder:
         x, between = x.reshape(-1, hidden), self.between
         added = torch.zeros_like(x)
         for layer, (keys, values) in zip(self.layers, cache, strict=True):
-            x, normed = between.add_and_norm(x, added, layer.input_norm)
-            qkv = layer.qkv(normed).view(batch, tokens, -1, self.sizes.head_size)
+            from_x, out, wide, narrow = layer.linears
+            x, normed = between.add_and_norm(x, added, layer.norms[0])
+            qkv = from_x(normed).view(batch, tokens, -1, self.sizes.head_size)
             end = start + tokens
             queries = between.rotate_and_keep(qkv, angles, keys[:, :, start:end], values[:, :, start:end])
             mixed = scaled_dot_product_attention(
                 queries, keys[:, :, :end], values[:, :, :end], is_causal=tokens > 1, enable_gqa=True
             )
-            added = layer.o(mixed.transpose(1, 2).reshape(batch * tokens, -1))
-            x, normed = between.add_and_norm(x, added, layer.output_norm)
-            added = layer.down(between.gate(layer.gate_up(normed)))
+            added = out(mixed.transpose(1, 2).reshape(batch * tokens, -1))
+            x, normed = between.add_and_norm(x, added, layer.norms[1])
+            added = narrow(between.gate(wide(normed)))
         last = (x + added).view(batch, tokens, hidden)[:, -1]
         return linear(rms_norm(last, self.norm.shape, self.norm, _EPSILON), self.head)
 

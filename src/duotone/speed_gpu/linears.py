@@ -4,7 +4,7 @@
 All candidates take turns on the stream of one process, so that a ratio is the median of the ratios of each round.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,13 +88,13 @@ def linear_rows(bench: Bench, shapes: Shapes, deadline: Deadline) -> Iterator[Ro
     yield from _rows(bench, shapes, deadline, OWN)
 
 
-def peer_rows(bench: Bench, shapes: Shapes, deadline: Deadline) -> Iterator[Row]:
-    """Ours and BF16 beside those of other packages; a row with the reason for each that is not installed."""
-    missing = [form for form in PEERS if form.refusal]
-    for form in missing:
+def peer_rows(bench: Bench, models: Sequence[Shapes], deadline: Deadline) -> Iterator[Row]:
+    """Ours and BF16 beside those of other packages, model after model; a row with the reason for each that is not installed."""
+    for form in (form for form in PEERS if form.refusal):
         yield {"kind": "linear", "kernel": form.name, "shape": None, "tokens": None, "unmeasured": form.refusal}
-    if len(missing) < len(PEERS):
-        yield from _rows(bench, shapes, deadline, (OURS, BF16, *(form for form in PEERS if not form.refusal)))
+    there = tuple(form for form in PEERS if not form.refusal)
+    for shapes in models if there else ():
+        yield from _rows(bench, shapes, deadline, (OURS, BF16, *there))
 
 
 def _rows(bench: Bench, shapes: Shapes, deadline: Deadline, forms: tuple[Form, ...]) -> Iterator[Row]:

@@ -115,7 +115,7 @@ class _Run:
             "end-to-end": lambda: end_to_end_rows(self.stage, deadline),
             "throughput": lambda: throughput_rows(self.stage, deadline),
             "quantizer": lambda: quantizer_rows(self.bench, plan.blocks, deadline),
-            "peers": lambda: peer_rows(self.bench, small, deadline),
+            "peers": lambda: peer_rows(self.bench, (small, large), deadline),
             QUANTIZER_FULL: lambda: quantizer_rows(self.bench, plan.whole.layers, deadline),
         }
         return rows[part]()
