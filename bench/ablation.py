@@ -235,7 +235,7 @@ class Ablation:
         given = self.arguments
         config = QuantizeConfig(
             calibration=tuple(given.calibration), group_size=given.group_size, samples=given.samples, seq_len=given.seq_len,
-            seed=given.seed, device="cpu", **options,
+            seed=given.seed, device="cpu", **{"dtype": "float32", **options},
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             quantize(given.model, Path(scratch) / "out", config)

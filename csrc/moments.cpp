@@ -17,11 +17,11 @@
 
 namespace duotone {
 
-DUOTONE_CLONES void add_tile_portable(const uint16_t* left, const uint16_t* right, int64_t pairs, float* sum, int64_t stride) {
+DUOTONE_CLONES void add_tile_portable(const uint16_t* left, const uint16_t* right, int64_t pairs, float* tile) {
   for (int64_t k = 0; k < pairs; k++)
     for (int64_t i = 0; i < PANEL; i++) {
       const float a = widen(left[(k * PANEL + i) * 2]), b = widen(left[(k * PANEL + i) * 2 + 1]);
-      float* row = sum + i * stride;
+      float* row = tile + i * PANEL;
       const uint16_t* columns = right + k * PANEL * 2;
       for (int64_t j = 0; j < PANEL; j++) row[j] += a * widen(columns[2 * j]) + b * widen(columns[2 * j + 1]);
     }
@@ -67,8 +67,8 @@ struct Panels {
   std::vector<uint16_t> packed;
 };
 
-// Adds left^T right to sum, tile by tile; where both are one, only the tiles on and above the diagonal.
-void add_moments(Panels& left, Panels* other, float* sum, AddTile add) {
+// Adds left^T right, made in float32, to sum, tile by tile; where both are one, only the tiles on and above the diagonal.
+void add_moments(Panels& left, Panels* other, double* sum, AddTile add) {
   const Panels& right = other ? *other : left;
   const int64_t columns = right.columns;
   Crew::run([&](Crew::Member& member) {
@@ -78,15 +78,11 @@ void add_moments(Panels& left, Panels* other, float* sum, AddTile add) {
       const int64_t i = piece / right.count, j = piece % right.count;
       if (!other && j < i) return;
       const int64_t rows = std::min(PANEL, left.columns - i * PANEL), wide = std::min(PANEL, columns - j * PANEL);
-      float* tile = sum + i * PANEL * columns + j * PANEL;
-      if (rows == PANEL && wide == PANEL) {
-        for (int64_t c = 0; c < left.chunks; c++) add(left.at(c, i), right.at(c, j), left.pairs(c), tile, columns);
-        return;
-      }
-      float edge[PANEL * PANEL] = {};
-      for (int64_t c = 0; c < left.chunks; c++) add(left.at(c, i), right.at(c, j), left.pairs(c), edge, PANEL);
+      float tile[PANEL * PANEL] = {};
+      for (int64_t c = 0; c < left.chunks; c++) add(left.at(c, i), right.at(c, j), left.pairs(c), tile);
+      double* to = sum + i * PANEL * columns + j * PANEL;
       for (int64_t a = 0; a < rows; a++)
-        for (int64_t b = 0; b < wide; b++) tile[a * columns + b] += edge[a * PANEL + b];
+        for (int64_t b = 0; b < wide; b++) to[a * columns + b] += tile[a * PANEL + b];
     });
   });
 }
@@ -97,11 +93,11 @@ void moments(Tensor left, std::optional<Tensor> right, Tensor sum, bool portable
   const int64_t tokens = left.size(0), columns = right ? right->size(1) : left.size(1);
   if (right) check_shape(*right, {tokens, columns}, "right");
   check_shape(sum, {left.size(1), columns}, "sum");
-  data_of<float>(sum, ScalarType::Float, "sum");
+  data_of<double>(sum, ScalarType::Double, "sum");
   Panels panels(data_of<uint16_t>(left, ScalarType::BFloat16, "left"), tokens, left.size(1));
   std::optional<Panels> others;
   if (right) others.emplace(data_of<uint16_t>(*right, ScalarType::BFloat16, "right"), tokens, columns);
-  add_moments(panels, others ? &*others : nullptr, static_cast<float*>(sum.mutable_data_ptr()),
+  add_moments(panels, others ? &*others : nullptr, static_cast<double*>(sum.mutable_data_ptr()),
               portable ? add_tile_portable : widest());
 }
 

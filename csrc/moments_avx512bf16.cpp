@@ -18,12 +18,11 @@ constexpr int WIDE = PANEL / 16;  // registers of a row of the tile
 
 // MR rows of the tile: their sums stay in registers over all tokens.
 template <int MR>
-inline __attribute__((always_inline)) void add_rows(const uint16_t* left, const uint16_t* right, int64_t pairs, float* sum,
-                                                    int64_t stride) {
+inline __attribute__((always_inline)) void add_rows(const uint16_t* left, const uint16_t* right, int64_t pairs, float* tile) {
   __m512 total[MR][WIDE];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < WIDE; j++) total[m][j] = _mm512_loadu_ps(sum + m * stride + 16 * j);
+    for (int j = 0; j < WIDE; j++) total[m][j] = _mm512_loadu_ps(tile + m * PANEL + 16 * j);
   for (int64_t k = 0; k < pairs; k++) {
     __m512i columns[WIDE];
     for (int j = 0; j < WIDE; j++) columns[j] = _mm512_loadu_si512(right + (k * PANEL + 16 * j) * 2);
@@ -37,13 +36,13 @@ inline __attribute__((always_inline)) void add_rows(const uint16_t* left, const 
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < WIDE; j++) _mm512_storeu_ps(sum + m * stride + 16 * j, total[m][j]);
+    for (int j = 0; j < WIDE; j++) _mm512_storeu_ps(tile + m * PANEL + 16 * j, total[m][j]);
 }
 
-void add_tile(const uint16_t* left, const uint16_t* right, int64_t pairs, float* sum, int64_t stride) {
+void add_tile(const uint16_t* left, const uint16_t* right, int64_t pairs, float* tile) {
   int64_t i = 0;
-  for (; i + 6 <= PANEL; i += 6) add_rows<6>(left + 2 * i, right, pairs, sum + i * stride, stride);
-  add_rows<PANEL % 6>(left + 2 * i, right, pairs, sum + i * stride, stride);
+  for (; i + 6 <= PANEL; i += 6) add_rows<6>(left + 2 * i, right, pairs, tile + i * PANEL);
+  add_rows<PANEL % 6>(left + 2 * i, right, pairs, tile + i * PANEL);
 }
 
 }  // namespace

@@ -10,15 +10,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from duotone.calibrate import data
 from duotone.errors import DuotoneError, ToldError
 from duotone.pipeline import quantize
 from duotone.ranks import Ranks, joined
 from duotone.settings import QuantizeConfig
 
 QUICK: dict[str, Any] = {"samples": 8, "seq_len": 64, "device": "cpu"}
+
+
+def one_window_a_batch() -> Any:
+    """A context: as many batches as there are windows, so that processes can share them as they are."""
+    return mock.patch.object(data, "BATCH_POSITIONS", 1)
 
 
 def options_of(text: str) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     die = cases.pop(0) if cases[0].startswith("die=") else ""
     try:
-        with joined() as ranks:
+        with joined() as ranks, one_window_a_batch():
             for case in cases:
                 name, _, options = case.partition(":")
                 config = QuantizeConfig(calibration=(text,), **options_of(options))

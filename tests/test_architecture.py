@@ -105,7 +105,7 @@ def test_size(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and not path.name.startswith("cli"):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, node.name
-            is_program = path == SOURCE / "kernels" / "gpu" / "kernels.py"
+            is_program = path.parent == SOURCE / "kernels" / "gpu" and path.name.endswith("kernels.py")
             assert is_program or len(node.args.args) + len(node.args.kwonlyargs) <= MAX_PARAMETERS, node.name
 
 

@@ -11,7 +11,7 @@ from duotone.errors import DuotoneError
 from duotone.settings import QuantizeConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LARGE = 2**39 + 1
+LARGE = 2**36 + 1
 
 
 @pytest.fixture(autouse=True)

@@ -119,7 +119,7 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
         work["solve"] += group.count * sum(correcting(group.rows, group.columns, group.writes))
         if ranks > 1:
             drift = group.rows[0] if group.writes else group.columns
-            network += group.count * 2 * 4 * group.columns * (group.columns + drift)  # a ring sends everything twice
+            network += group.count * 2 * 8 * group.columns * (group.columns + drift)  # a ring sends everything twice
             network += group.weights * 1.07  # codes and scales, to everybody
     seconds = {
         "forward": shape.layers * work["forward"] / ranks / machine.narrow,
@@ -131,7 +131,7 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
     }
     block = sum(group.weights for group in shape.groups)
     hessians = max(
-        4.0 * group.columns * (2 * group.columns + (group.rows[0] if group.writes else group.columns)) for group in shape.groups
+        8.0 * group.columns * (group.columns + (group.rows[0] if group.writes else group.columns)) for group in shape.groups
     )
     states = 2 * 2 * 2.0 * tokens / ranks * shape.hidden  # two prefixes, before and behind the block, in BF16
     return Cost(seconds, shape.layers * network, 2 * 2.0 * block + hessians + states)

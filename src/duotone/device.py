@@ -37,8 +37,8 @@ def check_seed(seed: int) -> None:
         raise DuotoneError(f"--seed: found {seed}, expected an integer from 0 to 2^63 - 1")
 
 
-#: Multiplications of a forward, all tokens together, that a CPU does in float32 in seconds: BF16 would save few of them.
-_SMALL = 2**39
+#: Multiplications of a forward, all tokens together, that a CPU does in float32 in a second: BF16 would save little of it.
+_SMALL = 2**36
 #: Columns from which the solver's products in BF16 save more than rounding to it takes.
 _WIDE = 1024
 

@@ -60,7 +60,8 @@ def _start(run: Run, skeleton: Any, samples: Samples, which: slice) -> BlockStre
     written = plan.seq_len // 2 if plan.anatomy.writes_another else 0
     with run.phases("forward"):
         blocks = [skeleton.get_submodule(block.path) for block in plan.blocks[which]]
-        batches = samples.batches(run.ranks.shares(len(samples))[run.ranks.rank], written)
+        batches = samples.batches(run.ranks.size, written)
+        batches = batches[run.ranks.shares(len(batches))[run.ranks.rank]]
         shared = (run.phases, run.ranks, run.offload)
         stream = start_stream(skeleton, blocks, batches, *shared, part.gives, run.device)
     stream.first, stream.waiting_bytes = which.start or 0, plan.waiting_bytes
@@ -68,4 +69,4 @@ def _start(run: Run, skeleton: Any, samples: Samples, which: slice) -> BlockStre
 
 
 def _shows_images(samples: Samples) -> bool:
-    return any(name.startswith("pixel_values") for name in samples.batches(slice(1))[0])
+    return any(name.startswith("pixel_values") for name in samples.batches()[0])

@@ -140,7 +140,7 @@ class Plan:
             return None
         widest = max(columns for _, columns in self.shapes.values())
         walks = 2 if self.config.method_facts.drift or not self.config.method_facts.sequential else 1
-        moments = 4 * 4 * widest**2  # second moments, drift, factor and one to work in
+        moments = 6 * 4 * widest**2  # second moments and drift, as sums of 8 bytes and as what comes of them
         return max(0, int(self.config.memory_budget * 2**30) - moments) // walks
 
     @property

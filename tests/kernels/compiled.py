@@ -15,17 +15,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from duotone.kernels.gpu import kernels, launch
+from duotone.kernels.gpu import grouped_kernels, kernels, launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: What `launch` hands over, BF16 as its bits; a size has its own name.
 POINTERS = {
     "x": "*i16", "x8": "*fp8e4nv", "codes": "*i32", "words": "*i16", "index": "*i32", "table": "*i32", "scales": "*fp32",
     "outer_scale": "*fp32", "bias": "*i16", "y": "*i16", "partial": "*fp32", "values": "*fp8e4nv", "static_scale": "*fp32",
-    "fp8_max": "fp32", "smallest_scale": "fp32",
+    "order": "*i32", "starts": "*i32", "blocks": "*i32", "fp8_max": "fp32", "smallest_scale": "fp32",
 }  # fmt: skip
 #: Of these, launches find that 16 divides them.
-ALIGNED = {"N", "K", "rows", "padded"}
+ALIGNED = {"N", "K", "rows", "padded", "part_rows"}
 INSTRUCTIONS = ("LDL", "STL", "PRMT", "LDGSTS", "HMMA", "F2FP")
 ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 
@@ -78,6 +78,14 @@ def product(arch: int, tokens: int, is_signed: bool = False, group_size: int = 1
     return compiled(kernels.multiply, arch, constants, tile.warps, tile.stages)
 
 
+def grouped(arch: int, tokens: int) -> dict[str, Any]:
+    """`multiply_grouped` as `grouped` lays it out for so many tokens an expert."""
+    tile = launch.tile_for(tokens)
+    constants = {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True, "BLOCK_N": tile.rows}
+    constants |= {"BLOCK_M": tile.tokens} | ENDING
+    return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages)
+
+
 def main() -> None:
     """Hopper in full, Ada and Blackwell once."""
     facts = {
@@ -92,6 +100,11 @@ def main() -> None:
         ),
         "sm_90 quantize_rows": compiled(kernels.quantize_rows, 90, {"BLOCK": 4096, "IS_BF16": True, "IS_STATIC": False}, 8),
         "sm_90 add_up": compiled(kernels.add_up, 90, {"BLOCK": launch._BLOCK} | ENDING),
+        "sm_90 multiply_grouped 16": grouped(90, 16),
+        "sm_90 multiply_grouped 64": grouped(90, 64),
+        "sm_90 find_blocks": compiled(grouped_kernels.find_blocks, 90, {"EXPERTS": 256, "BLOCK_M": 16}),
+        "sm_89 multiply_grouped 16": grouped(89, 16),
+        "sm_100 multiply_grouped 16": grouped(100, 16),
         "sm_89 multiply 16": product(89, 16),
         "sm_100 multiply 16": product(100, 16),
     }

@@ -51,20 +51,29 @@ class TokenWindows:
         """All that the calibration's numbers depend on."""
         return {"tokens": self.tokens}
 
-    def batches(self, share: slice = slice(None), written: int = 0) -> list[dict[str, Tensor]]:
-        """The inputs of forward passes through those windows, by name.
+    def batches(self, least: int = 1, written: int = 0) -> list[dict[str, Tensor]]:
+        """The inputs of forward passes, by name: at least so many, if there are windows enough.
 
         written: for a model that reads one text and writes another, how many tokens of a window, its last, it writes.
         """
-        return token_batches(self.tokens[share], written)
+        return token_batches(self.tokens, least, written)
 
 
-def token_batches(tokens: Tensor, written: int = 0) -> list[dict[str, Tensor]]:
+def token_batches(tokens: Tensor, least: int = 1, written: int = 0) -> list[dict[str, Tensor]]:
     """Token windows int64 [windows, T] as inputs of forward passes; the last `written` of a window are the decoder's."""
-    batches = tokens.split(max(1, BATCH_POSITIONS // tokens.shape[1]))
+    batches = tokens.split(batch_size(len(tokens), BATCH_POSITIONS // tokens.shape[1], least))
     if not written:
         return [{"input_ids": batch} for batch in batches]
     return [{"input_ids": batch[:, :-written], "decoder_input_ids": batch[:, -written:]} for batch in batches]
+
+
+def batch_size(count: int, most: int, least: int) -> int:
+    """How many of `count` samples a batch has: the most it may have, less only where that makes too few batches.
+
+    What comes of a batch may depend on its size, to the last bit, and is not to depend on how many processes share them.
+    """
+    size = max(1, most)
+    return size if -(-count // size) >= least else max(1, count // least)
 
 
 def draw_windows(

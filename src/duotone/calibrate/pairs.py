@@ -53,9 +53,9 @@ class ImageTextPairs:
         """All that the calibration's numbers depend on."""
         return {f"{name} of sample {i}": tensor for i, sample in enumerate(self.samples) for name, tensor in sample.items()}
 
-    def batches(self, share: slice = slice(None), written: int = 0) -> list[dict[str, Tensor]]:  # noqa: ARG002 - as TokenWindows
-        """The inputs of forward passes through those samples, by name."""
-        return [dict(sample) for sample in self.samples[share]]
+    def batches(self, least: int = 1, written: int = 0) -> list[dict[str, Tensor]]:  # noqa: ARG002 - as TokenWindows
+        """The inputs of forward passes, by name."""
+        return [dict(sample) for sample in self.samples]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from duotone.calibrate.data import TokenWindows
+from duotone.calibrate.data import TokenWindows, batch_size
 from duotone.calibrate.pairs import ImageTextPairs
 from duotone.calibrate.sources import parse_sources
 from duotone.errors import DuotoneError
@@ -41,10 +41,11 @@ class TensorSamples:
         """Samples; how many positions a linear sees of each is the model's affair."""
         return len(self)
 
-    def batches(self, share: slice = slice(None), written: int = 0) -> list[dict[str, Any]]:  # noqa: ARG002 - texts only
-        """The inputs of forward passes through those samples."""
+    def batches(self, least: int = 1, written: int = 0) -> list[dict[str, Any]]:  # noqa: ARG002 - as TokenWindows
+        """The inputs of forward passes."""
         one = sum(tensor[0].numel() for tensor in self.tensors.values())
-        cut = {name: tensor[share].split(max(1, _BATCH_NUMBERS // one)) for name, tensor in self.tensors.items()}
+        size = batch_size(len(self), _BATCH_NUMBERS // one, least)
+        cut = {name: tensor.split(size) for name, tensor in self.tensors.items()}
         return [nested(dict(zip(cut, parts, strict=True))) for parts in zip(*cut.values(), strict=True)]
 
 

@@ -7,10 +7,11 @@ import torch
 
 from duotone.kernels import cpu, reference
 from duotone.kernels.gpu import backend as gpu
+from duotone.kernels.gpu import fp8
 from duotone.scheme import AnyScheme
 
 #: Fastest first; the reference runs everything and comes last.
-BACKENDS: tuple[ModuleType, ...] = (cpu, gpu, reference)
+BACKENDS: tuple[ModuleType, ...] = (cpu, gpu, fp8, reference)
 
 
 def choose(scheme: AnyScheme, device: torch.device) -> tuple[ModuleType, list[str]]:

@@ -5,6 +5,7 @@ A linear can be observed, solved, written and multiplied by itself, and files na
 vLLM reads. Which tokens go where is the router's business, which stays as it is.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ class Experts(nn.Module):
     """A bank of experts: children "0", "1", ... each with `gate_proj` (if gated), `up_proj` and `down_proj`.
 
     gated, interleaved, transposed: how the checkpoint may hold them in one tensor: with a gate, its rows between those of `up`
-    instead of before them, as [E, in, out] instead of [E, out, in].
+    instead of before them, as [E, in, out] instead of [E, out, in]. dealt: Llama 4's way, see `forward`.
 
     shown_all: experts that are run on every token, so that a calibration that sends them few sees them at work; what the bank
     gives is the same. sent: of the batch under way, what `routing` was given in another model: each expert is run on the
@@ -32,6 +33,7 @@ class Experts(nn.Module):
         self.gated = bool(getattr(bank, "has_gate", True))
         self.interleaved = not getattr(bank, "is_concatenated", True)
         self.transposed = _is_transposed(bank)
+        self.dealt = len(inspect.signature(bank.forward).parameters) == 1
         self.width = int(dict(bank.named_parameters(recurse=False))["down_proj"].shape[1 if self.transposed else 2])
         found = dict(bank.named_parameters(recurse=False))
         up = "gate_up_proj" if "gate_up_proj" in found else "up_proj"
@@ -46,6 +48,7 @@ class Experts(nn.Module):
             self.add_module(str(index), expert)
         self.shown_all: frozenset[int] = frozenset()
         self.sent: Callable[[], Tensor] | None = None
+        self.grouped: Any = None
         self.routing = nn.Identity()
         for name, _ in list(bank.named_parameters(recurse=False)):
             delattr(bank, name)
@@ -62,6 +65,8 @@ class Experts(nn.Module):
         if top_k_index is None or top_k_weights is None:
             return self._dealt(hidden_states)
         chosen_TA = self.routing(top_k_index)
+        if self.grouped is not None and self.grouped.is_ready:
+            return self.grouped(hidden_states, chosen_TA, top_k_weights, self.between)
         sent = None if self.sent is None else self.sent()
         out_TH = torch.zeros_like(hidden_states)
         for index in range(self.count):
@@ -101,14 +106,19 @@ class Experts(nn.Module):
 
     def _run(self, index: int, x_TH: Tensor) -> Tensor:
         expert: Any = self.get_submodule(str(index))
+        first = (expert.gate_proj(x_TH), expert.up_proj(x_TH)) if self.gated else (expert.up_proj(x_TH),)
+        return expert.down_proj(self.between(*first))
+
+    def between(self, *first: Tensor) -> Tensor:
+        """What `down_proj` is given of what `gate_proj` (if gated) and `up_proj` give, [T, I] each."""
         (bank,) = self._bank
         if not self.gated:
-            return expert.down_proj(bank.act_fn(expert.up_proj(x_TH)))
-        gate_TI, up_TI = expert.gate_proj(x_TH), expert.up_proj(x_TH)
+            return bank.act_fn(*first)
+        gate_TI, up_TI = first
         if not hasattr(bank, "_apply_gate"):
-            return expert.down_proj(bank.act_fn(gate_TI) * up_TI)
+            return bank.act_fn(gate_TI) * up_TI
         both = torch.stack((gate_TI, up_TI), -1).flatten(-2) if self.interleaved else torch.cat((gate_TI, up_TI), -1)
-        return expert.down_proj(bank._apply_gate(both))
+        return bank._apply_gate(both)
 
     def tokens_of(self, routed: Tensor) -> Tensor:
         """How many tokens each expert gets [E], of what `routing` was given."""

@@ -50,6 +50,15 @@ class QuantizedLinear(nn.Module):
         y = call.part(x, number)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def packed(self) -> Any:
+        """The weight as the backend has packed it."""
+        return self._packed
+
+    def hold(self, packed: Any) -> None:
+        """Hold the same weight as a part of a larger one, and multiply alone."""
+        self._packed, self._shared = packed, None
+
     def packed_tensors(self) -> list[Tensor]:
         """All tensors that hold the weight."""
         values = (getattr(self._packed, field.name) for field in dataclasses.fields(self._packed))

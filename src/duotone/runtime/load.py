@@ -18,7 +18,7 @@ from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.anatomy import Anatomy, anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears, tie_weights
-from duotone.runtime import attention, decoder, kv_cache
+from duotone.runtime import attention, decoder, experts, kv_cache
 from duotone.runtime.linear import QuantizedLinear, share_call
 
 
@@ -30,7 +30,7 @@ def load(
 
     dtype: of everything that is not quantized, the config's own by default. device: auto (CUDA if there is one), cpu, cuda.
     shortcuts: run what lies between the linears of a quantized BF16 model on a CPU by faster ops of our own (attention.py,
-    decoder.py); without, it is transformers' code.
+    decoder.py), and experts on a GPU all at once; without, it is transformers' code.
     Raises DuotoneError when a file is missing or damaged, or a tensor does not fit the architecture.
     """
     folder = widened(open_source(Path(path)))
@@ -110,6 +110,7 @@ def share_calls(model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 def shorten(model: PreTrainedModel, config: dict[str, Any], dtype: torch.dtype, place: torch.device) -> None:
     """The faster ops, where the architecture is known to be served by them."""
+    experts.group(model)
     blocks = _blocks(model, config)
     if blocks is None:
         return

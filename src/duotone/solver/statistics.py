@@ -109,11 +109,15 @@ def _less(moment: Tensor | None, left_mean: Tensor | None, mean: Tensor) -> Tens
 
 
 class StatisticsAccumulator:
-    """Adds up moments over batches in float32; sums do not depend on how tokens are cut into batches (to rounding)."""
+    """Adds up moments over batches: of each in float32, together in float64.
+
+    Float64 has room for the last bits of all float32 numbers of like size, so the order of batches makes no difference: any
+    number of processes finds the same sums, bit for bit.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self._hessian_KK = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._sum_K = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._hessian_KK = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._sum_K = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._input: tuple[Tensor, Tensor] | None = None
         self._stream: tuple[Tensor, Tensor] | None = None
         self._tokens = 0
@@ -136,39 +140,41 @@ class StatisticsAccumulator:
         self._tokens = int(tokens)
 
     def finish(self, layer: str, of: str = "calibration inputs") -> Statistics:
-        """The averaged statistics, in the accumulator's own memory: the end of it.
+        """The averaged statistics, float32: the end of the accumulator.
 
         Raises DuotoneError, naming the layer and what this was the statistics of, when no token or a non-finite value was seen.
         """
         if not self._tokens:
             raise DuotoneError(f"{layer}: found no calibration token, expected at least one")
-        if not bool(torch.isfinite(self._hessian_KK.diagonal()).all()):
+        hessian, mean = self._averaged(self._hessian_KK), self._averaged(self._sum_K)
+        if not bool(torch.isfinite(hessian.diagonal()).all()):
             raise DuotoneError(f"{layer}: {of} are not finite, expected finite values in every channel")
-        drifts = (
-            (None, None) if sums is None else tuple(total.div_(self._tokens) for total in sums)
-            for sums in (self._input, self._stream)
+        del self._hessian_KK
+        (input_drift, input_mean), (stream_target, stream_mean) = (
+            (None, None) if sums is None else tuple(map(self._averaged, sums)) for sums in (self._input, self._stream)
         )
-        (input_drift, input_mean), (stream_target, stream_mean) = drifts
-        hessian, mean = self._hessian_KK.div_(self._tokens), self._sum_K.div_(self._tokens)
         for start in range(0, len(hessian), _PANEL):
             end = start + _PANEL
             hessian[end:, start:end] = hessian[start:end, end:].T
         return Statistics(hessian, self._tokens, input_drift, stream_target, mean, input_mean, stream_mean)
+
+    def _averaged(self, total: Tensor) -> Tensor:
+        return total.div_(self._tokens).float()
 
 
 def _add(sums: tuple[Tensor, Tensor] | None, left_MD: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """left^T x and the sum of left over tokens, added to what there is."""
     if sums is None:
         rows, columns = left_MD.shape[1], x_MK.shape[1]
-        sums = x_MK.new_zeros(rows, columns, dtype=torch.float32), x_MK.new_zeros(rows, dtype=torch.float32)
+        sums = x_MK.new_zeros(rows, columns, dtype=torch.float64), x_MK.new_zeros(rows, dtype=torch.float64)
     _add_moments(x_MK, left_MD.to(x_MK.dtype), sums[0])
     return sums[0], sums[1].add_(left_MD.sum(0, dtype=torch.float32))
 
 
 def _add_moments(x_MK: Tensor, left_MD: Tensor | None, sum_DK: Tensor) -> None:
-    """Add left^T x in float32; without `left`, x^T x, which is symmetric: on and above the diagonal's panels.
+    """Add left^T x, a product in float32; without `left`, x^T x, which is symmetric: on and above the diagonal's panels.
 
-    On a CPU BF16 inputs are multiplied as they are, by an op of our own (torch would round the sum to BF16); that is exact
+    On a CPU BF16 inputs are multiplied as they are, by an op of our own (torch would round the product to BF16); that is exact
     but for the additions. Elsewhere they are widened first.
     """
     if x_MK.dtype == torch.bfloat16 and x_MK.device.type == "cpu" and native.available():
@@ -177,10 +183,10 @@ def _add_moments(x_MK: Tensor, left_MD: Tensor | None, sum_DK: Tensor) -> None:
         return
     x_MK = x_MK.float()
     if left_MD is not None:
-        sum_DK.addmm_(left_MD.float().T, x_MK)
+        sum_DK += left_MD.float().T @ x_MK
         return
     columns = x_MK.shape[1]
     width = max(4, -(-columns // (4 * _PANEL))) * _PANEL  # four products, none so narrow that it would be slow
     for start in range(0, columns, width):
         end = min(start + width, columns)
-        sum_DK[start:end, start:].addmm_(x_MK[:, start:end].T, x_MK[:, start:])
+        sum_DK[start:end, start:] += x_MK[:, start:end].T @ x_MK[:, start:]

@@ -25,7 +25,8 @@ _CAPABILITY = (8, 9)
 _OLDEST = (3, 6)
 #: Columns that share a lookup: a group is some of these, and some chunks, or chunks some groups.
 _QUARTER = 32
-_NATIVE = (torch.bfloat16, torch.float16, torch.float32)
+#: What `linear` reads as it is.
+NATIVE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,11 @@ def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
     """Why this backend cannot run weights of a scheme on a device, or None."""
     if isinstance(scheme, Fp8Scheme):
         return "multiplies 4-bit codes, not FP8 weights"
+    return device_refuses(device) or _scheme_refuses(scheme) or _trial(scheme, device)
+
+
+def device_refuses(device: torch.device) -> str | None:
+    """Why none of these kernels runs on a device, or None."""
     if device.type != DEVICE:
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -67,7 +73,7 @@ def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
     if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} does not multiply FP8: found compute capability {found[0]}.{found[1]}, expected 8.9 or higher"
-    return _scheme_refuses(scheme) or _trial(scheme, device)
+    return None
 
 
 def _scheme_refuses(scheme: Scheme) -> str | None:
@@ -157,7 +163,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """What `reference.linear` computes, but for the order of its sums; x [..., K] -> [..., N]."""
     from duotone.kernels.gpu import launch
 
-    if x.dtype not in _NATIVE:
+    if x.dtype not in NATIVE:
         y = linear(x.float(), packed).to(x.dtype)
         return y if bias is None else y + bias
     fused = bias if bias is not None and bias.dtype == x.dtype else None

@@ -94,14 +94,17 @@ def _bits_of_row(x, K, BLOCK: tl.constexpr, IS_BF16: tl.constexpr):
 
 @triton.jit
 def quantize_rows(
-    x, x8, scales, static_scale, K, padded,
+    x, x8, scales, static_scale, static_stride, K, padded,
     fp8_max, smallest_scale, BLOCK: tl.constexpr, IS_BF16: tl.constexpr, IS_STATIC: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> x8 uint8 [M, padded], zeros after K, and s_x float32 [M]; one program a token. `quantize_activations`."""
+    """x [M, K] -> x8 uint8 [M, padded], zeros after K, and s_x float32 [M]; one program a token. `quantize_activations`.
+
+    static_scale: of all tokens, with a static_stride of 0, or one of each, with a stride of 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     x += row * K
     if IS_STATIC:
-        scale = tl.load(static_scale)
+        scale = tl.load(static_scale + row * static_stride)
     else:
         largest = _bits_of_row(x, K, BLOCK, IS_BF16).to(tl.float32, bitcast=True)
         scale = tl.div_rn(largest, fp8_max)
@@ -162,7 +165,7 @@ def _entries(index, row, rows, chunk, QUARTER: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def _finished(total, outer_scale, scale, bias, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr):
+def finished(total, outer_scale, scale, bias, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr):
     """The contract's end: (total * outer_scale) * s_x, rounded, then the bias."""
     y = narrow(total * outer_scale * scale, IS_BF16, IS_FP16)
     if HAS_BIAS:
@@ -171,25 +174,20 @@ def _finished(total, outer_scale, scale, bias, HAS_BIAS: tl.constexpr, IS_BF16: 
 
 
 @triton.jit
-def multiply(
-    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, M, N, rows, chunks, chunks_each,
-    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+def sums(
+    x8, codes, words, index, table, first_row, rows, chunks, first, last,
+    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N], or sums [S, M, N] of each split; a program has BLOCK_N rows (the instruction's long side), BLOCK_M tokens.
+    """What the chunks from `first` to before `last` add up to, float32 [BLOCK_N, BLOCK_M], of BLOCK_N rows.
 
-    x8 fp8 [M, 128 C]. codes int32 and words int16: the same bytes. index as in `_entries`, outer_scale [N], scales [M].
+    x8: pointers [32, BLOCK_M] to where each token begins. codes int32 and words int16: the same bytes. index as in `_entries`.
     """
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, 32)
-    x8 += tl.minimum(token, M - 1).to(tl.int64)[None, :] * (chunks * 128) + k[:, None]
-    tile = (tl.program_id(0) * BLOCK_N // 64 * chunks).to(tl.int64) * 2048
+    row, k = first_row + tl.arange(0, BLOCK_N), tl.arange(0, 32)
     within = tl.arange(0, BLOCK_N) // 64 * (chunks * 2048) + tl.arange(0, BLOCK_N) % 64 * 32
-    words += tile + within[:, None] + k[None, :]
-    first = tl.program_id(1) * chunks_each
+    words += (first_row // 64 * chunks).to(tl.int64) * 2048 + within[:, None] + k[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for chunk in range(first, tl.minimum(first + chunks_each, chunks)):
+    for chunk in range(first, last):
         packed = tl.load(words + chunk * 2048) if USES_PTX else 0
         # What one chunk adds up is added in float32: Hopper's own sums keep fewer bits.
         part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -202,6 +200,28 @@ def multiply(
                 w8 = _decode_plainly(codes, table, entry, row, chunk, chunks, quarter, SIGNED)
             part = tl.dot(w8, tl.load(x8 + chunk * 128 + quarter * 32), part)
         total += part
+    return total
+
+
+@triton.jit
+def multiply(
+    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, M, N, rows, chunks, chunks_each,
+    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """y [M, N], or sums [S, M, N] of each split; a program has BLOCK_N rows (the instruction's long side), BLOCK_M tokens.
+
+    x8 fp8 [M, 128 C], outer_scale [N], scales [M]; codes, words and index as in `sums`.
+    """
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x8 += tl.minimum(token, M - 1).to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 32)[:, None]
+    first = tl.program_id(1) * chunks_each
+    last = tl.minimum(first + chunks_each, chunks)
+    total = sums(
+        x8, codes, words, index, table, tl.program_id(0) * BLOCK_N, rows, chunks, first, last,
+        GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
     inside = (row < N)[:, None] & (token < M)[None, :]
     place = token.to(tl.int64)[None, :] * N + row[:, None]
     if IS_SPLIT:
@@ -210,7 +230,7 @@ def multiply(
         outer = tl.load(outer_scale + row, mask=row < N, other=0)[:, None]
         scale = tl.load(scales + token, mask=token < M, other=0)[None, :]
         added = tl.load(bias + row, mask=row < N, other=0)[:, None] if HAS_BIAS else 0
-        tl.store(y + place, _finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
+        tl.store(y + place, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
 
 
 @triton.jit
@@ -227,7 +247,7 @@ def add_up(
         partial += M * N
     outer = tl.load(outer_scale + row, mask=row < N, other=0)
     added = tl.load(bias + row, mask=row < N, other=0) if HAS_BIAS else 0
-    rounded = _finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)
+    rounded = finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)
     tl.store(y + place, rounded, mask=row < N)
 
 

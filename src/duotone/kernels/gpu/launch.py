@@ -59,13 +59,17 @@ def _processors(device: torch.device) -> int:
 
 
 def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit."""
+    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit.
+
+    input_scale: static, of all tokens, or of each [M]; None: dynamic.
+    """
     tokens, columns = x.shape
     padded = chunks * 128
     x8 = torch.empty(tokens, padded, dtype=torch.uint8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     _programs.quantize_rows[(tokens,)](
-        _raw(x), x8, scales, input_scale if input_scale is not None else scales, columns, padded, fp8_max, smallest,
+        raw(x), x8, scales, scales if input_scale is None else input_scale, 0 if input_scale is None else input_scale.dim(),
+        columns, padded, fp8_max, smallest,
         BLOCK=min(4096, triton.next_power_of_2(padded)), IS_BF16=x.dtype == torch.bfloat16, IS_STATIC=input_scale is not None,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
@@ -78,7 +82,7 @@ def write_values(weight: Layout, group_size: int) -> Tensor:
     pieces, chunks, _, _ = codes.shape
     values = torch.empty(pieces * 64, chunks * 128, dtype=torch.float8_e4m3fn, device=codes.device)
     _programs.write_values[(pieces, chunks)](
-        codes, codes.view(torch.int16), index, _entries(table), values, index.shape[1], chunks,
+        codes, codes.view(torch.int16), index, entries(table), values, index.shape[1], chunks,
         GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=IS_COMPILED, num_warps=4,
     )  # fmt: skip
     return values
@@ -113,10 +117,36 @@ def _linear(
 
 def _multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
     """BF16 [M, N] of a prompt, by way of FP8 weights."""
-    w8, rows = write_values(weight, group_size), len(outer_scale)
-    outer = torch.nn.functional.pad(outer_scale, (0, len(w8) - rows))
+    return _scaled_product(x8, scales, write_values(weight, group_size), outer_scale, torch.bfloat16)
+
+
+def _scaled_product(x8: Tensor, scales: Tensor, w8: Tensor, outer_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[M, N] by torch's own product with FP8 weights [N', 128 C], N' a multiple of 16.
+
+    The product scales rows by itself where BF16 comes of it; for other types, which not every version of it gives with row-wise
+    scales, it gives float32 sums.
+    """
     product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - row-wise scales have no other name yet
-    return product(x8, w8.T, scales[:, None], outer[None], out_dtype=torch.bfloat16)[:, :rows].contiguous()
+    rows, more = len(outer_scale), len(w8) - len(outer_scale)
+    if dtype == torch.bfloat16:
+        outer = torch.nn.functional.pad(outer_scale, (0, more)) if more else outer_scale
+        return product(x8, w8.T, scales[:, None], outer[None], out_dtype=dtype)[:, :rows].contiguous()
+    one = torch.ones((), device=x8.device)
+    total = product(x8, w8.T, one, one, out_dtype=torch.float32)[:, :rows]
+    return (total * outer_scale * scales[:, None]).to(dtype)
+
+
+def _linear_fp8(
+    x: Tensor, values: Tensor, outer_scale: Tensor, input_scale: Tensor | None, fp8_max: float, smallest: float
+) -> Tensor:
+    """x [..., K] in BF16, FP16 or float32 -> [..., N] in its dtype; values: FP8 bytes [N', 128 C]."""
+    flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), len(outer_scale)
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], rows)
+    with torch.cuda.device_of(x):
+        x8, scales = quantize(flat, values.shape[1] // 128, input_scale, fp8_max, smallest)
+        y = _scaled_product(x8, scales, values.view(torch.float8_e4m3fn), outer_scale, x.dtype)
+    return y.view(*x.shape[:-1], rows)
 
 
 def _multiply(
@@ -129,26 +159,26 @@ def _multiply(
     each = chunks_each(padded_rows, chunks, tile, _processors(y.device))
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
-    raw, added = _raw(y), y if bias is None else _raw(bias)
+    bits, added = raw(y), y if bias is None else raw(bias)
     ending = {"HAS_BIAS": bias is not None, "IS_BF16": y.dtype == torch.bfloat16, "IS_FP16": y.dtype == torch.float16}
     _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
-        x8, codes, codes.view(torch.int16), index, _entries(table), scales, outer_scale, added, raw, partial,
+        x8, codes, codes.view(torch.int16), index, entries(table), scales, outer_scale, added, bits, partial,
         tokens, rows, padded_rows, chunks, each, GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed,
         USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, IS_SPLIT=splits > 1, **ending,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
         _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
-            partial, scales, outer_scale, added, raw, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
+            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
         )
 
 
-def _entries(table: Tensor) -> Tensor:
+def entries(table: Tensor) -> Tensor:
     """The table as the way to decode reads it: PTX looks up in words of 4 bytes."""
     return table.view(torch.int32) if IS_COMPILED else table
 
 
-def _raw(x: Tensor) -> Tensor:
+def raw(x: Tensor) -> Tensor:
     """BF16 as the bits that the kernels read and write."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
@@ -170,4 +200,18 @@ def _(
     return x.new_empty(*x.shape[:-1], outer_scale.shape[0])
 
 
+torch.library.define(
+    "duotone::gpu_linear_fp8",
+    "(Tensor x, Tensor values, Tensor outer_scale, Tensor? input_scale, float fp8_max, float smallest_scale) -> Tensor",
+)
+torch.library.impl("duotone::gpu_linear_fp8", "default", _linear_fp8)
+
+
+@torch.library.register_fake("duotone::gpu_linear_fp8")
+def _(x: Tensor, values: Tensor, outer_scale: Tensor, *_: object) -> Tensor:
+    del values
+    return x.new_empty(*x.shape[:-1], outer_scale.shape[0])
+
+
 linear = torch.ops.duotone.gpu_linear.default
+linear_fp8 = torch.ops.duotone.gpu_linear_fp8.default

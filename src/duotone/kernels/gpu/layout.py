@@ -59,20 +59,30 @@ def pack(weight: QuantizedWeight) -> Layout:
 
 def values(packed: Layout, group_size: int) -> Tensor:
     """The FP8 bytes uint8 [R, 128 C] that a weight stands for, in plain torch."""
-    codes, index, table, to_a_word, is_signed = packed
-    pieces, chunks, _, _ = codes.shape
-    quads = codes.view(pieces, chunks, PIECE_ROWS, 8, 2)
-    nibbles = torch.stack([quads >> 4 * i & 15 for i in range(8)], -1)  # [..., quad, pair of quarters, odd * 4 + byte]
-    place = _in_columns(nibbles)
-    if is_signed:
-        place = place & 7
-        sign = _in_columns(torch.stack([quads >> (8 * (i % 4) + 7 - 4 * (i // 4)) & 1 for i in range(8)], -1))
-    else:
-        sign = torch.zeros_like(place)
+    index, table, to_a_word = packed.entries, packed.table, packed.to_a_word
+    place, sign = _places(packed)
     bits = 32 // to_a_word
     entry_NG = torch.stack([index.long() >> bits * i & 2**bits - 1 for i in range(to_a_word)], 1).flatten(0, 1).T
-    entry = expand_groups(entry_NG, group_size, chunks * CHUNK)
+    entry = expand_groups(entry_NG, group_size, place.shape[1])
     return table[entry, place.long()] | (sign << 7).to(torch.uint8)
+
+
+def unsigned(packed: Layout) -> Layout:
+    """A signed weight as one of 16 values: its 8 magnitudes, then their negatives."""
+    place, sign = _places(packed)
+    table = torch.cat((packed.table[:, :8], packed.table[:, :8] | 0x80), 1)
+    return packed._replace(codes=pack_words((place | sign << 3).to(torch.uint8), False), table=table, is_signed=False)
+
+
+def _places(packed: Layout) -> tuple[Tensor, Tensor]:
+    """Each weight's place in its row of the table, and whether the sign of what is there is turned, [R, 128 C]."""
+    pieces, chunks, _, _ = packed.codes.shape
+    quads = packed.codes.view(pieces, chunks, PIECE_ROWS, 8, 2)
+    nibbles = torch.stack([quads >> 4 * i & 15 for i in range(8)], -1)  # [..., quad, pair of quarters, odd * 4 + byte]
+    place = _in_columns(nibbles)
+    if not packed.is_signed:
+        return place, torch.zeros_like(place)
+    return place & 7, _in_columns(torch.stack([quads >> (8 * (i % 4) + 7 - 4 * (i // 4)) & 1 for i in range(8)], -1))
 
 
 def pack_words(place: Tensor, is_signed: bool) -> Tensor:

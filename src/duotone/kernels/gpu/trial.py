@@ -3,6 +3,8 @@
 What a compiler or a driver makes of them is theirs to decide: a wrong value is a reason to run plain torch, never an answer.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -10,22 +12,41 @@ from torch import Tensor
 
 from duotone.contract import quantize_activations
 from duotone.kernels.gpu import layout
-from duotone.qweight import QuantizedWeight, fp8_values
-from duotone.scheme import HOPPER, Scheme
+from duotone.qweight import Fp8Weight, QuantizedWeight, fp8_values
+from duotone.scheme import HOPPER, Fp8Scheme, Scheme
 
 #: Of each path: one tile of tokens, a wide one, a prompt. Rows and columns leave part of a tile and of a chunk empty.
 _TOKENS = (3, 40, 70)
 _ROWS, _COLUMNS = 144, 1056
+#: Tokens that go to two of so many experts.
+_EXPERTS, _SLOTS = 3, (3, 30, 100)
+_FACTS = HOPPER.fp8.max, HOPPER.smallest_activation_scale
 
 
 @cache
 def fault(group_size: int, device: torch.device) -> str | None:
     """What the kernels do that the contract does not, as a sentence; None: they agree."""
+    return told(device, lambda: _difference(group_size, False, device) or _difference(group_size, True, device))
+
+
+@cache
+def fp8_fault(device: torch.device) -> str | None:
+    """The same of torch's product with FP8 weights, and of the activations it is given."""
+    return told(device, lambda: _fp8_difference(device))
+
+
+@cache
+def grouped_fault(group_size: int, device: torch.device) -> str | None:
+    """The same of the product with many experts' weights."""
+    return told(device, lambda: _grouped_difference(group_size, False, device) or _grouped_difference(group_size, True, device))
+
+
+def told(device: torch.device, difference: Callable[[], str | None]) -> str | None:
+    """What comes of a comparison on a device, as a sentence, of which it gives what differs; None: nothing does."""
     with torch.no_grad(), torch.cuda.device_of(torch.empty(0, device=device)):
         try:
-            for is_signed in (False, True):
-                if wrong := _difference(group_size, is_signed, device):
-                    return f"a trial on {device} gave other {wrong} than plain torch does"
+            if wrong := difference():
+                return f"a trial on {device} gave other {wrong} than plain torch does"
         except Exception as error:
             first_line = (str(error).strip().splitlines() or ["no message"])[0]
             return f"a trial on {device} failed ({type(error).__name__}: {first_line})"
@@ -44,16 +65,65 @@ def _difference(group_size: int, is_signed: bool, device: torch.device) -> str |
     if not torch.equal(w8[:_ROWS, :_COLUMNS].float().cpu(), operand):
         return "FP8 weights"
     for tokens in _TOKENS:
-        x = torch.randn(tokens, _COLUMNS, generator=torch.Generator().manual_seed(tokens)).bfloat16()
-        x8, scale = quantize_activations(x, HOPPER)
-        there, facts = x.to(device), (HOPPER.fp8.max, HOPPER.smallest_activation_scale)
-        ours, scales = launch.quantize(there, packed.codes.shape[1], None, *facts)
-        if not (torch.equal(ours[:, :_COLUMNS].float().cpu(), x8) and torch.equal(scales.cpu()[:, None], scale)):
+        x, x8, scale = _activations(tokens)
+        if not _same_activations(x, x8, scale, device):
             return "FP8 activations"
-        y = launch.linear(there, *packed[:3], outer.to(device), None, None, *packed[3:], group_size, *facts)
+        y = launch.linear(x.to(device), *packed[:3], outer.to(device), None, None, *packed[3:], group_size, *_FACTS)
         if not is_near(y.cpu(), x8, operand, outer * scale):
             return f"products of {tokens} tokens"
     return None
+
+
+def _fp8_difference(device: torch.device) -> str | None:
+    """Rows that have to be padded; the way to BF16, where torch scales the rows, and the other."""
+    from duotone.kernels.gpu import fp8, launch
+
+    generator = torch.Generator().manual_seed(8)
+    values = (torch.randn(_ROWS - 3, _COLUMNS, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    outer = (torch.rand(_ROWS - 3, generator=generator) + 0.1).bfloat16().float()
+    held = fp8.prepack(Fp8Weight(values, outer, Fp8Scheme(HOPPER)))
+    for tokens in (1, *_TOKENS):
+        x, x8, scale = _activations(tokens)
+        if not _same_activations(x, x8, scale, device):
+            return "FP8 activations"
+        for dtype in (torch.bfloat16, torch.float32):
+            y = launch.linear_fp8(x.to(device, dtype), held.values.to(device), outer.to(device), None, *_FACTS)
+            if y.dtype != dtype or not is_near(y.cpu(), x8, values.float(), outer * scale):
+                return f"products of {tokens} tokens with FP8 weights"
+    return None
+
+
+def _grouped_difference(group_size: int, is_signed: bool, device: torch.device) -> str | None:
+    """Blocks of each size, an expert with no tokens and slots of no expert."""
+    from duotone.kernels.gpu import backend, bank, grouped
+
+    weights = [_weight(group_size, is_signed, seed) for seed in range(_EXPERTS)]
+    held = bank.stack([[backend.prepack(weight)] for weight in weights])
+    moved = {name: value.to(device) for name, value in vars(held).items() if isinstance(value, Tensor)}
+    for tokens in _SLOTS:
+        x, x8, scale = _activations(tokens)
+        chosen = torch.randint(1, _EXPERTS + 1, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
+        y = grouped.linear(x.to(device), grouped.routes(chosen.to(device), _EXPERTS), replace(held, **moved)).cpu()
+        for number in range(1, _EXPERTS + 1):
+            slot = (chosen.flatten() == number).nonzero()[:, 0]
+            meant = weights[number % _EXPERTS]
+            outer = meant.outer_scale * scale[slot // 2] * (number < _EXPERTS)
+            if not is_near(y[slot, :_ROWS], x8[slot // 2], fp8_values(meant), outer):
+                return f"products of {tokens} tokens with experts"
+    return None
+
+
+def _activations(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """BF16 [M, K], and what plain torch quantizes them to."""
+    x = torch.randn(tokens, _COLUMNS, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    return x, *quantize_activations(x, HOPPER)
+
+
+def _same_activations(x: Tensor, x8: Tensor, scale: Tensor, device: torch.device) -> bool:
+    from duotone.kernels.gpu import launch
+
+    ours, scales = launch.quantize(x.to(device), -(-_COLUMNS // layout.CHUNK), None, *_FACTS)
+    return torch.equal(ours[:, :_COLUMNS].float().cpu(), x8) and torch.equal(scales.cpu()[:, None], scale)
 
 
 def is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
@@ -63,9 +133,9 @@ def is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
     return bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + lost).all())
 
 
-def _weight(group_size: int, is_signed: bool) -> QuantizedWeight:
+def _weight(group_size: int, is_signed: bool, seed: int = 0) -> QuantizedWeight:
     """Random codes and scales in the canonical form."""
-    generator, scheme = torch.Generator().manual_seed(group_size), Scheme(HOPPER, group_size)
+    generator, scheme = torch.Generator().manual_seed(group_size + seed), Scheme(HOPPER, group_size)
     codes = torch.randint(int(is_signed), 16, (_ROWS, _COLUMNS), generator=generator, dtype=torch.uint8)
     group = HOPPER.fp8.round(torch.rand(_ROWS, scheme.groups(_COLUMNS), generator=generator) * 50 + 1)
     group[:, 0] = scheme.peak_group_scale
