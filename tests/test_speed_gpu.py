@@ -4,6 +4,7 @@ Times mean nothing here. What is computed does: a model of each form of linears 
 """
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +27,7 @@ from duotone.speed_gpu.decoder import Between, Decoder
 from duotone.speed_gpu.quantizer import random_checkpoint
 from duotone.speed_gpu.sizes import LLAMA_8B, LLAMA_70B, Plan, Sizes
 from duotone.speed_gpu.steps import DECODE, PREFILL, Stage, Step
+from duotone.speed_gpu.tables import gpu_tables
 from duotone.speed_gpu.throughput import seconds_at
 from tests.test_cli import invoke
 from tests.test_speed import COLUMNS
@@ -113,6 +116,10 @@ def test_everything_in_one_command(tmp_path: Path) -> None:
     (quantizer,) = of(rows, kind="quantizer")
     assert quantizer["seconds"] > 0 and quantizer["tokens"] == 4 * 32
     judged = {verdict.goal.title for verdict in goals.judge(rows) if verdict.worst is not None}
+    screen = Console(width=250, file=io.StringIO(), record=True)
+    screen.print(gpu_tables(rows))
+    shown = screen.export_text()
+    assert all(name in shown for name in (*names, "tiny that sees", "the whole command", "no_such_package", "this is it"))
     assert {"up to 16 tokens, as fast as FP8", "a model writing one text, as fast as BF16", "the whole command"} <= judged
 
 
@@ -410,12 +417,14 @@ def test_what_lies_between_linears_compiles() -> None:
     """In one graph each, for any number of tokens, as on a GPU; a compiler that fails is told of, and nothing runs by it."""
     between = Between.on(CPU, "aot_eager")
     assert between.how == "torch.compile, aot_eager"
-    tokens = torch.arange(10).view(2, 5)
-    with torch.no_grad():
-        meant, found = (
-            model.logits(model.embedded(tokens), model.cache(2, 5), 0)
-            for model in (decoder(forms.BF16), dataclasses.replace(decoder(forms.BF16), between=between))
-        )
-    assert near(found, meant, 0.02)
+    plain = decoder(forms.BF16)
+    for batch, tokens in ((2, 5), (1, 1), (4, 1), (1, 7), (2, 2), (32, 1)):
+        ids = torch.arange(batch * tokens).view(batch, tokens) % 48
+        with torch.no_grad():
+            meant, found = (
+                model.logits(model.embedded(ids), model.cache(batch, tokens), 0)
+                for model in (plain, dataclasses.replace(plain, between=between))
+            )
+        assert near(found, meant, 0.02)
     broken = Between.on(CPU, "no such compiler")
     assert broken.how.startswith("torch's ops one by one, since compiling failed: ") and broken.gate is Between().gate

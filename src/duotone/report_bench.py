@@ -40,12 +40,12 @@ def speed_table(rows: list[dict[str, Any]]) -> RenderableType:
             "x".join(map(str, row["shape"])),
             str(row["tokens"]),
             row["kernel"],
-            f"{row['ms']:.2f}",
+            f"{row['ms']:.{4 if row['ms'] < 1 else 2}f}",
             f"{row['gbytes_per_second']:.1f}",
             f"{100 * row['roofline_share']:.0f} %",
             f"{row['gflops']:.0f}",
             f"{100 * row['gflops'] / row['peak_gflops']:.0f} %",
-            "" if row is ours else f"{ours['times_as_fast_as'][row['kernel']]:.1f} times as fast",
+            "" if row["kernel"] == ours["kernel"] else f"{ours['times_as_fast_as'][row['kernel']]:.1f} times as fast",
         )
     return table
 

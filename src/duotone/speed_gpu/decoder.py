@@ -21,6 +21,8 @@ from duotone.speed_gpu.sizes import Sizes
 #: Keys and values [B, H, L, D] of each layer.
 Cache = list[tuple[Tensor, Tensor]]
 _EPSILON, _THETA = 1e-5, 5e5
+#: Of a compiled function: one sequence or token is a case of its own, and so is each pair of sizes that happen to be equal.
+_VARIANTS = 64
 
 
 def add_and_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,7 @@ class Between:
         if device.type != "cuda" and backend == "inductor":
             return cls()
         try:
+            torch._dynamo.config.recompile_limit = _VARIANTS
             compiled: dict[str, Any] = {
                 function.__name__: torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
                 for function in (add_and_norm, gate, rotate_and_keep)
@@ -84,10 +87,10 @@ def _differs(between: Between, batch: int, tokens: int, device: torch.device) ->
     """Whether compiled functions compute something else than the plain ones, but for roundings."""
     generator = torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, device=device).bfloat16()  # noqa: E731
-    x, y, weight, qkv = random(batch * tokens, 64), random(batch * tokens, 64), random(64), random(batch, tokens, 4, 32)
+    x, y, weight, qkv = random(batch * tokens, 64), random(batch * tokens, 64), random(64), random(batch, tokens, 6, 32)
     angles, found = torch.arange(tokens * 16, device=device).view(tokens, 16) / 9, []
     for each in (between, Between()):
-        kept = torch.zeros(2, batch, 1, 7, 32, dtype=x.dtype, device=device)
+        kept = torch.zeros(2, batch, 2, 7, 32, dtype=x.dtype, device=device)
         queries = each.rotate_and_keep(qkv, angles, kept[0, :, :, 2 : 2 + tokens], kept[1, :, :, 2 : 2 + tokens])
         found.append((*each.add_and_norm(x, y, weight), each.gate(x), queries, kept))
     return any(not torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02) for a, b in zip(*found, strict=True))

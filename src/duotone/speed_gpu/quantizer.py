@@ -29,9 +29,8 @@ def quantizer_rows(bench: Bench, blocks: int, deadline: Deadline) -> Iterator[Ro
     """One row: `dpq` on so many blocks, and what that makes of the whole model, extrapolated."""
     sizes = bench.plan.whole
     what = f"{sizes.name}'s {sizes.layers} blocks" if blocks == sizes.layers else f"{blocks} blocks of {sizes.name}"
-    yield from deadline.attempt(
-        {"kind": "quantizer", "model": f"{what}, random, of bytes", "blocks": blocks}, lambda: _timed(bench, blocks, deadline)
-    )
+    facts = {"kind": "quantizer", "model": f"{what}, random weights, bytes for tokens", "blocks": blocks}
+    yield from deadline.attempt(facts, lambda: _timed(bench, blocks, deadline))
 
 
 def _timed(bench: Bench, blocks: int, deadline: Deadline) -> Iterator[Row]:

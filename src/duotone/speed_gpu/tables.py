@@ -34,9 +34,7 @@ def step_cells(rows: list[Row]) -> list[Cells]:
     return [
         (
             row["model"],
-            f"prompt of {row['tokens']}"
-            if row["kind"] == "prefill"
-            else f"token of each of {row['batch']} after {row['tokens']}",
+            f"prompt of {row['tokens']}" if row["kind"] == "prefill" else f"a token of {row['batch']}, {row['tokens']} so far",
             row["kernel"],
             f"{row['ms']:.2f}",
             f"{row['tokens_per_second']:.0f}",
