@@ -39,7 +39,7 @@ from duotone.kernels.gpu import trial
 #: The interpreter computes with numpy, which warns of NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: Linears of 256x128, 128x128, 256x128 and 128x128.
 TINY = Sizes("tiny", 128, 128, 2, 4, 2, 32, 48)
 ONE_LAYER = dataclasses.replace(TINY, layers=1)
@@ -66,10 +66,10 @@ STRANGERS = (
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's GPU is this CPU, its sizes tiny; the trial of the kernels is test_gpu.py's."""
+    """The command's GPU is this CPU where there is none, its sizes tiny; the trial of the kernels is test_gpu.py's."""
     monkeypatch.setattr(backend, "refuses", lambda *_: None)
     monkeypatch.setattr(trial, "fault", lambda *_: None)
-    monkeypatch.setattr(run, "DEVICE", CPU)
+    monkeypatch.setattr(run, "DEVICE", DEVICE)
     monkeypatch.setattr(run, "FULL", SMALL)
     monkeypatch.setattr(linears, "PEERS", STRANGERS)
     monkeypatch.setattr(linears, "_CHECKED", (2,))
@@ -194,7 +194,7 @@ def test_wrong_options(asked: tuple[str, ...], told: str) -> None:
 
 
 def decoder(form: forms.Form, sizes: Sizes = TINY) -> Decoder:
-    return Decoder.random(sizes, form, 128, Between(), CPU)
+    return Decoder.random(sizes, form, 128, Between(), DEVICE)
 
 
 def as_transformers(model: Decoder) -> LlamaForCausalLM:
@@ -205,7 +205,7 @@ def as_transformers(model: Decoder) -> LlamaForCausalLM:
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
         head_dim=sizes.head_size, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )  # fmt: skip
-    whole = LlamaForCausalLM(config).bfloat16()
+    whole = LlamaForCausalLM(config).bfloat16().to(DEVICE)
     weights: dict[str, Tensor] = {
         "model.embed_tokens.weight": model.table, "lm_head.weight": model.head, "model.norm.weight": model.norm
     }  # fmt: skip
@@ -230,7 +230,7 @@ def near(found: Tensor, meant: Tensor, share: float) -> bool:
 def test_the_decoder_is_a_llama() -> None:
     """Its prompt and its steps say what transformers' model with the same weights says; images are embeddings."""
     model = decoder(forms.BF16)
-    whole, tokens = as_transformers(model), torch.arange(14).view(2, 7) % 48
+    whole, tokens = as_transformers(model), torch.arange(14, device=DEVICE).view(2, 7) % 48
     with torch.no_grad():
         meant = whole(tokens).logits
         cache = model.cache(2, 7)
@@ -245,7 +245,7 @@ def test_the_decoder_is_a_llama() -> None:
 @pytest.mark.parametrize("form", [forms.OURS, forms.FP8, forms.INT4], ids=lambda form: form.name)
 def test_forms_are_of_the_same_model(form: forms.Form) -> None:
     """Each is near the one in BF16, as near as FP8 allows, in weights or activations; their bytes are what they hold."""
-    tokens = torch.arange(10).view(2, 5)
+    tokens = torch.arange(10, device=DEVICE).view(2, 5)
     with torch.no_grad():
         meant, found = (
             model.logits(model.embedded(tokens), model.cache(2, 5), 0) for model in (decoder(forms.BF16), decoder(form))
@@ -253,10 +253,10 @@ def test_forms_are_of_the_same_model(form: forms.Form) -> None:
     assert near(found, meant, 0.1) and not torch.equal(found, meant)
     wide = forms.BF16.nbytes((4096, 4096), 128)
     assert 4096 * 4096 / 2 < forms.OURS.nbytes((4096, 4096), 128) < forms.INT4.nbytes((4096, 4096), 128) < wide / 3.7
-    weight = forms.random_weight((64, 256), 128, CPU, 0)
+    weight = forms.random_weight((64, 256), 128, DEVICE, 0)
     held = forms._int4(weight)
     exact = (weight.codes.float() - 8) * forms._real_scale(weight).float().repeat_interleave(128, 1)
-    assert near(held(torch.eye(256).bfloat16()).T, exact, 0.005)
+    assert near(held(torch.eye(256, device=DEVICE).bfloat16()).T, exact, 0.005)
     assert held.args[0].nbytes + held.args[1].nbytes == forms.INT4.nbytes((64, 256), 128)
 
 
@@ -272,7 +272,7 @@ def test_layers_have_memory_of_their_own() -> None:
 def test_random_weights_are_canonical() -> None:
     """They pass the checks of QuantizedWeight, whose sums over K keep the size of their inputs."""
     for shape in ((64, 128), (32, 4096)):
-        weight = dequantize(forms.random_weight(shape, 128, CPU, 0))
+        weight = dequantize(forms.random_weight(shape, 128, DEVICE, 0)).cpu()
         assert 0.2 < float((torch.randn(8, shape[1], generator=torch.Generator().manual_seed(0)) @ weight.T).std()) < 5
 
 
@@ -285,12 +285,12 @@ def test_shapes_of_the_real_models() -> None:
 
 def test_a_checkpoint_for_the_quantizer(tmp_path: Path) -> None:
     """transformers loads it, its tokenizer knows bytes; where the disk is full, there is a sentence."""
-    random_checkpoint(tmp_path / "random", TINY, 1, CPU)
+    random_checkpoint(tmp_path / "random", TINY, 1, DEVICE)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "random")
     assert len(model.model.layers) == 1 and model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(tmp_path / "random")("fox")["input_ids"]) == 3
     with pytest.raises(OSError, match=r"found \d+ GB of room, expected \d+ GB$"):
-        random_checkpoint(tmp_path / "huge", dataclasses.replace(TINY, intermediate=2**40), 1, CPU)
+        random_checkpoint(tmp_path / "huge", dataclasses.replace(TINY, intermediate=2**40), 1, DEVICE)
 
 
 class Ticking:
@@ -345,7 +345,7 @@ def test_steps_between_lengths(base: float, slope: float, lengths: list[int], as
 @pytest.mark.usefixtures("interpreted")
 def test_a_cache_that_does_not_fit() -> None:
     """Is not tried: the row says how many bytes it would be, and the largest batch is arithmetic."""
-    stage = Stage(linears.Bench(SMALL, 0, CPU))
+    stage = Stage(linears.Bench(SMALL, 0, DEVICE))
     stage.memory = 2**20
     (row,) = stage.rows(TINY, forms.BF16, [Step(DECODE, 10**6, 10**4)], Deadline(1e9, 1, lambda: 0))
     assert row["unmeasured"].startswith("MemoryError: 5121 GB of cache beside 0 GB of weights: more than the 0 GB")
@@ -415,16 +415,16 @@ def test_the_newest_run_of_each_part() -> None:
 @pytest.mark.slow
 def test_what_lies_between_linears_compiles() -> None:
     """In one graph each, for any number of tokens, as on a GPU; a compiler that fails is told of, and nothing runs by it."""
-    between = Between.on(CPU, "aot_eager")
+    between = Between.on(DEVICE, "aot_eager")
     assert between.how == "torch.compile, aot_eager"
     plain = decoder(forms.BF16)
     for batch, tokens in ((2, 5), (1, 1), (4, 1), (1, 7), (2, 2), (32, 1)):
-        ids = torch.arange(batch * tokens).view(batch, tokens) % 48
+        ids = torch.arange(batch * tokens, device=DEVICE).view(batch, tokens) % 48
         with torch.no_grad():
             meant, found = (
                 model.logits(model.embedded(ids), model.cache(batch, tokens), 0)
                 for model in (plain, dataclasses.replace(plain, between=between))
             )
         assert near(found, meant, 0.02)
-    broken = Between.on(CPU, "no such compiler")
+    broken = Between.on(DEVICE, "no such compiler")
     assert broken.how.startswith("torch's ops one by one, since compiling failed: ") and broken.gate is Between().gate
