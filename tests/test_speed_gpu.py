@@ -89,7 +89,7 @@ def test_everything_in_one_command(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()] == rows
     common = {"device", "part", "kind", "unmeasured", "commit", "date", "machine", "threads", "versions", "seed"}
     assert all(row.keys() >= common for row in rows) and len({row["date"] for row in rows}) == 1
-    assert [row["part"] for row in of(rows, kind="time")] == list(PARTS) and rows[-1]["kind"] == "whole" and rows[-1]["has_all"]
+    assert [row["part"] for row in of(rows, kind="time")] == list(PARTS) and rows[-1]["kind"] == "whole"
     assert {row["kind"] for row in rows} == {
         "ceilings", "check", "linear", "decode", "prefill", "throughput", "quantizer", "time", "whole"
     }  # fmt: skip
@@ -152,7 +152,7 @@ def test_only_a_part() -> None:
     bench = run.GpuBench(shapes=((48, 256),), minutes=1e-9, plan=dataclasses.replace(SMALL, tokens=(1, 65)))
     rows = list(run.gpu_rows(bench))
     assert [tuple(row["shape"]) for row in of(rows, kind="linear")] == [(48, 256)] * 8
-    assert not any(row["unmeasured"] for row in rows) and not rows[-1]["has_all"]
+    assert not any(row["unmeasured"] for row in rows) and not of(rows, kind="whole")
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -387,15 +387,15 @@ def test_goals() -> None:
 
 
 def test_goals_of_whole_models() -> None:
-    """Tokens a second beside BF16's at the same place; images and other parts do not count; nor does a run of some parts."""
+    """Tokens a second beside BF16's at the same place; images and other parts do not count."""
     step = {"kind": "decode", "part": "end-to-end", "model": "8B", "batch": 1, "tokens": 9, "image_tokens": 0}
     speeds = [step | {"kernel": form.name, "tokens_per_second": speed} for form, speed in ((forms.OURS, 25), (forms.BF16, 10))]
-    whole = {"kind": "whole", "part": "whole", "seconds": 500, "has_all": False}
-    found = judged([*speeds, speeds[0] | {"part": "throughput", "tokens_per_second": 1}, whole])
+    whole = {"kind": "whole", "part": "whole", "seconds": 500}
+    found = judged([*speeds, speeds[0] | {"part": "throughput", "tokens_per_second": 1}])
     assert found["a model writing one text, as fast as BF16 2.5"].worst == ("8B, 9 tokens", 2.5)
     assert found["the whole command 480"].worst is None
-    assert judged([whole | {"has_all": True}])["the whole command 480"].words == "not met"
-    assert judged([whole | {"has_all": True, "seconds": 400}])["the whole command 480"].met
+    assert judged([whole])["the whole command 480"].words == "not met"
+    assert judged([whole | {"seconds": 400}])["the whole command 480"].met
     grid = {"kind": "throughput", "part": "throughput", "model": "8B", "batch": 64, "prompt_tokens": 1, "new_tokens": 2}
     rows = [grid | {"image_tokens": 0, "kernel": name, "tokens_per_second": speed} for name, speed in (
         (forms.OURS.name, 1.5), (forms.BF16.name, 1.0))]  # fmt: skip

@@ -8,21 +8,18 @@ runtime would have fused it, so that no form looks good or bad for the launches 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
 from duotone.speed_gpu.budget import reason_of
-from duotone.speed_gpu.forms import Form, Linear, random_weight
+from duotone.speed_gpu.forms import Form, Linear, compiled, random_weight
 from duotone.speed_gpu.sizes import Sizes
 
 #: Keys and values [B, H, L, D] of each layer.
 Cache = list[tuple[Tensor, Tensor]]
 _EPSILON, _THETA = 1e-5, 5e5
-#: Of a compiled function: one sequence or token is a case of its own, and so is each pair of sizes that happen to be equal.
-_VARIANTS = 64
 
 
 def add_and_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,12 +67,8 @@ class Between:
         if device.type != "cuda" and backend == "inductor":
             return cls()
         try:
-            torch._dynamo.config.recompile_limit = _VARIANTS
-            compiled: dict[str, Any] = {
-                function.__name__: torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
-                for function in (add_and_norm, gate, rotate_and_keep)
-            }
-            between = cls(**compiled, how=f"torch.compile, {backend}")
+            functions = {each.__name__: compiled(each, backend) for each in (add_and_norm, gate, rotate_and_keep)}
+            between = cls(**functions, how=f"torch.compile, {backend}")
             with torch.no_grad():
                 differs = any(_differs(between, batch, tokens, device) for batch, tokens in ((1, 1), (2, 1), (1, 3)))
         except Exception as error:  # a compiler that is missing, or fails

@@ -21,6 +21,8 @@ from duotone.qweight import QuantizedWeight, dequantize, fp8_values
 from duotone.scheme import HOPPER, Scheme
 from duotone.speed_gpu.clock import fp8_product
 
+#: Of what is compiled: one sequence or token is a case of its own, and so is each pair of sizes that happen to be equal.
+_VARIANTS = 64
 #: x [M, K] in BF16 -> [M, N]. What it holds is copied with it by `copy.deepcopy`.
 Linear = Callable[[Tensor], Tensor]
 
@@ -132,8 +134,13 @@ def _torchao_fp8(weight: QuantizedWeight) -> Linear:
 
     linear = _module(weight)
     quantize_(linear, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
-    torch.compiler.reset()  # so that not even a run of many shapes meets the limit of recompilations
-    return torch.compile(linear, dynamic=True, fullgraph=True)
+    return compiled(linear)
+
+
+def compiled(function: Any, backend: str = "inductor") -> Any:
+    """A function or module compiled by torch for any sizes, in one graph."""
+    torch._dynamo.config.recompile_limit = _VARIANTS
+    return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
 
 
 def _module(weight: QuantizedWeight) -> torch.nn.Linear:

@@ -79,7 +79,7 @@ def gpu_rows(bench: GpuBench, tell: Callable[[float, str], None] = lambda *_: No
     run = _Run(bench, measured, Stage(measured))
     budget = Budget(60 * bench.minutes - (time.monotonic() - begin), bench.parts)
     peaks = {"read_gbytes_per_second": measured.ceilings.bandwidth / 1e9, "peak_gflops": measured.ceilings.fp8}
-    ceilings = {"part": "whole", "kind": "ceilings", **peaks, "peak_gflops_bf16": measured.ceilings.bf16}
+    ceilings = {"part": "ceilings", "kind": "ceilings", **peaks, "peak_gflops_bf16": measured.ceilings.bf16}
     yield origin | {"unmeasured": None} | ceilings | {"memory_bytes": run.stage.memory}
     for part in bench.parts:
         tell(time.monotonic() - begin, part)
@@ -91,8 +91,9 @@ def gpu_rows(bench: GpuBench, tell: Callable[[float, str], None] = lambda *_: No
         given = None if deadline is ENDLESS else deadline.seconds
         spent = {"kind": "time", "seconds": time.monotonic() - since, "seconds_given": given}
         yield origin | {"part": part, "unmeasured": None} | spent
-    whole = {"part": "whole", "kind": "whole", "seconds": time.monotonic() - begin, "seconds_given": 60 * bench.minutes}
-    yield origin | {"unmeasured": None} | whole | {"has_all": list(bench.parts) == list(SHARES)}
+    if list(bench.parts) == list(SHARES):
+        whole = {"part": "whole", "kind": "whole", "seconds": time.monotonic() - begin, "seconds_given": 60 * bench.minutes}
+        yield origin | {"unmeasured": None} | whole
 
 
 @dataclass(frozen=True)
