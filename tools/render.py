@@ -16,12 +16,13 @@ from scale_gpu import gpu_lines
 
 from duotone.examining import mcnemar
 from duotone.loadability import GPUS, RUNTIMES, Linear, Subject, judge
+from duotone.speed_gpu import forms, goals, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
 PAGES = (
-    "README.md", "docs/accuracy.md", "docs/architectures.md", "docs/calibration.md", "docs/comparison.md", "docs/scale.md",
-    "docs/serving.md", "docs/speed.md",
+    "README.md", "docs/accuracy.md", "docs/architectures.md", "docs/calibration.md", "docs/comparison.md", "docs/gpu.md",
+    "docs/scale.md", "docs/serving.md", "docs/speed.md",
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -877,6 +878,59 @@ def _llama() -> Subject:
     return Subject("compressed-tensors", 128, True, "bfloat16", (qkv, (out,), mlp, (down,)), heads=(32, 8))
 
 
+def gpu_records() -> dict[str, list[Row]]:
+    """By device, what `duotone bench gpu` measured there last; nothing where nobody has."""
+    return goals.newest(records("gpu")) if (RECORDS / "gpu.jsonl").exists() else {}
+
+
+def gpu_goals_table() -> str:
+    """What is wanted of the kernels, and on each device what was measured."""
+    found = gpu_records() or {"": []}
+    return "\n".join(_titled(device, tables.GOALS_HEAD, tables.goal_cells(goals.judge(rows))) for device, rows in found.items())
+
+
+def gpu_linears_table() -> str:
+    """On each device: ours beside each other kernel."""
+    return _by_device(("N x K", "tokens", "ours, ms", "of memory", "of the peak", "times as fast as"), _gpu_linears)
+
+
+def _gpu_linears(rows: list[Row]) -> list[tuple[str, ...]]:
+    found = [row for row in rows if row["kind"] == "linear" and row["unmeasured"] is None and row["kernel"] == forms.OURS.name]
+    return [
+        (
+            " x ".join(map(str, row["shape"])), str(row["tokens"]), f"{row['ms']:.4f}", f"{100 * row['roofline_share']:.0f} %",
+            f"{100 * row['gflops'] / row['peak_gflops']:.0f} %",
+            ", ".join(f"{name} {times:.2f}" for name, times in row["times_as_fast_as"].items()),
+        )
+        for row in sorted(found, key=lambda row: (row["part"] == "peers", row["shape"], row["tokens"]))
+    ]  # fmt: skip
+
+
+def gpu_steps_table() -> str:
+    """On each device: a model's steps."""
+    return _by_device(tables.STEPS_HEAD, tables.step_cells)
+
+
+def gpu_throughput_table() -> str:
+    """On each device: tokens a second."""
+    return _by_device(tables.THROUGHPUT_HEAD, tables.throughput_cells)
+
+
+def gpu_quantizer_table() -> str:
+    """On each device: the quantizer's time."""
+    return _by_device(tables.QUANTIZER_HEAD, tables.quantizer_cells)
+
+
+def _by_device(head: tuple[str, ...], cells: Callable[[list[Row]], list[tuple[str, ...]]]) -> str:
+    """A table for each device that has a line for it."""
+    found = {device: cells(rows) for device, rows in gpu_records().items()}
+    return "\n".join(_titled(device, head, lines) for device, lines in found.items() if lines) or "Unmeasured.\n"
+
+
+def _titled(device: str, head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    return (f"{device}:\n\n" if device else "") + markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures_table,
     "vision": vision_table,
@@ -914,6 +968,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "random-models": random_models_table,
     "ablation": ablation_table,
     "linear": linear_table,
+    "gpu-goals": gpu_goals_table,
+    "gpu-linears": gpu_linears_table,
+    "gpu-steps": gpu_steps_table,
+    "gpu-throughput": gpu_throughput_table,
+    "gpu-quantizer": gpu_quantizer_table,
     "generate": generate_table,
 }
 

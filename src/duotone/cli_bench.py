@@ -118,28 +118,34 @@ def bench_linear(
 
 @bench_app.command("gpu", epilog="Example: duotone bench gpu --out records.jsonl")
 def bench_gpu(
-    shape: Annotated[list[str] | None, typer.Option(help="NxK; those of Llama-3-8B by default. Repeatable.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a call, 1 to 8192 by default; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often each candidate takes its turn.")] = 20,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A part: correctness, linears-8b, linears-70b, end-to-end, throughput, quantizer, peers (by default "
+            "all of these), or quantizer-full (all blocks of Llama-3-8B's shape, however long it takes); repeatable."
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for all parts; what it is not enough for has a row that says so.")] = 8.0,
+    shape: Annotated[list[str] | None, typer.Option(help="NxK: only linears of this shape; repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Of a linear's call, 1 to 8192 by default; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each linear takes its turn.")] = 20,
     out: Annotated[Path, typer.Option(help="File to append to.")] = Path("bench/records/gpu.jsonl"),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare the linear on a GPU with the contract, then time it beside cuBLAS in BF16 and torch's FP8 product."""
+    """Compare the kernels on a GPU with the contract, then time linears, whole models and the quantizer there."""
     from duotone.bench import append_records
-    from duotone.report_bench import speed_table
-    from duotone.speed_gpu import GpuBench, gpu_rows
+    from duotone.speed_gpu import run
+    from duotone.speed_gpu.tables import gpu_tables
 
-    defaults = GpuBench()
-    shapes = tuple(_shape(text) for text in shape) if shape else defaults.shapes
-    bench = GpuBench(shapes, tuple(tokens or defaults.tokens), rounds)
+    plan = dataclasses.replace(run.FULL, tokens=tuple(tokens or run.FULL.tokens), rounds=rounds)
+    bench = run.GpuBench(minutes, tuple(only or ()), tuple(_shape(text) for text in shape or ()), plan=plan)
     rows: list[dict[str, Any]] = []
     with progress_bar("measuring", quiet or as_json) as tell:
-        for row in gpu_rows(bench):
+        for row in run.gpu_rows(bench, lambda seconds, what: tell(int(seconds), int(60 * minutes), what)):
             append_records(out, [row])
             rows.append(row)
-            tell(len(rows), 3 * len(bench.shapes) * len(bench.tokens), f"{row['kernel']}, {row['tokens']} tokens")
-    print_result(rows, lambda values: speed_table(values), as_json)
+    print_result(rows, lambda values: gpu_tables(values), as_json)
 
 
 @bench_app.command("generate", epilog="Example: duotone bench generate Llama-3.2-1B-W4AFP8 --prompt-tokens 128 --new-tokens 32")

@@ -3,6 +3,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from duotone.checkpoint.compressed_tensors import scheme_from_config
 from duotone.checkpoint.hub import locate_model
@@ -13,6 +16,7 @@ from duotone.device import resolve_device
 from duotone.errors import DuotoneError
 from duotone.inspection import LayerFacts, inspect_source, why_kept
 from duotone.kernels.dispatch import Verdict, explain
+from duotone.kernels.gpu import backend, cache
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, find_linears
 from duotone.runtime.load import config_dtype
@@ -98,8 +102,17 @@ def explain_model(model: str | Path, device: str = "auto") -> Explanation:
         share = linear.weight.numel() / macs
         layers.append(LayerKernel(name, shape, _scheme(fact), verdict.backend, verdict.runs, verdict.refusals, reason, share))
     return Explanation(
-        str(source.path), architecture_of(source.config), str(place), _shares(layers), layers, describe_kv_cache(quantization)
+        str(source.path), architecture_of(source.config), str(place), _shares(layers), layers, _cache(quantization, place)
     )
+
+
+def _cache(quantization: dict[str, Any] | None, place: torch.device) -> str | None:
+    """How keys and values are kept, and on a GPU what does that."""
+    kept = describe_kv_cache(quantization)
+    if kept is None or place.type != backend.DEVICE:
+        return kept
+    refusal = cache.refuses(place)
+    return f"{kept}; written and read by " + ("Triton kernels" if refusal is None else f"plain torch (triton: {refusal})")
 
 
 def _scheme(fact: LayerFacts | None) -> str:

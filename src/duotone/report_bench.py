@@ -35,17 +35,17 @@ def speed_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Milliseconds of each candidate, its share of what memory gives and of the arithmetic peak, and ours as a multiple."""
     table = Table("shape", "tokens", "kernel", "ms", "GB/s", "of memory's", "GFLOP/s", "of the peak", "ours is", box=None)
     for row in rows:
-        ours = next(other for other in rows if other["kernel"].startswith("duotone") and _same_call(other, row))
+        ours = next((other for other in rows if other["kernel"].startswith("duotone") and _same_call(other, row)), row)
         table.add_row(
             "x".join(map(str, row["shape"])),
             str(row["tokens"]),
             row["kernel"],
-            f"{row['ms']:.2f}",
+            f"{row['ms']:.{4 if row['ms'] < 1 else 2}f}",
             f"{row['gbytes_per_second']:.1f}",
             f"{100 * row['roofline_share']:.0f} %",
             f"{row['gflops']:.0f}",
             f"{100 * row['gflops'] / row['peak_gflops']:.0f} %",
-            "" if row is ours else f"{ours['times_as_fast_as'][row['kernel']]:.1f} times as fast",
+            "" if row["kernel"] == ours["kernel"] else f"{ours['times_as_fast_as'][row['kernel']]:.1f} times as fast",
         )
     return table
 
@@ -82,4 +82,4 @@ def generate_table(rows: list[dict[str, Any]]) -> RenderableType:
 
 
 def _same_call(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (one["shape"], one["tokens"]) == (other["shape"], other["tokens"])
+    return all(one.get(fact) == other.get(fact) for fact in ("part", "shape", "tokens"))

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from duotone.kernels.gpu import grouped_kernels, kernels, launch, solver, solver_kernels
+from duotone.kernels.gpu import grouped_kernels, kernels, launch, row_kernels, solver, solver_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: What `launch` hands over, BF16 as its bits; a size has its own name.
@@ -27,21 +27,29 @@ POINTERS = {
 #: Of the solver's programs: everything but these is float32.
 SOLVER_POINTERS = {"codes": "*u8", "moves": "*i32", "group": "*i32"}
 SOLVER_NUMBERS = {"N", "B", "K", "coupling_row", "steps", "groups", "candidates", "group_size"}
-#: Of these, launches find that 16 divides them.
-ALIGNED = {"N", "K", "rows", "padded", "coupling_row", "part_rows"}
+#: What `rows` hands over under other names or in other types.
+ROWS = {
+    "x8": "*u8", "weight": "*i16", "k": "*i16", "v": "*i16", "keys": "*u8", "values": "*u8", "k_scale": "*fp32",
+    "v_scale": "*fp32", "positions": "*i64", "count": "fp32", "epsilon": "fp32",
+}  # fmt: skip
+#: Of these, launches find that 16 divides them; and of strides.
+ALIGNED = {"N", "K", "rows", "padded", "part_rows", "coupling_row", "k_size", "v_size"}
 INSTRUCTIONS = ("LDL", "STL", "PRMT", "LDGSTS", "HMMA", "F2FP")
+ROW_PROGRAMS = row_kernels.norm_and_quantize_rows, row_kernels.write_cache, row_kernels.read_cache
 ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 
 
 def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> dict[str, Any]:
     """Facts of a program for an architecture, 90 for Hopper: instructions, registers, what was spilled, and its text."""
-    types = POINTERS | ({"x8": "*u8"} if program is kernels.quantize_rows else {})
+    types = POINTERS | (ROWS if program in (kernels.quantize_rows, *ROW_PROGRAMS) else {})
     if program.fn.__module__ == solver_kernels.__name__:
         types = {name: "*fp32" for name in program.arg_names if name not in SOLVER_NUMBERS} | SOLVER_POINTERS
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in program.arg_names}
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in ALIGNED]
+    fits = lambda name: name in ALIGNED or name[-2:] in {"_b", "_h", "_t"}  # noqa: E731
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or (kind == "i32" and fits(name))]
     source = ASTSource(program, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options |= {"debug": "HAS_POSITIONS" in constants, "sanitize_overflow": False}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(built.asm["cubin"])
@@ -53,6 +61,9 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         "instructions": {
             name: len(re.findall(rf"\b{name}\b", code)) for name in ("LDL", "STL", "PRMT", "LDGSTS", "HMMA", "F2FP")
         },
+        "accesses": sorted(set(re.findall(r"(?:ld|st)\.global\S*", built.asm["ptx"]))),
+        "stops": "__assertfail" in built.asm["ptx"],
+        "inexact": len(re.findall(r"\.approx|\.ftz|\bfma\.|\.full\.", built.asm["ptx"])),
         "local_in_ptx": len(re.findall(r"\b(?:ld|st)\.local", built.asm["ptx"])),
         "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "stack": int(re.findall(r"STACK:(\d+)", usage)[-1]) + int(re.findall(r"LOCAL:(\d+)", usage)[-1]),
@@ -84,6 +95,22 @@ def product(arch: int, tokens: int, is_signed: bool = False, group_size: int = 1
     return compiled(kernels.multiply, arch, constants, tile.warps, tile.stages)
 
 
+def row_programs() -> dict[str, dict[str, Any]]:
+    """The programs of `row_kernels` as `rows` lays them out, for heads of 128 and rows of up to 16384."""
+    normed, bf16 = {"BLOCK": 4096, "IS_STATIC": False}, {"IS_BF16": True, "IS_FP16": False}
+    tile, kept = {"BLOCK_T": 16, "BLOCK_D": 128}, {"HAS_POSITIONS": True, "IS_BF16": True}
+    norm, write, read = ROW_PROGRAMS
+    facts = {
+        "sm_90 norm 16384": compiled(norm, 90, {"BLOCK": 16384, "IS_STATIC": True} | bf16, 16),
+        "sm_90 write_cache 1": compiled(write, 90, tile | kept | {"BLOCK_T": 1}, 1),
+    }
+    for arch in (89, 90, 100):
+        facts[f"sm_{arch} norm 4096"] = compiled(norm, arch, normed | bf16, 8)
+        facts[f"sm_{arch} write_cache 16"] = compiled(write, arch, tile | kept)
+        facts[f"sm_{arch} read_cache"] = compiled(read, arch, tile | bf16)
+    return facts
+
+
 def grouped(arch: int, tokens: int) -> dict[str, Any]:
     """`multiply_grouped` as `grouped` lays it out for so many tokens an expert."""
     tile = launch.tile_for(tokens)
@@ -113,6 +140,7 @@ def main() -> None:
         "sm_100 multiply_grouped 16": grouped(100, 16),
         "sm_89 multiply 16": product(89, 16),
         "sm_100 multiply 16": product(100, 16),
+        **row_programs(),
     }
     table = {"HAS_ZERO": True, "LOWEST": -8.0, "FP8_MAX": 448.0}
     sizes = {

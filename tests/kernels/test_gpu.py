@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 import duotone
-from duotone import speed_gpu
 from duotone.contract import quantize_activations
-from duotone.errors import DuotoneError
 from duotone.kernels import dispatch, reference
 from duotone.kernels.gpu import backend, layout
 from duotone.qweight import QuantizedWeight, fp8_values
@@ -26,8 +24,6 @@ from duotone.runtime.linear import QuantizedLinear, share_call
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Fp8Scheme, Scheme, Target
 from tests.kernels.test_reference import make_weight
-from tests.test_cli import invoke
-from tests.test_speed import COLUMNS
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
 
@@ -323,8 +319,8 @@ def test_triton_is_imported_only_where_it_runs() -> None:
     """Few files import Triton or what does, and nobody imports those but inside a function: duotone works without it."""
     root = Path(duotone.__file__).parent
     importing = {path.name for path in root.rglob("*.py") if re.search(r"^import triton", path.read_text(), re.M)}
-    assert importing == {"kernels.py", "grouped_kernels.py", "launch.py"}
-    needing = {*importing, "grouped.py"}
+    assert importing == {"kernels.py", "grouped_kernels.py", "row_kernels.py", "launch.py"}
+    needing = {*importing, "grouped.py", "rows.py"}
     for path in root.rglob("*.py"):
         if path.name in needing and path.parent.name == "gpu":
             continue
@@ -349,32 +345,3 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[...
         with torch.no_grad():
             logits.append(model(torch.arange(5, device=DEVICE)[None]).logits.float())
     assert torch.allclose(*logits, atol=0.02 * float(logits[1].abs().max()))
-
-
-def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows as `bench linear` writes them, after a comparison with the contract that a wrong product does not pass."""
-    monkeypatch.setattr(backend, "refuses", lambda *_: None)
-    monkeypatch.setattr(speed_gpu, "_OUT_OF_CACHE", 2**16)
-    monkeypatch.setattr(speed_gpu, "_PEAK_SIZE", 64)
-    bench = speed_gpu.GpuBench(((48, 256),), (1, 2), rounds=1)
-    rows = list(speed_gpu.gpu_rows(bench, DEVICE))
-    assert [(row["kernel"], row["tokens"]) for row in rows] == [
-        (name, tokens) for tokens in (1, 2) for name in (speed_gpu.OURS, speed_gpu.BF16, speed_gpu.FP8)
-    ]
-    for row in rows:
-        assert row.keys() == COLUMNS | {"device"} and 0 < row["ms_min"] <= row["ms"]
-        assert set(row["times_as_fast_as"]) == {speed_gpu.OURS, speed_gpu.BF16, speed_gpu.FP8} - {row["kernel"]}
-    original = backend.linear
-    monkeypatch.setattr(backend, "linear", lambda x, packed: original(x, packed).roll(1, -1))
-    with pytest.raises(DuotoneError, match=r"^bench gpu: 48x256 with 1 tokens: found other products than the contract's$"):
-        next(speed_gpu.gpu_rows(bench, DEVICE))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU, and this one has one")
-def test_bench_without_a_gpu(tmp_path: Path) -> None:
-    """One sentence, exit code 2, no file."""
-    result = invoke("bench", "gpu", "--out", str(tmp_path / "records.jsonl"))
-    assert result.code == 2 and "bench gpu: found no NVIDIA GPU" in result.err
-    assert not list(tmp_path.iterdir())
-    result = invoke("bench", "gpu", "--shape", "40x128")
-    assert result.code == 2 and "--shape 40x128: expected NxK, N a multiple of 16" in result.err

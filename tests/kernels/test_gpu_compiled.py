@@ -87,3 +87,22 @@ def test_lookups_cost_what_they_should(facts: dict[str, dict[str, Any]]) -> None
     """A prmt decodes 4 of 8 magnitudes with signs, 3 decode 4 of 16 values: 32 words of codes a thread in the widest tile."""
     assert 96 <= facts["sm_90 multiply 16"]["instructions"]["PRMT"] < 96 + 8
     assert 32 <= facts["sm_90 multiply 16 signed"]["instructions"]["PRMT"] < 32 + 8
+
+
+def test_rows_are_read_and_written_in_words_of_128_bits(facts: dict[str, dict[str, Any]]) -> None:
+    """All but scales and positions; one warp for the 256 bytes of a single token takes narrower ones."""
+    wide, one, position = {"ld.global.v4.b32", "st.global.v4.b32"}, {"ld.global.b32"}, {"ld.global.b64"}
+    meant = {"norm": wide | {"st.global.b32"}, "write_cache": wide | one | position, "read_cache": wide | one}
+    seen = 0
+    for name, fact in facts.items():
+        kind = name.split()[1]
+        if kind in meant and name != "sm_90 write_cache 1":
+            scale = one if name == "sm_90 norm 16384" else set()
+            assert set(fact["accesses"]) == meant[kind] | scale, name
+            assert fact["registers"] <= 64 and fact["shared"] <= 4096, name
+            assert fact["inexact"] == 0, "quotients and roots are rounded once, sums and products each by itself"
+            assert fact["stops"] == (kind == "write_cache"), "at a position outside of the cache"
+            seen += 1
+    assert seen == 10
+    assert set(facts["sm_90 write_cache 1"]["accesses"]) == {"ld.global.v2.b32", "st.global.b32"} | one | position
+    assert wide <= set(facts["sm_90 quantize_rows"]["accesses"])

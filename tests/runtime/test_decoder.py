@@ -302,7 +302,7 @@ def test_rooms_are_made_only_where_they_serve(checkpoint: Path, monkeypatch: pyt
     """Padded batches make none; a long step drops them; they are freed with their cache, at once; none is pickled."""
     model, made = load(checkpoint, device="cpu"), []
     original = cache.Room.__init__
-    monkeypatch.setattr(cache.Room, "__init__", lambda self, layer: made.append(1) or original(self, layer))
+    monkeypatch.setattr(cache.Room, "__init__", lambda self, *given: made.append(1) or original(self, *given))
     tokens, mask = torch.arange(18).view(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     step(model, tokens, mask)

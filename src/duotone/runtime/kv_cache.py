@@ -17,8 +17,11 @@ from duotone.checkpoint.kv_cache import PARTS, kv_strategy_of, read_scales
 from duotone.checkpoint.source import Source
 from duotone.contract import dequantize_kv, quantize_kv
 from duotone.errors import DuotoneError
+from duotone.kernels.gpu import cache as kernels
+from duotone.kernels.gpu.backend import NATIVE
 from duotone.models.anatomy import Anatomy
 from duotone.models.caching import caching_attentions, key_heads, written_attention
+from duotone.runtime.cache import claim
 from duotone.scheme import Target
 
 
@@ -33,17 +36,35 @@ class Scales(NamedTuple):
 class _Narrow:
     """A layer's view of a cache, for one call of its attention."""
 
-    def __init__(self, cache: Any, attention: Any, target: Target) -> None:
-        self._cache, self._attention, self._target = cache, attention, target
+    def __init__(self, cache: Any, attention: Any, target: Target, home: str | None) -> None:
+        self._cache, self._attention, self._target, self._home = cache, attention, target, home
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Keep new keys and values [B, H, T, D]; all there are, in the dtype of the new ones."""
         scales = self._attention.k_scale, self._attention.v_scale
+        if self._is_home(keys, values):
+            return kernels.read(self._written((keys, values), scales, *args, **options), scales, keys.dtype)
         kept = tuple(quantize_kv(x, scale, self._target) for x, scale in zip((keys, values), scales, strict=True))
         if self._cache is not None:
             kept = self._updated(*kept, *args, **options)
         wide = (dequantize_kv(x8, scale, keys.dtype) for x8, scale in zip(kept, scales, strict=True))
         return next(wide), next(wide)
+
+    def _is_home(self, *new: Tensor) -> bool:
+        """Whether the kernels are for these: where they were tried, and without a gradient, which they do not give."""
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in new)
+        return not learns and all(x.device.type == self._home and x.dtype in NATIVE and x.dtype == new[0].dtype for x in new)
+
+    def _written(
+        self, new: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """All that are kept, the new ones by one launch: to where they stay, or for the cache to take."""
+        place = claim(self._cache, args[0] if args else None, new)
+        if place is not None:
+            kernels.write(new, place.kept, scales, self._target.fp8.max, place.positions)
+            return place.layer.keys, place.layer.values
+        kept = kernels.quantize(new, scales, self._target.fp8.max)
+        return kept if self._cache is None else self._updated(*kept, *args, **options)
 
     def _updated(self, k8: Tensor, v8: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         try:
@@ -85,13 +106,14 @@ def install(model: PreTrainedModel, source: Source, anatomy: Anatomy, whole: Pre
     """
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model", None) is model else ""
     found = stored_scales(source, anatomy, whole, prefix)
+    home = place.type if found and kernels.refuses(place) is None else None
     for name, scales in found.items():
         attention: Any = model.get_submodule(name)
         for part, scale in zip(PARTS, (scales.keys, scales.values), strict=True):
             attention.register_buffer(part, scale.to(place), persistent=False)
         target = scheme_from_config(source.config["quantization_config"]).target
         attention._wide_way = attention.forward
-        attention.forward = partial(_attend, attention, target)  # which, unlike a method, is pickled with the model
+        attention.forward = partial(_attend, attention, target, home)  # which, unlike a method, is pickled with the model
     return {name for scales in found.values() for name in scales.tensors}
 
 
@@ -100,6 +122,6 @@ def is_narrow(attention: nn.Module) -> bool:
     return hasattr(attention, "_wide_way")
 
 
-def _attend(self: Any, target: Target, *args: Any, past_key_values: Any = None, **options: Any) -> Any:
+def _attend(self: Any, target: Target, home: str | None, *args: Any, past_key_values: Any = None, **options: Any) -> Any:
     """The forward of an attention of transformers, which names its cache."""
-    return self._wide_way(*args, past_key_values=_Narrow(past_key_values, self, target), **options)
+    return self._wide_way(*args, past_key_values=_Narrow(past_key_values, self, target, home), **options)

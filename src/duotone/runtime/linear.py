@@ -35,6 +35,7 @@ class QuantizedLinear(nn.Module):
         self._backend = backend.__name__  # a name, since modules of Python cannot be copied with the model
         self._packed = _moved(self.backend.prepack(weight), lambda tensor: tensor.to(place))
         self._shared: tuple[_SharedCall, int] | None = None
+        self.norms_input = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
@@ -88,10 +89,10 @@ class QuantizedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """Sizes, scheme and backend, as `print(model)` shows them."""
+        """Sizes, scheme and backend, as `print(model)` shows them, and whether it is given what nobody has normed yet."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.scheme.label}, backend={self.backend.NAME}"
+            f"{self.scheme.label}, backend={self.backend.NAME}" + ", norms its input" * self.norms_input
         )
 
 
@@ -150,6 +151,15 @@ def share_call(linears: Sequence[nn.Module]) -> bool:
     for number, (layer, part) in enumerate(zip(layers, backend.split(merged), strict=True)):
         layer._packed, layer._shared = part, (call, number)
     return True
+
+
+def take_norm(linears: Sequence[QuantizedLinear], weight: Tensor, epsilon: float) -> None:
+    """Have linears norm their input, which they alone read: by a backend that does (`with_norm`). All of a shared call."""
+    for layer in linears:
+        layer._packed, layer.norms_input = layer.backend.with_norm(layer._packed, weight, epsilon), True
+        if layer._shared is not None:
+            call, _ = layer._shared
+            call.merged = layer.backend.with_norm(call.merged, weight, epsilon)
 
 
 def merged_weight(linears: Sequence[QuantizedLinear]) -> cpu.Packed | None:

@@ -18,7 +18,7 @@ from duotone.models.adapter import find_adapter, has_adapter
 from duotone.models.anatomy import Anatomy, anatomy_of
 from duotone.models.names import named_source
 from duotone.models.skeleton import build_skeleton, expected_tensors, fill, find_linears, tie_weights
-from duotone.runtime import attention, decoder, experts, kv_cache
+from duotone.runtime import attention, decoder, experts, kv_cache, norms
 from duotone.runtime.linear import QuantizedLinear, share_call
 
 
@@ -29,8 +29,8 @@ def load(
     in blocks there widened to BF16.
 
     dtype: of everything that is not quantized, the config's own by default. device: auto (CUDA if there is one), cpu, cuda.
-    shortcuts: run what lies between the linears of a quantized BF16 model on a CPU by faster ops of our own (attention.py,
-    decoder.py), and experts on a GPU all at once; without, it is transformers' code.
+    shortcuts: run what lies between the linears of a quantized model by faster ops of our own, in BF16 on a CPU (attention.py,
+    decoder.py), on a GPU its norms (norms.py) and experts, all at once; without, it is transformers' code.
     Raises DuotoneError when a file is missing or damaged, or a tensor does not fit the architecture.
     """
     folder = widened(open_source(Path(path)))
@@ -114,6 +114,9 @@ def shorten(model: PreTrainedModel, config: dict[str, Any], dtype: torch.dtype, 
     blocks = _blocks(model, config)
     if blocks is None:
         return
+    residual = find_adapter(config).residual
+    if residual is not None:
+        norms.install(blocks, residual.norms, dtype)
     if attention.is_better(dtype, place):
         attention.install(model)
     if dtype == torch.bfloat16 and place.type == "cpu":

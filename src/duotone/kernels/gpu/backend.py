@@ -27,6 +27,8 @@ _OLDEST = (3, 6)
 _QUARTER = 32
 #: What `linear` reads as it is.
 NATIVE = (torch.bfloat16, torch.float16, torch.float32)
+#: Columns of a row that a program holds in registers, to norm it.
+MOST_NORMED = 2**14
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,8 @@ class Packed:
     """A weight as the op reads it: the only copy there is.
 
     codes, index, table, to_a_word, is_signed: as in `layout.Layout`, whose entries are the index. outer_scale: float32 [N].
-    input_scale: static activation scale or None. parts: the rows of each of several weights in one.
+    input_scale: static activation scale or None. parts: the rows of each of several weights in one. norm: [K], of the RMS norm
+    that inputs go through first, and its epsilon, where this weight does that too (`with_norm`).
     """
 
     codes: Tensor
@@ -49,6 +52,8 @@ class Packed:
     fp8_max: float
     smallest_scale: float
     parts: tuple[int, ...] = ()
+    norm: Tensor | None = None
+    epsilon: float = 0.0
 
 
 def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
@@ -166,6 +171,19 @@ def split(merged: Packed) -> list[Packed]:
     return weights
 
 
+def with_norm(packed: Packed, weight: Tensor, epsilon: float) -> Packed:
+    """A weight whose inputs are normed as transformers' LlamaRMSNorm does, in the same launch that quantizes them.
+
+    weight: the norm's, [K], no more than `MOST_NORMED` of them.
+    """
+    return replace(packed, norm=weight, epsilon=epsilon)
+
+
+def norm_of(x: Tensor, norm: Tensor | None, epsilon: float) -> tuple[Tensor, float] | tuple[()]:
+    """A norm in the dtype that its weight has in a model which gives such an x, for an op; nothing where there is none."""
+    return () if norm is None else (norm.to(x.dtype), epsilon)
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """What `reference.linear` computes, but for the order of its sums; x [..., K] -> [..., N]."""
     from duotone.kernels.gpu import launch
@@ -187,6 +205,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         packed.group_size,
         packed.fp8_max,
         packed.smallest_scale,
+        *norm_of(x, packed.norm, packed.epsilon),
     )
     return y if bias is None or fused is not None else y + bias
 

@@ -27,7 +27,7 @@ class Packed:
     """A weight as the op reads it: the only copy there is, and the weight's own tensor where nothing has to be padded.
 
     values: E4M3FN bytes uint8 [N', K'], zeros after N and K. outer_scale: float32 [N]. input_scale: static activation scale or
-    None. parts: the rows of each of several weights in one.
+    None. parts: the rows of each of several weights in one. norm, epsilon: as the W4A8 backend's.
     """
 
     values: Tensor
@@ -37,6 +37,8 @@ class Packed:
     fp8_max: float
     smallest_scale: float
     parts: tuple[int, ...] = ()
+    norm: Tensor | None = None
+    epsilon: float = 0.0
 
 
 def refuses(scheme: AnyScheme, device: torch.device) -> str | None:
@@ -116,6 +118,11 @@ def split(merged: Packed) -> list[Packed]:
     return weights
 
 
+def with_norm(packed: Packed, weight: Tensor, epsilon: float) -> Packed:
+    """A weight whose inputs are normed first, as the W4A8 backend's."""
+    return replace(packed, norm=weight, epsilon=epsilon)
+
+
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """What `reference.linear` computes, but for the order of its sums; x [..., K] -> [..., N]."""
     from duotone.kernels.gpu import launch
@@ -123,8 +130,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if x.dtype not in backend.NATIVE:
         y = linear(x.float(), packed).to(x.dtype)
     else:
-        scales = packed.outer_scale, packed.input_scale
-        y = launch.linear_fp8(x, packed.values, *scales, packed.fp8_max, packed.smallest_scale)
+        facts = packed.outer_scale, packed.input_scale, packed.fp8_max, packed.smallest_scale
+        y = launch.linear_fp8(x, packed.values, *facts, *backend.norm_of(x, packed.norm, packed.epsilon))
     return y if bias is None else y + bias
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duotone.kernels.gpu import kernels
 from duotone.kernels.gpu.layout import Layout
+from duotone.kernels.gpu.rows import norm_and_quantize, raw
 
 #: More tokens than this are a prompt's.
 DECODE_TOKENS = 64
@@ -76,6 +77,16 @@ def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float,
     return x8.view(torch.float8_e4m3fn), scales
 
 
+def activations(
+    x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float, *norm: Any
+) -> tuple[Tensor, Tensor]:
+    """`quantize`, after a norm where its weight and its epsilon are given."""
+    if not norm:
+        return quantize(x, chunks, input_scale, fp8_max, smallest)
+    weight, epsilon = norm
+    return norm_and_quantize(x, weight, epsilon, chunks, input_scale, fp8_max, smallest)
+
+
 def write_values(weight: Layout, group_size: int) -> Tensor:
     """The FP8 weights [R, 128 C]: `qweight.fp8_values`, bit for bit."""
     codes, index, table, to_a_word, is_signed = weight
@@ -99,14 +110,14 @@ def _linear(
     *facts: Any,
 ) -> Tensor:
     """x [..., K] in BF16, FP16 or float32 -> [..., N] in its dtype; bias in the same; facts: the rest of the schema."""
-    to_a_word, is_signed, group_size, fp8_max, smallest = facts
+    to_a_word, is_signed, group_size, fp8_max, smallest, *norm = facts  # torch hands on no default
     flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), len(outer_scale)
     y = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
     weight = Layout(codes, index, table, to_a_word, is_signed)
     if not y.numel():
         return y.view(*x.shape[:-1], rows)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        x8, scales = quantize(flat, codes.shape[1], input_scale, fp8_max, smallest)
+        x8, scales = activations(flat, codes.shape[1], input_scale, fp8_max, smallest, *norm)
         if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
             y = _multiply_written(x8, scales, weight, outer_scale, group_size)
             y = y if bias is None else y + bias
@@ -137,14 +148,14 @@ def _scaled_product(x8: Tensor, scales: Tensor, w8: Tensor, outer_scale: Tensor,
 
 
 def _linear_fp8(
-    x: Tensor, values: Tensor, outer_scale: Tensor, input_scale: Tensor | None, fp8_max: float, smallest: float
+    x: Tensor, values: Tensor, outer_scale: Tensor, input_scale: Tensor | None, fp8_max: float, smallest: float, *norm: Any
 ) -> Tensor:
-    """x [..., K] in BF16, FP16 or float32 -> [..., N] in its dtype; values: FP8 bytes [N', 128 C]."""
+    """x [..., K] in BF16, FP16 or float32 -> [..., N] in its dtype; values: FP8 bytes [N', 128 C]; norm as in `activations`."""
     flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), len(outer_scale)
     if not len(flat):
         return x.new_empty(*x.shape[:-1], rows)
     with torch.cuda.device_of(x):
-        x8, scales = quantize(flat, values.shape[1] // 128, input_scale, fp8_max, smallest)
+        x8, scales = activations(flat, values.shape[1] // 128, input_scale, fp8_max, smallest, *norm)
         y = _scaled_product(x8, scales, values.view(torch.float8_e4m3fn), outer_scale, x.dtype)
     return y.view(*x.shape[:-1], rows)
 
@@ -178,15 +189,11 @@ def entries(table: Tensor) -> Tensor:
     return table.view(torch.int32) if IS_COMPILED else table
 
 
-def raw(x: Tensor) -> Tensor:
-    """BF16 as the bits that the kernels read and write."""
-    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-
-
 torch.library.define(
     "duotone::gpu_linear",
     "(Tensor x, Tensor codes, Tensor index, Tensor table, Tensor outer_scale, Tensor? input_scale, Tensor? bias, "
-    "int to_a_word, bool is_signed, int group_size, float fp8_max, float smallest_scale) -> Tensor",
+    "int to_a_word, bool is_signed, int group_size, float fp8_max, float smallest_scale, Tensor? norm=None, "
+    "float? epsilon=None) -> Tensor",
 )
 torch.library.impl("duotone::gpu_linear", "default", _linear)
 
@@ -202,7 +209,8 @@ def _(
 
 torch.library.define(
     "duotone::gpu_linear_fp8",
-    "(Tensor x, Tensor values, Tensor outer_scale, Tensor? input_scale, float fp8_max, float smallest_scale) -> Tensor",
+    "(Tensor x, Tensor values, Tensor outer_scale, Tensor? input_scale, float fp8_max, float smallest_scale, "
+    "Tensor? norm=None, float? epsilon=None) -> Tensor",
 )
 torch.library.impl("duotone::gpu_linear_fp8", "default", _linear_fp8)
 
