@@ -131,8 +131,10 @@ def _use_device(run: Run, offload: str | Path | None, tokens: int) -> ReadAhead:
     config, device = run.plan.config, run.device
     if device.type == "cuda":
         run.phases.time_by(StreamClock(device))
-    if config.needs_statistics and (reason := refusal(device)):
-        run.report.notes.append(f"the solver runs in plain torch on this GPU, which takes long: {reason}")
+        with run.phases("solve"):
+            reason = refusal(device) if config.needs_statistics else None
+        if reason is not None:
+            run.report.notes.append(f"the solver runs in plain torch on this GPU, which takes long: {reason}")
     states = 2 * (1 + config.method_facts.drift)  # what enters a block and what leaves it, of one prefix or two
     state_bytes = states * tokens // run.ranks.size * run.plan.hidden_size * run.dtype.itemsize
     run.offload, run.report.states_in = choose_keeper(offload, device, state_bytes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -54,12 +55,18 @@ class ReadAhead:
 
 def read_beside(source: Source, names: Iterable[str], device: torch.device) -> Tensors:
     """Tensors read to a GPU on a stream of their own, whole when this returns. Raises as `ReadAhead.block`."""
-    lane: Any = torch.cuda.Stream(device)
+    lane = _lane(device)
     with torch.cuda.stream(lane):
         tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in source.load(names).items()}
         check_finite(source, tensors)
     lane.synchronize()
     return tensors
+
+
+@cache
+def _lane(device: torch.device) -> Any:
+    """One stream for all blocks: memory that one of them gives back is for the next that is read on the same."""
+    return torch.cuda.Stream(device)
 
 
 def handed_over(tensors: Tensors, device: torch.device) -> None:
