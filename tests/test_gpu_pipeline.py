@@ -15,6 +15,7 @@ from duotone import opening, pipeline
 from duotone.calibrate import offload
 from duotone.checkpoint import ahead
 from duotone.checkpoint.source import Source, check_finite
+from duotone.floors import measured_ceiling
 from duotone.kernels import native
 from duotone.models.skeleton import place_buffers
 from duotone.modules import quantize_module
@@ -189,3 +190,11 @@ def test_buffers_follow() -> None:
     module.register_buffer("later", torch.empty(3, device="meta"))
     place_buffers(module, CUDA)
     assert isinstance(module.table, Pretended) and module.later.is_meta
+
+
+def test_ceilings_are_the_gpus(gpu: PretendedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products run on the device of the run, and are waited for before the clock is read."""
+    waits: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    assert measured_ceiling(tmp_path, CUDA, size=32).narrow > 0
+    assert waits == [CUDA] * 10 and gpu.seen["launches"] >= 10

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from duotone.device import multiplies_narrow
+from duotone.device import multiplies_narrow, resolve_device
 from duotone.outcome import QuantizeReport
 from duotone.plan import Plan
 from duotone.solver.local_search import steps_of
 from duotone.solver.methods import REFITS
 from duotone.solver.search import SCALE_TRIALS
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -53,7 +55,7 @@ def floor_seconds(report: QuantizeReport) -> dict[str, float]:
     """By phase, the least that a finished run could have taken on this machine."""
     if report.calibration is None:
         return {}
-    ceiling = measured_ceiling(Path(report.out))
+    ceiling = measured_ceiling(Path(report.out), resolve_device(report.config.device))
     return {phase: ceiling.seconds(Work(**work)) for phase, work in report.work.items()}
 
 
@@ -106,12 +108,21 @@ def solving(rows: int, columns: int, search: bool = True) -> tuple[float, float]
     return (loops + 3) * square, codes + 14 * rows * columns * loops * SCALE_TRIALS
 
 
-def measured_ceiling(folder: Path, size: int = 2048) -> Ceiling:
-    """What this machine reaches: products of `size` cubed, the best of several, and 64 MiB written to `folder` and synced."""
+def measured_ceiling(folder: Path, device: torch.device = _CPU, size: int | None = None) -> Ceiling:
+    """What this machine reaches: products of `size` cubed on a device, the best of several, and 64 MiB written to `folder` and
+    synced. size: 2048 on a CPU and 8192 on a GPU, unless given.
+    """
+    size = size or (2048 if device.type == "cpu" else 8192)
 
     def flops(dtype: torch.dtype) -> float:
-        a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-        return 2.0 * size**3 / _best(lambda: torch.mm(a, b), 5)
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+
+        def multiply() -> None:
+            torch.mm(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return 2.0 * size**3 / _best(multiply, 5)
 
     data = bytes(64 * 2**20)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
