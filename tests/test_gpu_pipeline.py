@@ -84,7 +84,7 @@ def run(model: Path, out: Path, text_file: Path, device: str, **options: Any) ->
 
 CASES = {
     "dpq": ("llama", {}),
-    "equalized": ("qwen3", {"equalize": 0.5, "symmetric": False, "kv_cache": "fp8"}),
+    "equalized": ("qwen3", {"num_hidden_layers": 1, "equalize": 0.5, "symmetric": False, "kv_cache": "fp8"}),
     "gptq, gaudi": ("llama", {"method": "gptq", "target": "gaudi", "group_size": 32}),
     "experts": ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1}),
 }
@@ -97,7 +97,8 @@ def test_everything_is_on_the_gpu_and_the_bytes_are_a_cpus(
 ) -> None:
     """No operand is left behind on the CPU, weights are read ahead, and all that is written is what a CPU writes."""
     kind, options = CASES[case]
-    sizes = {name: options.pop(name) for name in [*options] if name.startswith("num_")} if kind == "mixtral" else {}
+    sizes = {name: size for name, size in options.items() if name.startswith("num_")}
+    options = {name: value for name, value in options.items() if name not in sizes}
     model = tiny_model(kind, **sizes)
     meant = run(model, tmp_path / "cpu", text_file, "cpu", **options)
     gpu = request.getfixturevalue("gpu")
@@ -122,8 +123,8 @@ def test_no_room_and_no_triton(tiny_model: Callable[..., Path], tmp_path: Path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload, "free_bytes", lambda _: 1000)
         patch.setattr(pipeline, "refusal", lambda _: "there is none")
-        found = run(model, tmp_path / "host", text_file, "cuda:0")
-    meant = run(model, tmp_path / "gpu", text_file, "cuda:0")
+        found = run(model, tmp_path / "host", text_file, "cuda:0", method="gptq")
+    meant = run(model, tmp_path / "gpu", text_file, "cuda:0", method="gptq")
     assert found.states_in == "pinned host memory" and meant.states_in == "the GPU's memory"
     told = {"the solver runs in plain torch on this GPU, which takes long: there is none"}
     assert set(found.notes) - set(meant.notes) == told

@@ -131,12 +131,12 @@ def test_local_search_on_ties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("programs")
-@pytest.mark.parametrize("group_size", [5, 32, 128])
+@pytest.mark.parametrize("group_size", [24, 128])
 @pytest.mark.parametrize(("target", "symmetric"), [(HOPPER, True), (GAUDI, False)])
 def test_errors_of_scales(group_size: int, target: Target, symmetric: bool) -> None:
     """Torch's, to the rounding of sums: short last groups, rows that fill no tile, weighed columns or not."""
     generator = torch.Generator().manual_seed(group_size)
-    rows, columns, candidates = 19, 150, 3
+    rows, columns, candidates = 19, 150, 2
     groups = -(-columns // group_size)
     w_NK = torch.randn(rows, columns, generator=generator) * 0.05
     outer = torch.exp2(torch.rand(rows if target is HOPPER else 1, generator=generator) - 12)
