@@ -459,10 +459,8 @@ def paired_outcomes(cells: list[dict[str, Any]]) -> tuple[str, str]:
 def phases_of_time_table() -> str:
     """Seconds by phase, median over rounds, ours beside the least that their arithmetic takes on that machine."""
     lines: list[tuple[str, ...]] = []
-    newest = {
-        (row["model"], row["tool"], row["round"]): row for row in records("quantize_time") if row.get("floors") is not None
-    }
-    rest = {(row["model"], row["tool"], row["round"]): row for row in records("quantize_time") if row["phases"]}
+    rest = {key: row for key, row in timed_rounds().items() if row["phases"]}
+    newest = {key: row for key, row in rest.items() if row.get("floors") is not None}
     for model in dict.fromkeys(model for model, _, _ in newest):
         for tool in dict.fromkeys(tool for other, tool, _ in rest if other == model):
             rows = [row for (*name, _), row in (newest if tool == "duotone" else rest).items() if name == [model, tool]]
@@ -507,10 +505,21 @@ def excess_table() -> str:
     return markdown(("phase", "times its arithmetic"), [(phase, f"{times:.1f}") for phase, times in excess_of_phases().items()])
 
 
+def timed_rounds() -> dict[tuple[str, str, int], Row]:
+    """By model, tool and round, what took how long: of the newest session, which begins with a round 0."""
+    newest: dict[tuple[str, str, int], Row] = {}
+    for row in records("quantize_time"):
+        model, tool, number = row["model"], row["tool"], row["round"]
+        for old in [key for key in newest if key[:2] == (model, tool) and not number]:
+            del newest[old]
+        newest[model, tool, number] = row
+    return newest
+
+
 def quantize_time_table() -> str:
     """Seconds to quantize, median over rounds in which the tools took turns, and their ratio to ours round by round."""
     lines: list[tuple[str, ...]] = []
-    newest = {(row["model"], row["tool"], row["round"]): row for row in records("quantize_time")}
+    newest = timed_rounds()
     for model, tool in dict.fromkeys((model, tool) for model, tool, _ in newest):
         found = {number: row for (*name, number), row in newest.items() if name == [model, tool]}
         method = f"{tool} {found[0]['method']}"

@@ -318,15 +318,15 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_is_imported_only_where_it_runs() -> None:
     """Few files import Triton or what does, and nobody imports those but inside a function: duotone works without it."""
     root = Path(duotone.__file__).parent
-    importing = {path.name for path in root.rglob("*.py") if re.search(r"^import triton", path.read_text(), re.M)}
-    assert importing == {"kernels.py", "grouped_kernels.py", "row_kernels.py", "launch.py"}
-    needing = {*importing, "grouped.py", "rows.py"}
-    for path in root.rglob("*.py"):
-        if path.name in needing and path.parent.name == "gpu":
-            continue
-        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
-        names = {f"{node.module}.{alias.name}" for node in at_once for alias in node.names}
-        assert not names & {f"duotone.kernels.gpu.{name.removesuffix('.py')}" for name in (*needing, "trial.py")}, path
+    names = {path: ".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*.py")}
+    needing = {names[path] for path in names if re.search(r"^import triton", path.read_text(), re.M)}
+    kernels = ("kernels", "grouped_kernels", "row_kernels", "solver_kernels", "launch", "solver")
+    assert needing == {f"duotone.kernels.gpu.{name}" for name in kernels}
+    needing |= {f"duotone.kernels.gpu.{name}" for name in ("grouped", "rows", "trial")} | {"duotone.solver.trial"}
+    for path, name in names.items():
+        if name not in needing:
+            at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+            assert not {f"{node.module}.{alias.name}" for node in at_once for alias in node.names} & needing, path
 
 
 def test_a_whole_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
