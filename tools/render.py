@@ -533,6 +533,24 @@ def quantize_time_table() -> str:
     return markdown(("model", "tool", "seconds", "times ours", "peak memory"), lines)
 
 
+def ranks_share_table() -> str:
+    """What several processes of one thread take beside one, medians over rounds: in all, and by phase of the first."""
+    lines: list[tuple[str, ...]] = []
+    newest = {(row["model"], row["ranks"], row["round"]): row for row in records("ranks")}
+    for model, ranks in dict.fromkeys((model, ranks) for model, ranks, _ in newest):
+        rows = [row for key, row in newest.items() if key[:2] == (model, ranks)]
+        alone, together = (statistics.median(row[f"seconds_{how}"] for row in rows) for how in ("alone", "together"))
+        share = statistics.median(row["seconds_alone"] / row["seconds_together"] / ranks for row in rows)
+        cells = []
+        for phase in ("forward", "hessian", "factorize", "solve", "exchange"):
+            both = (statistics.median(row[f"phases_{how}"].get(phase, 0.0) for row in rows) for how in ("alone", "together"))
+            cells.append(" / ".join(f"{seconds:.1f}" for seconds in both))
+        same = "yes" if all(row["same_bytes"] for row in rows) else "no"
+        lines.append((model, str(ranks), f"{alone:.1f} / {together:.1f}", f"{100 * share:.0f} %", *cells, same))
+    phases = ("forward", "moments", "factorize", "solve", "exchange")
+    return markdown(("model", "processes", "seconds, one / all", "efficiency", *phases, "same bytes"), lines)
+
+
 def linear_table() -> str:
     """A shape and number of tokens a line, the widest instruction set first: ours, and how many times as fast as torch's."""
     newest: dict[tuple[object, ...], Row] = {}
@@ -963,6 +981,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize-time": quantize_time_table,
     "quantize-phases": phases_of_time_table,
     "scale": scale_table,
+    "ranks-share": ranks_share_table,
     "scale-excess": excess_table,
     "scale-gpu": gpu_table,
     "out-of-domain": out_of_domain_table,
