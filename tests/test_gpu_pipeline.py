@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from duotone import opening, pipeline
+from duotone import opening, pipeline, solving, unfinished
 from duotone.calibrate import offload
 from duotone.checkpoint import ahead
 from duotone.checkpoint.source import Source, check_finite
@@ -61,11 +61,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
             check_finite(source, tensors)
         return tensors
 
-    for module in (offload, opening):
+    for module in (offload, opening, ahead):
         monkeypatch.setattr(module, "free_bytes", lambda _: 8 * 2**30)
-    monkeypatch.setattr(pipeline, "StreamClock", lambda _: HostClock())
+    monkeypatch.setattr(solving, "StreamClock", lambda _: HostClock())
     monkeypatch.setattr(pipeline, "peak_bytes", lambda _: 123)
-    monkeypatch.setattr(pipeline, "refusal", lambda _: None)
+    for module in (solving, unfinished):
+        monkeypatch.setattr(module, "refusal", lambda _: None)
     monkeypatch.setattr(ahead, "read_beside", read)
     monkeypatch.setattr(ahead, "handed_over", lambda *_: None)
     with pretended_gpu(monkeypatch) as gpu:
@@ -118,11 +119,13 @@ def test_everything_is_on_the_gpu_and_the_bytes_are_a_cpus(
 @pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
 @pytest.mark.usefixtures("gpu")
 def test_no_room_and_no_triton(tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path) -> None:
-    """Hidden states that a GPU has no room for wait in its host until a block wants them; a solver in torch is told."""
+    """Hidden states that a GPU has no room for wait in its host, and so do large blocks; a solver in torch is told."""
     model = tiny_model(num_hidden_layers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offload, "free_bytes", lambda _: 1000)
-        patch.setattr(pipeline, "refusal", lambda _: "there is none")
+        for module in (offload, ahead):
+            patch.setattr(module, "free_bytes", lambda _: 1000)
+        for module in (solving, unfinished):
+            patch.setattr(module, "refusal", lambda _: "there is none")
         found = run(model, tmp_path / "host", text_file, "cuda:0", method="gptq")
     meant = run(model, tmp_path / "gpu", text_file, "cuda:0", method="gptq")
     assert found.states_in == "pinned host memory" and meant.states_in == "the GPU's memory"

@@ -30,7 +30,7 @@ def test_the_cost_model_counts_what_a_plan_counts(ranks: int) -> None:
     sizes = (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], keys, config["vocab_size"])
     shape = scale.dense("bundled", *sizes)
     assert shape.weights == plan.weights
-    machine = scale.Machine("of ones", 1.0, 1.0, 1.0, 1.0)
+    machine = scale.Machine("of ones", 1.0, 1.0, 1.0, 1.0, 1.0)
     found, work = (
         scale.cost(shape, ranks, machine, tokens).seconds,
         phase_work(
@@ -72,7 +72,7 @@ def test_one_gpu_multiplies_what_the_cost_model_counts() -> None:
     """By phase, the same arithmetic where it is whole matrices'; caches hold the state of narrow rows only."""
     shape, gpu = scale.dense("llama", 4096, 14336, 2, 1024, 1000), scale_gpu.H200
     found = scale_gpu.phases(shape, gpu, tokens=8192, window=0)
-    meant = scale.cost(shape, 1, scale.Machine("same", gpu.narrow, gpu.wide, 1.0, 1.0), tokens=8192).seconds
+    meant = scale.cost(shape, 1, scale.Machine("same", gpu.narrow, gpu.wide, 1.0, 1.0, 1.0), tokens=8192).seconds
     assert found["forward"].arithmetic == pytest.approx(meant["forward"])
     assert found["moments"].arithmetic == pytest.approx(meant["hessian"])
     searched = sum(phase.arithmetic for name, phase in found.items() if name in {"local search", "scales", "column loops"})

@@ -8,6 +8,7 @@ What a run takes beyond them, phase by phase, is taken from the newest timed run
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from duotone.checkpoint.ahead import AHEAD_SHARE
 from duotone.floors import correcting, moments, solving
 
 
@@ -84,17 +85,18 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """One accelerator among several, from data sheets: operations a second (BF16 and float32), bytes a second."""
+    """One accelerator among several, from data sheets: operations a second (BF16 and float32), bytes a second, bytes."""
 
     name: str
     narrow: float
     wide: float
     network: float
     disk: float
+    memory: float
 
 
 #: Dense BF16 and plain float32 of one H100 SXM; NVLink one way; a good NVMe disk.
-H100 = Machine("H100", 989e12, 67e12, 450e9, 5e9)
+H100 = Machine("H100", 989e12, 67e12, 450e9, 5e9, 80e9)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
         8.0 * group.columns * (group.columns + (group.rows[0] if group.writes else group.columns)) for group in shape.groups
     )
     states = 2 * 2 * 2.0 * tokens / ranks * shape.hidden  # two prefixes, before and behind the block, in BF16
-    return Cost(seconds, shape.layers * network, 2 * 2.0 * block + hessians + states)
+    held = 4 if 2.0 * block <= AHEAD_SHARE * machine.memory else 2
+    return Cost(seconds, shape.layers * network, held * 2.0 * block + hessians + states)
 
 
 def scale_lines(excess: dict[str, float], ranks: Sequence[int] = (1, 8, 64)) -> list[tuple[str, ...]]:

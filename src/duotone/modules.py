@@ -38,7 +38,7 @@ from duotone.ranks import ALONE
 from duotone.run import Run
 from duotone.runtime.linear import QuantizedLinear
 from duotone.settings import QuantizeConfig
-from duotone.solving import round_unseen
+from duotone.solving import round_unseen, use_solver
 
 #: What config.json says a saved module is; only `load_module` reads it.
 MODEL_TYPE = "duotone-module"
@@ -98,6 +98,7 @@ def quantize_module(module: nn.Module, calibration_batches: Iterable[Any], **opt
         report.original_bytes, report.bits_per_weight = source.weight_bytes, plan.bits_per_weight
         report.quantized_macs_share = plan.quantized_macs_share
         run = Run(plan, device, torch.float32, Phases(), report, ALONE)
+        use_solver(run)
         stream = _stream(calls, run, config) if config.needs_calibration else None
         weights, changed = quantize_block(run, 0, plan.blocks[0], copy.deepcopy(found), stream)
         weights |= {layer: round_unseen(run, layer, found.get_parameter(f"{layer}.weight")) for layer in plan.unseen}

@@ -32,7 +32,7 @@ from duotone.checkpoint.scratch import Scratch
 from duotone.checkpoint.source import load_finite, open_source
 from duotone.checkpoint.staging import check_output
 from duotone.contract import kv_scale, static_activation_scale
-from duotone.device import StreamClock, calibration_dtype, peak_bytes, resolve_device
+from duotone.device import calibration_dtype, peak_bytes, resolve_device
 from duotone.errors import DuotoneError
 from duotone.floors import phase_work
 from duotone.models.caching import key_heads
@@ -48,9 +48,8 @@ from duotone.ranks import ALONE, Ranks
 from duotone.run import Progress, Run
 from duotone.settings import QuantizeConfig
 from duotone.solver.drift import bias_shift
-from duotone.solver.loops import refusal
 from duotone.solver.statistics import Statistics
-from duotone.solving import solve_group
+from duotone.solving import solve_group, use_solver
 from duotone.transforms.equalization import equalize
 from duotone.unfinished import run_settings
 
@@ -98,7 +97,7 @@ def quantize(
         phase: dataclasses.asdict(work) for phase, work in phase_work(plan, tokens, plan.seq_len, dtype, device).items()
     }
     run = Run(plan, device, dtype, phases, report, ranks)
-    ahead = _use_device(run, offload, tokens)
+    ahead = _use_device(run, offload, windows)
     with made_output(run, out, resume, run_settings(plan, device, dtype, windows, ranks), save_every) as output, ahead:
         skeleton = build_skeleton(plan.source.config, dtype)
         steps, before, done = len(plan.blocks), 0, output.done or 0
@@ -126,19 +125,18 @@ def quantize(
     return report
 
 
-def _use_device(run: Run, offload: str | Path | None, tokens: int) -> ReadAhead:
+def _use_device(run: Run, offload: str | Path | None, windows: Samples | None) -> ReadAhead:
     """See how blocks are read, where hidden states will be, what times the phases, and whether the solver is compiled."""
-    config, device = run.plan.config, run.device
-    if device.type == "cuda":
-        run.phases.time_by(StreamClock(device))
-        with run.phases("solve"):
-            reason = refusal(device) if config.needs_statistics else None
-        if reason is not None:
-            run.report.notes.append(f"the solver runs in plain torch on this GPU, which takes long: {reason}")
-    states = 2 * (1 + config.method_facts.drift)  # what enters a block and what leaves it, of one prefix or two
-    state_bytes = states * tokens // run.ranks.size * run.plan.hidden_size * run.dtype.itemsize
+    plan, device = run.plan, run.device
+    use_solver(run)
+    state_bytes: int | None = 0
+    if windows is not None:  # of what is no text, nobody knows how long a sample will be
+        states = 2 * (1 + plan.config.method_facts.drift)  # what enters a block and what leaves it, of one prefix or two
+        width = plan.hidden_size if "tokens" in windows.tensors else 0
+        state_bytes = states * windows.positions // run.ranks.size * width * run.dtype.itemsize or None
     run.offload, run.report.states_in = choose_keeper(offload, device, state_bytes)
-    run.ahead = ReadAhead(run.plan.source, [block.tensors for block in run.plan.blocks], device)
+    sizes = [sum(plan.source.tensors[name].nbytes for name in block.tensors) for block in plan.blocks]
+    run.ahead = ReadAhead(plan.source, [block.tensors for block in plan.blocks], device, max(sizes, default=0))
     return run.ahead
 
 

@@ -12,15 +12,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from duotone.device import StreamClock
 from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight
 from duotone.ranks import Ranks
 from duotone.run import Run
 from duotone.scheme import Fp8Scheme, Scheme
 from duotone.solver.couple import couple
 from duotone.solver.fp8 import solve_fp8
+from duotone.solver.loops import refusal
 from duotone.solver.methods import METHODS, LayerReport, Problem, report_on, shared_factor
 from duotone.solver.solve import output_energy
 from duotone.solver.statistics import Statistics
+
+
+def use_solver(run: Run) -> None:
+    """Have phases timed by the device that works, and say so where a GPU's solver is not compiled."""
+    if run.device.type != "cuda":
+        return
+    run.phases.time_by(StreamClock(run.device))
+    with run.phases("solve"):
+        reason = refusal(run.device) if run.plan.config.needs_statistics else None
+    if reason is not None:
+        run.report.notes.append(f"the solver runs in plain torch on this GPU, which takes long: {reason}")
 
 
 def solve_group(

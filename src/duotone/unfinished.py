@@ -17,6 +17,7 @@ from duotone.outcome import QuantizeReport
 from duotone.phases import Phases
 from duotone.plan import Plan
 from duotone.ranks import Ranks
+from duotone.solver.loops import refusal
 from duotone.solver.methods import LayerReport
 from duotone.version import VERSION
 
@@ -40,7 +41,7 @@ def run_settings(
         "calibration dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "compiled solver": native.available(),
+        "compiled solver": refusal(device) is None if device.type == "cuda" else native.available(),
         "number of processes": ranks.size,
     }
     settings = {
@@ -70,7 +71,7 @@ def recall(record: Record | None, report: QuantizeReport, sidecar_layers: dict[s
         return 0
     report.layers.extend(LayerReport(**layer) for layer in record.facts["layers"])
     sidecar_layers.update(record.facts["sidecar_layers"])
-    report.notes[:] = record.facts["notes"]
+    report.notes[:] = dict.fromkeys([*record.facts["notes"], *report.notes])
     phases.add(record.facts["seconds"].items())
     report.resumed_at = record.done
     return record.done

@@ -25,6 +25,7 @@ class Lane:
         self.threads: set[int] = set()
         self.handed: list[str] = []
         self.done = threading.Semaphore(0)
+        monkeypatch.setattr(ahead, "free_bytes", lambda _: 800)
         monkeypatch.setattr(ahead, "read_beside", self._read)
         monkeypatch.setattr(ahead, "handed_over", lambda tensors, _: self.handed.extend(tensors))
 
@@ -73,6 +74,17 @@ def test_a_bad_block_is_told_when_it_is_its_turn(monkeypatch: pytest.MonkeyPatch
         assert all(lane.done.acquire(timeout=10) for _ in range(2))
         with pytest.raises(DuotoneError, match="c holds 1 NaN or infinite values"):
             blocks.block(1)
+
+
+@pytest.mark.parametrize(("largest", "ahead_of_work"), [(100, True), (101, False)])
+def test_a_block_that_is_too_large_stays_in_the_host_s_memory(
+    monkeypatch: pytest.MonkeyPatch, largest: int, ahead_of_work: bool
+) -> None:
+    """More than an eighth of what is free, of which four blocks would be half: read when it is asked for, by no thread."""
+    lane = Lane(monkeypatch)
+    with ReadAhead(source(), BLOCKS, CUDA, largest) as blocks:
+        assert blocks.block(0).keys() == {"a", "b"}
+    assert bool(lane.read) == bool(lane.handed) == ahead_of_work
 
 
 def test_a_cpu_reads_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

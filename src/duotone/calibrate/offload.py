@@ -24,16 +24,17 @@ class Keeper(Protocol):
         ...
 
 
-def choose_keeper(folder: str | Path | None, device: torch.device, nbytes: int) -> tuple[Keeper | None, str]:
+def choose_keeper(folder: str | Path | None, device: torch.device, nbytes: int | None) -> tuple[Keeper | None, str]:
     """What keeps so many bytes of states of a run on a device (None: they stay where they are), and where that is, for people.
 
-    folder: where the user wants them. A GPU keeps them itself where they take no more than STATES_SHARE of its free memory.
+    folder: where the user wants them. A GPU keeps them itself where they take no more than STATES_SHARE of its free memory, if
+    it is known how much they take.
     """
     if folder is not None:
         return Offload(folder), "files on a disk"
     if device.type == "cpu":
         return None, "memory"
-    if nbytes <= STATES_SHARE * free_bytes(device):
+    if nbytes is not None and nbytes <= STATES_SHARE * free_bytes(device):
         return None, "the GPU's memory"
     return HostMemory(), "pinned host memory"
 

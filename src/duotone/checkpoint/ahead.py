@@ -9,18 +9,27 @@ import torch
 from torch import Tensor
 
 from duotone.checkpoint.source import Source, check_finite, load_finite
+from duotone.device import free_bytes
 
+#: Of a GPU's free memory, how much a block may take to be read ahead: with the one being solved, its originals and its copy
+#: there are four at once. A larger one is read when it is asked for, and its originals stay in the host's memory.
+AHEAD_SHARE = 1 / 8
 Tensors = dict[str, Tensor]
 
 
 class ReadAhead:
     """A context: the tensors of one block after the other, those of the next being read meanwhile where the device is a GPU.
 
-    On a CPU, whose memory and processors the work wants for itself, a block is read when it is asked for.
+    On a CPU, whose memory and processors the work wants for itself, a block is read when it is asked for. largest: bytes of
+    the largest block.
     """
 
-    def __init__(self, source: Source, blocks: Sequence[Iterable[str]], device: torch.device) -> None:
-        self._source, self._blocks, self._device = source, blocks, device
+    def __init__(self, source: Source, blocks: Sequence[Iterable[str]], device: torch.device, largest: int = 0) -> None:
+        self._source, self._blocks = source, blocks
+        if device == torch.device("cuda"):  # any: each thread has a current one of its own
+            device = torch.device("cuda", torch.cuda.current_device())
+        fits = device.type == "cpu" or largest <= AHEAD_SHARE * free_bytes(device)
+        self._device = device if fits else torch.device("cpu")
         self._reads: dict[int, Future[Tensors]] = {}
         self._reader: ThreadPoolExecutor | None = None
 
@@ -35,8 +44,8 @@ class ReadAhead:
         self._reads.clear()
 
     def block(self, index: int) -> Tensors:
-        """A block's tensors by name, on the GPU if that is the device. Raises DuotoneError for what the file does not hold, and
-        for NaN and infinity.
+        """A block's tensors by name, on the GPU where they are read ahead to it. Raises DuotoneError for what the file does not
+        hold, and for NaN and infinity.
         """
         if self._reader is None:
             return load_finite(self._source, self._blocks[index])

@@ -52,8 +52,11 @@ class GroupedExperts(nn.Module):
         return None if bias is None else bias.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moved to another device it has nothing left to multiply with."""
-        if fn(torch.empty(0, device=self._device)).device != self._device:
+        """Moved to another device it has nothing left to multiply with: its experts do, one after the other."""
+        if self._banks is not None and fn(torch.empty(0, device=self._device)).device != self._device:
+            warnings.warn(
+                "experts that were moved are multiplied one after the other: load the model where it is to run", stacklevel=2
+            )
             self._banks = None
         return super()._apply(fn, recurse)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duotone.kernels.gpu import solver
+from duotone.kernels.gpu.trial import told
 from duotone.scheme import HOPPER, Scheme
 from duotone.solver.local_search import TENURE, local_search_torch
 from duotone.solver.scales import Scales
@@ -22,15 +23,7 @@ _ROWS, _COLUMNS, _STEPS, _GROUP = 80, 112, 60, 32
 
 def fault(device: torch.device) -> str | None:
     """What the loops do on a device that the specification does not, as a sentence; None: they agree."""
-    with torch.no_grad():
-        try:
-            for symmetric in (True, False):
-                if wrong := _difference(symmetric, device):
-                    return f"a trial on {device} gave other {wrong} than plain torch does"
-        except Exception as error:
-            first_line = (str(error).strip().splitlines() or ["no message"])[0]
-            return f"a trial on {device} failed ({type(error).__name__}: {first_line})"
-    return None
+    return told(device, lambda: _difference(True, device) or _difference(False, device))
 
 
 def _difference(symmetric: bool, device: torch.device) -> str | None:
