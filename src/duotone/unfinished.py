@@ -71,7 +71,8 @@ def recall(record: Record | None, report: QuantizeReport, sidecar_layers: dict[s
         return 0
     report.layers.extend(LayerReport(**layer) for layer in record.facts["layers"])
     sidecar_layers.update(record.facts["sidecar_layers"])
-    report.notes[:] = dict.fromkeys([*record.facts["notes"], *report.notes])
+    told = record.facts["notes"]  # with all that was known before the first block; what is new is of this start
+    report.notes[:] = [*told, *(note for note in report.notes if note not in told)]
     phases.add(record.facts["seconds"].items())
     report.resumed_at = record.done
     return record.done
