@@ -148,7 +148,7 @@ def test_runs_what_was_written(
 
 
 def test_eight_bits_are_nearer(tmp_path: Path, tiny_model: ModelMaker, text_file: Path) -> None:
-    """All linears in FP8: logits much nearer; some: no farther but by chance. The sidecar, `inspect`, `explain`, the report know."""
+    """All linears in FP8: logits much nearer; some: no farther but by chance. Sidecar, `inspect`, `explain`, report know."""
     folder = tiny_model("llama")
     original, errors = logits(duotone.load(folder, torch.float32, "cpu")), []
     for name, rules in (("four", ()), ("mixed", ("re:.*down_proj=w8a8",)), ("eight", ("re:.*_proj=w8a8",))):
