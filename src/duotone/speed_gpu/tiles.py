@@ -24,7 +24,7 @@ from duotone.speed_gpu.forms import OURS
 from duotone.speed_gpu.linears import Bench, Shapes
 
 #: Of a program: rows and warps (4 of which multiply 64 rows at least), stages of its loop; and programs a multiprocessor.
-_ROWS_AND_WARPS, _STAGES, _PROGRAMS = ((128, 4), (128, 8), (64, 4)), (8, 4, 12), (2, 1, 4)
+_ROWS_AND_WARPS, _STAGES, _PROGRAMS = ((128, 4), (128, 8), (64, 4)), (6, 4, 8), (2, 1, 4)
 #: The way by FP8 weights.
 WRITTEN = "FP8 weights written"
 

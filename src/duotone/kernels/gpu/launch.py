@@ -21,6 +21,9 @@ DECODE_TOKENS = 64
 #: Programs that a split of K should make, for each multiprocessor; splits are no shorter than `_LEAST_CHUNKS`.
 PROGRAMS_EACH = 2
 _LEAST_CHUNKS = 4
+#: Tokens of a tile whose sums leave no registers for two chunks at a time.
+_UNPAIRED = 64
+_BLACKWELL = 10
 #: Of `add_up`.
 _BLOCK = 512
 _programs: Any = kernels
@@ -31,13 +34,13 @@ IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
 class Tile(NamedTuple):
     """How `multiply` is laid out: rows and tokens of a program, its warps, and stages of its loop.
 
-    Half of the stages read the index, half what it leads to: 8 keep three chunks of codes on their way.
+    Half of the stages read the index, half what it leads to: 6 keep two pairs of chunks on their way.
     """
 
     rows: int
     tokens: int
     warps: int
-    stages: int = 8
+    stages: int = 6
 
 
 def tile_for(tokens: int) -> Tile:
@@ -48,15 +51,30 @@ def tile_for(tokens: int) -> Tile:
 
 
 def chunks_each(rows: int, chunks: int, tile: Tile, processors: int, programs_each: int = PROGRAMS_EACH) -> int:
-    """Chunks of a split: as many splits as keep all multiprocessors at work, whatever the number of tokens."""
+    """Chunks of a split, pairs of them where all are: as many splits as keep all multiprocessors at work, for any tokens."""
     wanted = -(-programs_each * processors // (rows // tile.rows))
     splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
-    return -(-chunks // splits)
+    pair = 2 - chunks % 2
+    return -(-chunks // (splits * pair)) * pair
+
+
+@cache
+def _generation(device: torch.device) -> int:
+    """The first number of the compute capability."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def steps(chunks: int, tokens: int, device: torch.device) -> dict[str, bool]:
+    """How a program goes through K: by two chunks where registers allow it, sums outside of units that keep fewer bits.
+
+    Blackwell's, those for data centers, add in float32.
+    """
+    return {"PAIRS": chunks % 2 == 0 and tokens < _UNPAIRED, "PROMOTES": _generation(device) != _BLACKWELL}
 
 
 def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
@@ -176,7 +194,8 @@ def multiply_codes(
     _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
         x8, codes, codes.view(torch.int16), index, entries(table), scales, outer_scale, added, bits, partial,
         tokens, rows, padded_rows, chunks, each, GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed,
-        USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, IS_SPLIT=splits > 1, **ending,
+        USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, **steps(chunks, tile.tokens, y.device),
+        IS_SPLIT=splits > 1, **ending,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
