@@ -8,6 +8,7 @@ codes are multiplied as they are for any number of tokens.
 from typing import Any, NamedTuple
 
 import torch
+import triton  # pyright: ignore[reportMissingImports] - an optional dependency
 from torch import Tensor
 
 from duotone.kernels.gpu import grouped_kernels, launch
@@ -41,7 +42,7 @@ def linear(x: Tensor, routed: Routes, bank: Bank, bias: Tensor | None = None) ->
     """x [T, K] or [S, K] in BF16, FP16 or float32 -> [S, P * R], each slot's own expert's; part p of it from column p * R on.
 
     bias: [E * P * R], in x's dtype. Equal, bit for bit, to what `launch.linear` gives of each expert by itself where that
-    neither splits K nor writes FP8 weights.
+    splits K alike (`chunks_each`) and writes no FP8 weights.
     """
     facts = bank.to_a_word, bank.is_signed, bank.group_size, bank.fp8_max, bank.smallest_scale
     return torch.ops.duotone.gpu_grouped.default(
@@ -53,6 +54,15 @@ def linear(x: Tensor, routed: Routes, bank: Bank, bias: Tensor | None = None) ->
 def most_blocks(slots: int, experts: int, size: int) -> int:
     """Blocks there can be: each expert with slots, and those of none, may leave one part full."""
     return (slots + min(slots, experts + 1) * (size - 1)) // size
+
+
+def chunks_each(rows: int, chunks: int, slots: int, blocks: int, processors: int, tile: launch.Tile) -> int:
+    """Chunks of a split, for `rows` of each of `blocks`: as `launch.chunks_each`, of shapes alone.
+
+    Unlike there, slots count: their blocks are programs too, and the sums of all splits are splits * slots * rows of float32
+    to write and to read again. Just what is missing is split, so that these stay fewer than a few MiB, and prompts are not.
+    """
+    return launch.chunks_each(rows * blocks, chunks, tile, processors) if slots <= launch.DECODE_TOKENS else chunks
 
 
 def _routes(chosen: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,17 +92,25 @@ def _grouped(
     if input_scale is not None:  # each expert quantizes by itself
         x = x.repeat_interleave(slots // len(x), 0)
         input_scale = input_scale[expert.clamp(max=experts - 1)]
-    tile, bits = launch.tile_for(size), launch.raw(y)
+    tile, bits, chunks, sharers = launch.tile_for(size), launch.raw(y), codes.shape[1], slots // len(x)
+    each = chunks_each(rows, chunks, slots, len(blocks), launch.processors(x.device), tile)
+    splits, added = -(-chunks // each), bits if bias is None else launch.raw(bias)
+    ending = {"HAS_BIAS": bias is not None, "IS_BF16": y.dtype == torch.bfloat16, "IS_FP16": y.dtype == torch.float16}
     with torch.cuda.device_of(x):
-        x8, scales = launch.quantize(x.contiguous(), codes.shape[1], input_scale, fp8_max, smallest)
-        _programs.multiply_grouped[(rows // tile.rows, len(blocks))](
-            x8, codes, codes.view(torch.int16), index, launch.entries(table), scales, outer_scale,
-            bits if bias is None else launch.raw(bias), bits, order, starts, blocks,
-            rows, index.shape[1], codes.shape[1], slots, slots // len(x), experts, rows // parts, table_rows,
+        x8, scales = launch.quantize(x.contiguous(), chunks, input_scale, fp8_max, smallest)
+        partial = torch.empty(splits, slots, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
+        _programs.multiply_grouped[(rows // tile.rows, len(blocks), splits)](
+            x8, codes, codes.view(torch.int16), index, launch.entries(table), scales, outer_scale, added, bits, partial,
+            order, starts, blocks, rows, index.shape[1], chunks, each, slots, sharers, experts, rows // parts, table_rows,
             GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=launch.IS_COMPILED, BLOCK_N=tile.rows,
-            BLOCK_M=size, HAS_BIAS=bias is not None, IS_BF16=y.dtype == torch.bfloat16, IS_FP16=y.dtype == torch.float16,
+            BLOCK_M=size, IS_SPLIT=splits > 1, **ending,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+        if splits > 1:
+            _programs.add_up_grouped[(slots, triton.cdiv(rows, launch.BLOCK))](
+                partial, expert, scales, outer_scale, added, bits, slots, rows, splits, sharers, experts,
+                BLOCK=launch.BLOCK, **ending, enable_fp_fusion=False,
+            )  # fmt: skip
     return y
 
 

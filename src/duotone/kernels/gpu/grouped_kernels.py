@@ -12,7 +12,7 @@ block is whose only the device knows, so there are as many programs as there cou
 import triton
 import triton.language as tl
 
-from duotone.kernels.gpu.kernels import finished, sums
+from duotone.kernels.gpu.kernels import finished, sum_of_splits, sums
 
 
 @triton.jit
@@ -37,12 +37,14 @@ def find_blocks(starts, blocks, count, experts, EXPERTS: tl.constexpr, BLOCK_M: 
 
 @triton.jit
 def multiply_grouped(
-    x8, codes, words, index, table, scales, outer_scale, bias, y, order, starts, blocks,
-    N, rows, chunks, slots, sharers, experts, part_rows, table_rows,
+    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, order, starts, blocks,
+    N, rows, chunks, chunks_each, slots, sharers, experts, part_rows, table_rows,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """y [S, N]; a program has BLOCK_N rows of an expert and one block of its slots. Slots of no expert get zeros.
+    """y [S, N], or sums [splits, S, N]; a program has BLOCK_N rows of an expert and one block of its slots.
+
+    Slots of no expert get zeros.
 
     x8 fp8 [S / sharers, 128 C] and scales as long: `sharers` slots in a row read the same token. codes, words and index as in
     `kernels.sums`, with the rows of all experts, `rows` of them; so are outer_scale and bias. Each `part_rows` of them begin
@@ -55,13 +57,34 @@ def multiply_grouped(
     first_row = tl.minimum(expert, experts - 1) * N + tl.program_id(0) * BLOCK_N
     x8 += token.to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 32)[:, None]
     table += first_row // part_rows * table_rows * (4 if USES_PTX else 16)
+    begin = tl.program_id(2) * chunks_each
+    stop = tl.minimum(begin + chunks_each, chunks)
     total = sums(
-        x8, codes, words, index, table, first_row, rows, chunks, 0, tl.where(expert < experts, chunks, 0),
+        x8, codes, words, index, table, first_row, rows, chunks, begin, tl.where(expert < experts, stop, 0),
         GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M,
     )  # fmt: skip
     row, is_of_one = tl.arange(0, BLOCK_N), tl.zeros((BLOCK_N,), tl.int32) + expert < experts
-    outer = tl.load(outer_scale + first_row + row, mask=is_of_one, other=0)[:, None]
-    scale = tl.load(scales + token, mask=tl.zeros((BLOCK_M,), tl.int32) + expert < experts, other=0)[None, :]
-    added = tl.load(bias + first_row + row, mask=is_of_one, other=0)[:, None] if HAS_BIAS else 0
-    y += slot.to(tl.int64)[None, :] * N + (tl.program_id(0) * BLOCK_N + row)[:, None]
-    tl.store(y, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=(place < end)[None, :])
+    at, inside = slot.to(tl.int64)[None, :] * N + (tl.program_id(0) * BLOCK_N + row)[:, None], (place < end)[None, :]
+    if IS_SPLIT:
+        tl.store(partial + tl.program_id(2).to(tl.int64) * slots * N + at, total, mask=inside)
+    else:
+        outer = tl.load(outer_scale + first_row + row, mask=is_of_one, other=0)[:, None]
+        scale = tl.load(scales + token, mask=tl.zeros((BLOCK_M,), tl.int32) + expert < experts, other=0)[None, :]
+        added = tl.load(bias + first_row + row, mask=is_of_one, other=0)[:, None] if HAS_BIAS else 0
+        tl.store(y + at, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
+
+
+@triton.jit
+def add_up_grouped(
+    partial, expert, scales, outer_scale, bias, y, slots, N, splits, sharers, experts,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """Sums [splits, S, N] -> y [S, N], as `kernels.add_up`; a program has BLOCK rows of a slot. expert int32 [S]."""
+    slot, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    own, place = tl.load(expert + slot), slot.to(tl.int64) * N + row
+    total = sum_of_splits(partial + place, row < N, slots * N, splits, BLOCK)
+    is_of_one = row < tl.where(own < experts, N, 0)
+    outer = tl.load(outer_scale + own * N + row, mask=is_of_one, other=0)
+    added = tl.load(bias + own * N + row, mask=is_of_one, other=0) if HAS_BIAS else 0
+    scale = tl.where(own < experts, tl.load(scales + slot // sharers), 0)
+    tl.store(y + place, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=row < N)

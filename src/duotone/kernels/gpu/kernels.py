@@ -234,6 +234,16 @@ def multiply(
 
 
 @triton.jit
+def sum_of_splits(partial, is_inside, size, splits, BLOCK: tl.constexpr):
+    """Float32 [BLOCK] of the sums of each split, `size` apart, from the first to the last."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial, mask=is_inside, other=0)
+        partial += size
+    return total
+
+
+@triton.jit
 def add_up(
     partial, scales, outer_scale, bias, y, M, N, splits, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
@@ -241,10 +251,7 @@ def add_up(
     """Sums [S, M, N] -> y [M, N], always in the same order."""
     token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = token.to(tl.int64) * N + row
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial + place, mask=row < N, other=0)
-        partial += M * N
+    total = sum_of_splits(partial + place, row < N, M * N, splits, BLOCK)
     outer = tl.load(outer_scale + row, mask=row < N, other=0)
     added = tl.load(bias + row, mask=row < N, other=0) if HAS_BIAS else 0
     rounded = finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)

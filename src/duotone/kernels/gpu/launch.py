@@ -21,8 +21,8 @@ DECODE_TOKENS = 64
 #: Programs that a split of K should make, for each multiprocessor; splits are no shorter than `_LEAST_CHUNKS`.
 _PROGRAMS_EACH = 2
 _LEAST_CHUNKS = 4
-#: Of `add_up`.
-_BLOCK = 512
+#: Rows of a program that adds splits up.
+BLOCK = 512
 _programs: Any = kernels
 #: Kernels are compiled; otherwise Triton interprets them, slowly and on a CPU, and there is no PTX.
 IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
@@ -48,14 +48,15 @@ def tile_for(tokens: int) -> Tile:
 
 
 def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
-    """Chunks of a split: as many splits as keep all multiprocessors at work, whatever the number of tokens."""
+    """Chunks of a split: as many splits as keep all multiprocessors at work; rows: of all programs with the same tokens."""
     wanted = -(-_PROGRAMS_EACH * processors // (rows // tile.rows))
     splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
     return -(-chunks // splits)
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; as if it had four where Triton interprets."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -167,7 +168,7 @@ def _multiply(
     codes, index, table, to_a_word, is_signed = weight
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
     tile = tile_for(tokens)
-    each = chunks_each(padded_rows, chunks, tile, _processors(y.device))
+    each = chunks_each(padded_rows, chunks, tile, processors(y.device))
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
     bits, added = raw(y), y if bias is None else raw(bias)
@@ -179,8 +180,8 @@ def _multiply(
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
-        _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
-            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
+        _programs.add_up[(tokens, triton.cdiv(rows, BLOCK))](
+            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=BLOCK, **ending, enable_fp_fusion=False
         )
 
 
