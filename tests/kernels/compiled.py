@@ -42,6 +42,8 @@ ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> dict[str, Any]:
     """Facts of a program for an architecture, 90 for Hopper: instructions, registers, what was spilled, and its text."""
     types = POINTERS | (ROWS if program in (kernels.quantize_rows, *ROW_PROGRAMS) else {})
+    if constants.get("IS_FP8"):
+        types |= dict.fromkeys(("codes", "words", "index", "table"), "*fp8e4nv")
     if program.fn.__module__ == solver_kernels.__name__:
         types = {name: "*fp32" for name in program.arg_names if name not in SOLVER_NUMBERS} | SOLVER_POINTERS
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in program.arg_names}
@@ -71,6 +73,7 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         "fused": len(re.findall(r"\bfma\.rn", built.asm["ptx"])),
         "lookups": lookups(built.asm["ttgir"]),
         "loads_in_loop": loads_in_loop(built.asm["ttgir"]),
+        "sums_in_loop": sums_in_loop(built.asm["ttgir"]),
     }
 
 
@@ -85,6 +88,11 @@ def loads_in_loop(text: str) -> int:
     """Loads that the loop waits for: those that are not copied ahead into shared memory."""
     _, _, loop = text.partition("scf.for")
     return len(re.findall(r"= tt\.load", loop.partition("scf.yield")[0]))
+
+
+def sums_in_loop(text: str) -> int:
+    """Sums of products that the program itself adds to those before, in float32."""
+    return len(re.findall(r"= arith\.addf .*: tensor<\d+x\d+xf32", text.partition("scf.for")[2].partition("scf.yield")[0]))
 
 
 def product(arch: int, tokens: int, is_signed: bool = False, group_size: int = 128, is_split: bool = True) -> dict[str, Any]:
@@ -111,12 +119,12 @@ def row_programs() -> dict[str, dict[str, Any]]:
     return facts
 
 
-def grouped(arch: int, tokens: int, is_split: bool = False) -> dict[str, Any]:
+def grouped(arch: int, tokens: int, is_split: bool = False, is_fp8: bool = False) -> dict[str, Any]:
     """`multiply_grouped` as `grouped` lays it out for so many tokens an expert."""
     tile = launch.tile_for(tokens)
     constants = {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split} | ENDING
-    return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages)
+    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split, "IS_FP8": is_fp8} | ENDING
+    return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages // (1 + is_fp8))
 
 
 def main() -> None:
@@ -140,6 +148,8 @@ def main() -> None:
         "sm_90 find_blocks": compiled(grouped_kernels.find_blocks, 90, {"EXPERTS": 256, "BLOCK_M": 16}),
         "sm_89 multiply_grouped 16": grouped(89, 16),
         "sm_100 multiply_grouped 16": grouped(100, 16),
+        **{f"sm_{arch} multiply_grouped 16 fp8": grouped(arch, 16, is_fp8=True) for arch in (89, 90, 100)},
+        "sm_90 multiply_grouped 64 fp8": grouped(90, 64, is_fp8=True),
         "sm_89 multiply 16": product(89, 16),
         "sm_100 multiply 16": product(100, 16),
         **row_programs(),

@@ -47,6 +47,12 @@ def test_fp8_products(facts: dict[str, dict[str, Any]]) -> None:
     assert found == PRODUCTS
 
 
+def test_chunks_are_added_up_in_float32(facts: dict[str, dict[str, Any]]) -> None:
+    """By the program, once a chunk: the units' own sums keep fewer bits."""
+    found = {name: fact["sums_in_loop"] for name, fact in facts.items() if "multiply" in name}
+    assert len(found) >= 16 and set(found.values()) == {1}, found
+
+
 def test_nothing_is_spilled(facts: dict[str, dict[str, Any]]) -> None:
     """No local memory, and no more registers and shared memory than leave room for other programs."""
     for name, fact in facts.items():

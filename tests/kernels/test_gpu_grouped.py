@@ -269,8 +269,7 @@ def check_bank(experts: Experts) -> None:
     """The bank is what is run, and the linears' only copy; what is moved to another device goes back to one by one."""
     linears = [module for module in experts.modules() if isinstance(module, QuantizedLinear)]
     (up, down) = experts.grouped._banks
-    places = {held.codes.untyped_storage().data_ptr() for held in (up, down)}
-    assert {layer.packed.codes.untyped_storage().data_ptr() for layer in linears} == places
+    assert {place_of(layer.packed) for layer in linears} == {place_of(held) for held in (up, down)}
     x, chosen = torch.randn(2, up.in_features, device=DEVICE).bfloat16(), torch.tensor([[0, 1], [2, 1]], device=DEVICE)
     weights = torch.rand(2, 2, device=DEVICE)
     with torch.no_grad():
@@ -282,6 +281,12 @@ def check_bank(experts: Experts) -> None:
         assert not experts.grouped.is_ready
         one_by_one = experts(x, chosen, weights)
     assert together.dtype == torch.bfloat16 and torch.allclose(one_by_one, together, atol=0.02 * float(together.abs().max()))
+
+
+def place_of(held: object) -> int:
+    """Where the storage of codes or FP8 weights begins."""
+    weight: Tensor = vars(held).get("codes", vars(held).get("values"))
+    return weight.untyped_storage().data_ptr()
 
 
 def test_llama_4_deals_its_tokens_out() -> None:
@@ -304,7 +309,7 @@ def test_a_bank_that_stays_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
     model = load(out, device=DEVICE.type, shortcuts=False)
     said = r"^1 banks of experts are multiplied one expert after the other, first model\.layers\.0\.mlp\.experts: "
-    with pytest.warns(UserWarning, match=said + "1 of 9 linears are no 4-bit codes for these kernels$"):
+    with pytest.warns(UserWarning, match=said + "1 of 9 linears are neither 4-bit codes nor FP8 weights of these kernels$"):
         runtime.group(model)
     (experts,) = (found for _, found in find_experts(model))
     experts.get_submodule("1").up_proj = QuantizedLinear(make_weight(64, 128, Scheme(HOPPER, 128)), None)

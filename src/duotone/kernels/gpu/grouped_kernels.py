@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
 # pyright: reportReturnType=false, reportRedeclaration=false
-"""The Triton programs of the W4A8 product with many experts' weights. Only `grouped` calls them.
+"""The Triton programs of the product with many experts' weights, 4-bit codes or FP8. Only `grouped` calls them.
 
 A slot is one of the experts that a token goes to. Slots are sorted by expert, and the slots of one are cut into blocks; which
 block is whose only the device knows, so there are as many programs as there could be blocks, and some have nothing to do.
@@ -36,9 +36,27 @@ def find_blocks(starts, blocks, count, experts, EXPERTS: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
+def sums_of_values(x8, values, first_row, chunks, first, last, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`kernels.sums` of FP8 weights, fp8 [rows, 128 C]; x8: pointers [1, BLOCK_M] to where each token begins.
+
+    Two products for a chunk: of one, some compilers would have the unit itself add up all chunks.
+    """
+    k = tl.arange(0, 64)
+    x8 += k[:, None]
+    values += (first_row + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None] * (chunks * 128) + k[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for chunk in range(first, last):
+        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for half in tl.static_range(2):
+            part = tl.dot(tl.load(values + chunk * 128 + half * 64), tl.load(x8 + chunk * 128 + half * 64), part)
+        total += part
+    return total
+
+
+@triton.jit
 def multiply_grouped(
     x8, codes, words, index, table, scales, outer_scale, bias, y, partial, order, starts, blocks,
-    N, rows, chunks, chunks_each, slots, sharers, experts, part_rows, table_rows,
+    N, rows, chunks, chunks_each, slots, sharers, experts, part_rows, table_rows, IS_FP8: tl.constexpr,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
@@ -48,21 +66,24 @@ def multiply_grouped(
 
     x8 fp8 [S / sharers, 128 C] and scales as long: `sharers` slots in a row read the same token. codes, words and index as in
     `kernels.sums`, with the rows of all experts, `rows` of them; so are outer_scale and bias. Each `part_rows` of them begin
-    `table_rows` further down the table.
+    `table_rows` further down the table. IS_FP8: codes are FP8 weights, all else that is about codes has no meaning.
     """
     expert, first = tl.load(blocks + tl.program_id(1) * 2), tl.load(blocks + tl.program_id(1) * 2 + 1)
     place, end = first + tl.arange(0, BLOCK_M), tl.load(starts + expert + 1)
     slot = tl.load(order + tl.minimum(place, slots - 1))
     token = slot // sharers
     first_row = tl.minimum(expert, experts - 1) * N + tl.program_id(0) * BLOCK_N
-    x8 += token.to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 32)[:, None]
-    table += first_row // part_rows * table_rows * (4 if USES_PTX else 16)
+    x8 += token.to(tl.int64)[None, :] * (chunks * 128)
     begin = tl.program_id(2) * chunks_each
-    stop = tl.minimum(begin + chunks_each, chunks)
-    total = sums(
-        x8, codes, words, index, table, first_row, rows, chunks, begin, tl.where(expert < experts, stop, 0),
-        GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M,
-    )  # fmt: skip
+    stop = tl.where(expert < experts, tl.minimum(begin + chunks_each, chunks), 0)
+    if IS_FP8:
+        total = sums_of_values(x8, codes, first_row, chunks, begin, stop, BLOCK_N, BLOCK_M)
+    else:
+        table += first_row // part_rows * table_rows * (4 if USES_PTX else 16)
+        total = sums(
+            x8 + tl.arange(0, 32)[:, None], codes, words, index, table, first_row, rows, chunks, begin, stop,
+            GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M,
+        )  # fmt: skip
     row, is_of_one = tl.arange(0, BLOCK_N), tl.zeros((BLOCK_N,), tl.int32) + expert < experts
     at, inside = slot.to(tl.int64)[None, :] * N + (tl.program_id(0) * BLOCK_N + row)[:, None], (place < end)[None, :]
     if IS_SPLIT:
