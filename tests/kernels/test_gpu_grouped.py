@@ -4,12 +4,14 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import duotone
 from duotone.contract import quantize_activations
@@ -23,6 +25,7 @@ from duotone.runtime.linear import QuantizedLinear
 from duotone.runtime.load import load
 from duotone.scheme import GAUDI, HOPPER, Scheme
 from tests.kernels.test_reference import make_weight
+from tests.pretended import _WAITS
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
 
@@ -289,14 +292,50 @@ def place_of(held: object) -> int:
     return weight.untyped_storage().data_ptr()
 
 
+def test_dealt_tokens(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Llama 4's experts as one give the bits of each by itself: tokens of two experts, one, none; nothing is waited for."""
+    sizes = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+    duotone.quantize(tiny_model("llama4_text", **sizes, intermediate_size_mlp=64), tmp_path / "out", method="rtn", device="cpu")
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+    monkeypatch.setattr(trial, "grouped_fault", lambda *_: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
+    model = load(tmp_path / "out", device=DEVICE.type, shortcuts=False)
+    (experts,) = (found for _, found in find_experts(model))
+    states = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    states[0, :2], states[1, 1:4], states[2, [0, 2, 3, 4]] = 0, 0, 0
+    states[:, 3] = 0  # whose each is: 1; 2; 0; none; 0 and 1
+    with torch.no_grad(), Waits() as waits:
+        one_by_one = experts(states.flatten(0, 1))
+        assert waits.seen
+        runtime.group(model)
+        waits.seen.clear()
+        together = experts(states.flatten(0, 1))
+    assert experts.grouped is not None and not waits.seen
+    assert together.shape == (15, 128) and torch.equal(together, one_by_one) and together.view_as(states)[0, 2].any()
+    assert not together.view_as(states)[~states.any(-1)].any()
+
+
+class Waits(TorchDispatchMode):
+    """seen: operations that a host would wait for a GPU with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WAITS:
+            self.seen.append(func)
+        return func(*args, **kwargs or {})
+
+
 def test_llama_4_deals_its_tokens_out() -> None:
-    """As no other does; its experts are not grouped."""
+    """As no other does; to how many experts, its router says."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16}
     sizes |= {"intermediate_size": 32, "num_local_experts": 2, "moe_layers": [0], "head_dim": 16}
     for model_type in ("llama4_text", "mixtral"):
         model = build_skeleton({"model_type": model_type} | sizes, torch.bfloat16)
         (experts,) = (found for _, found in find_experts(model))
-        assert experts.dealt == (model_type == "llama4_text")
+        assert experts.dealt == (model_type == "llama4_text") and (experts.top_k == 1 or not experts.dealt)
 
 
 def test_a_bank_that_stays_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -316,7 +355,7 @@ def test_a_bank_that_stays_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     monkeypatch.setattr(trial, "grouped_fault", lambda *_: "a trial failed")
     with pytest.warns(UserWarning, match=said + "a trial failed$"):
         runtime.group(model)
-    experts.dealt = True
-    with pytest.warns(UserWarning, match=said + "tokens are dealt out to all of them$"):
+    experts.dealt, experts.top_k = True, None
+    with pytest.warns(UserWarning, match=said + "tokens are dealt out to all of them, found no top_k that says to how many"):
         runtime.group(model)
     assert experts.grouped is None

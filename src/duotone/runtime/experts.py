@@ -40,6 +40,23 @@ class GroupedExperts(nn.Module):
 
         A token's answers are added up as transformers' own grouped product does it, in one sum.
         """
+        weighted = self._answers(hidden_states, chosen, between) * weights[..., None]
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def dealt(self, states: Tensor, used: Tensor, top_k: int, between: Callable[..., Tensor]) -> Tensor:
+        """Llama 4's way: states [E, T, H], and bool [E, T] whose a token is -> [E, T, H], zeros where it is not.
+
+        It is no more than `top_k` experts'; only what is NaN looks like everyone's, and is NaN in as many answers.
+        """
+        is_used, expert = used.T.int().topk(top_k)  # those that are not used fill up, whose answers are zeros
+        token = torch.arange(len(expert), device=expert.device)[:, None]
+        answers = self._answers(states[expert, token].flatten(0, 1), torch.where(is_used > 0, expert, -1), between)
+        given = torch.zeros_like(states)
+        given[expert, token] = answers.to(states.dtype)
+        return given
+
+    def _answers(self, hidden_states: Tensor, chosen: Tensor, between: Callable[..., Tensor]) -> Tensor:
+        """hidden_states [T, H], or [T * A, H] of each slot, chosen [T, A] -> [T, A, H]."""
         from duotone.kernels.gpu import grouped
 
         assert self._banks is not None
@@ -49,8 +66,7 @@ class GroupedExperts(nn.Module):
         parts = grouped.linear(x, routed, up, self._bias("up_bias", x.dtype)).split(up.part_rows, -1)
         inside = between(*(part[:, : up.rows] for part in parts)).to(x.dtype)
         answers = grouped.linear(inside, routed, down, self._bias("down_bias", x.dtype))[:, : down.rows]
-        weighted = answers.view(*chosen.shape, down.rows) * weights[..., None]
-        return weighted.sum(1).to(hidden_states.dtype)
+        return answers.view(*chosen.shape, down.rows)
 
     def _bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
         bias: Tensor | None = getattr(self, name)
@@ -90,8 +106,8 @@ def _group(experts: Experts) -> str | None:
         return None
     if len(quantized) < len(flat):
         return f"{len(flat) - len(quantized)} of {len(flat)} linears are neither 4-bit codes nor FP8 weights of these kernels"
-    if experts.dealt:
-        return "tokens are dealt out to all of them"
+    if experts.dealt and experts.top_k is None:
+        return "tokens are dealt out to all of them, found no top_k that says to how many a token goes"
     if any(len({layer.backend for expert in linears for layer in expert}) > 1 for linears in found):
         return "weights: found 4-bit codes and FP8 ones for the same input, expected one kind"
     kinds = [_BANKS[linears[0][0].backend] for linears in found]

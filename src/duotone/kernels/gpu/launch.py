@@ -48,7 +48,7 @@ def tile_for(tokens: int) -> Tile:
 
 
 def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
-    """Chunks of a split: as many splits as keep all multiprocessors at work; rows: of all programs with the same tokens."""
+    """Chunks of a split: as many splits as keep all multiprocessors at work with so many rows, be there one token or more."""
     wanted = -(-_PROGRAMS_EACH * processors // (rows // tile.rows))
     splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
     return -(-chunks // splits)
