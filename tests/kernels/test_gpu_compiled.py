@@ -105,7 +105,8 @@ def test_rows_are_read_and_written_in_words_of_128_bits(facts: dict[str, dict[st
         if kind in meant and name != "sm_90 write_cache 1":
             scale = one if name == "sm_90 norm 16384" else set()
             assert set(fact["accesses"]) == meant[kind] | scale, name
-            assert fact["registers"] <= 64 and fact["shared"] <= 4096, name
+            # Four programs of 8 warps share a multiprocessor; the longest row, of 16 warps, has one at least for itself.
+            assert fact["registers"] <= (96 if name == "sm_90 norm 16384" else 64) and fact["shared"] <= 4096, name
             assert fact["inexact"] == 0, "quotients and roots are rounded once, sums and products each by itself"
             assert fact["stops"] == (kind == "write_cache"), "at a position outside of the cache"
             seen += 1

@@ -19,7 +19,7 @@ from duotone.kernels.gpu.rows import norm_and_quantize, raw
 #: More tokens than this are a prompt's.
 DECODE_TOKENS = 64
 #: Programs that a split of K should make, for each multiprocessor; splits are no shorter than `_LEAST_CHUNKS`.
-_PROGRAMS_EACH = 2
+PROGRAMS_EACH = 2
 _LEAST_CHUNKS = 4
 #: Rows of a program that adds splits up.
 BLOCK = 512
@@ -47,9 +47,9 @@ def tile_for(tokens: int) -> Tile:
     return Tile(128, 64, 8)
 
 
-def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
+def chunks_each(rows: int, chunks: int, tile: Tile, processors: int, programs_each: int = PROGRAMS_EACH) -> int:
     """Chunks of a split: as many splits as keep all multiprocessors at work with so many rows, be there one token or more."""
-    wanted = -(-_PROGRAMS_EACH * processors // (rows // tile.rows))
+    wanted = -(-programs_each * processors // (rows // tile.rows))
     splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
     return -(-chunks // splits)
 
@@ -120,14 +120,14 @@ def _linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         x8, scales = activations(flat, codes.shape[1], input_scale, fp8_max, smallest, *norm)
         if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
-            y = _multiply_written(x8, scales, weight, outer_scale, group_size)
+            y = multiply_written(x8, scales, weight, outer_scale, group_size)
             y = y if bias is None else y + bias
         else:
-            _multiply(x8, scales, weight, outer_scale, bias, y, group_size)
+            multiply_codes(x8, scales, weight, outer_scale, bias, y, group_size)
     return y.view(*x.shape[:-1], rows)
 
 
-def _multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
+def multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
     """BF16 [M, N] of a prompt, by way of FP8 weights."""
     return _scaled_product(x8, scales, write_values(weight, group_size), outer_scale, torch.bfloat16)
 
@@ -161,14 +161,15 @@ def _linear_fp8(
     return y.view(*x.shape[:-1], rows)
 
 
-def _multiply(
-    x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int
-) -> None:
-    """Into y [M, N]."""
+def multiply_codes(
+    x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int,
+    way: tuple[Tile, int] | None = None,
+) -> None:  # fmt: skip
+    """Into y [M, N]. way: another tile than its tokens ask for, and programs for each multiprocessor; for benchmarks."""
     codes, index, table, to_a_word, is_signed = weight
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
-    tile = tile_for(tokens)
-    each = chunks_each(padded_rows, chunks, tile, processors(y.device))
+    tile, programs_each = way or (tile_for(tokens), PROGRAMS_EACH)
+    each = chunks_each(padded_rows, chunks, tile, processors(y.device), programs_each)
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
     bits, added = raw(y), y if bias is None else raw(bias)
