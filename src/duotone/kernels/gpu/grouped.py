@@ -10,7 +10,6 @@ row-wise scales on Hopper only, gives BF16 only, and wants its rows gathered bef
 from typing import Any, NamedTuple
 
 import torch
-import triton  # pyright: ignore[reportMissingImports] - an optional dependency
 from torch import Tensor
 
 from duotone.kernels.gpu import fp8_bank, grouped_kernels, launch
@@ -144,7 +143,7 @@ def _multiply(
             num_warps=tile.warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip
         if splits > 1:
-            _programs.add_up_grouped[(slots, triton.cdiv(rows, launch.BLOCK))](
+            _programs.add_up_grouped[(slots, -(-rows // launch.BLOCK))](
                 partial, routed.expert, scales, outer_scale, added, bits, slots, rows, splits, sharers, experts,
                 BLOCK=launch.BLOCK, **ending, enable_fp_fusion=False,
             )  # fmt: skip
