@@ -199,7 +199,7 @@ def test_wrong_options(asked: tuple[str, ...], told: str) -> None:
 def test_other_ways_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tile and split gives the contract's products, and so do FP8 weights; one that fails has a row that says so."""
     monkeypatch.setattr(tiles, "_STAGES", (6,))
-    monkeypatch.setattr(tiles, "_PROGRAMS", (2, 1))
+    monkeypatch.setattr(tiles, "_SPLITS", (1, 2))
     bench = linears.Bench(dataclasses.replace(SMALL, tile_tokens=(3, 65)), 0, DEVICE)
     original = launch.multiply_codes
 
@@ -213,7 +213,7 @@ def test_other_ways_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = of(rows, tokens=3), of(rows, tokens=65)
     assert len({row["way"] for row in few}) == len(few) == 3 * 2 + 1 and len(many) == 2
     assert [row["way"] for row in of(few, unmeasured="RuntimeError: out of resource: shared memory")] == [
-        f"128 rows x 16 tokens, 8 warps, 6 stages, {programs} programs each" for programs in (2, 1)
+        f"128 rows x 16 tokens, 8 warps, 6 stages, splits of {each} chunks" for each in (8, 4)
     ]
     measured = [row for row in rows if not row.get("unmeasured")]
     assert [row["times_as_fast_as_own"] for row in of(measured, is_own=True)] == [1, 1]

@@ -162,9 +162,9 @@ def test_how_k_is_split() -> None:
     each = lambda rows, chunks, slots: grouped.chunks_each(  # noqa: E731
         rows, chunks, slots, grouped.most_blocks(slots, 8, 16), 132, launch.tile_for(slots)
     )
-    assert [-(-112 // each(4096, 112, slots)) for slots in (2, 4, 8, 16, 64)] == [5, 3, 2, 1, 1]
-    assert each(28672, 32, 2) == 32, "enough rows"
-    assert each(128, 8, 1) == 4 and each(128, 64, 64) < 64 and each(128, 64, 65) == 64
+    assert [-(-112 // each(4096, 112, slots)) for slots in (2, 4, 8, 16, 64)] == [4, 2, 1, 4, 1]
+    assert each(28672, 32, 4) == 32, "enough rows"
+    assert each(128, 64, 1) < 64 and each(128, 64, 64) < 64 and each(128, 64, 65) == 64
     for slots in range(1, 65):
         splits = -(-112 // each(4096, 112, slots))
         assert splits == 1 or splits * slots * 4096 * 4 < 2**22

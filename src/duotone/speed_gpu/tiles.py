@@ -15,7 +15,7 @@ from torch import Tensor
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError
 from duotone.kernels.gpu import backend
-from duotone.kernels.gpu.layout import CHUNK, Layout
+from duotone.kernels.gpu.layout import BLOCK_ROWS, CHUNK, Layout
 from duotone.qweight import fp8_values
 from duotone.scheme import HOPPER
 from duotone.speed import figures
@@ -23,17 +23,17 @@ from duotone.speed_gpu.budget import Deadline, Row, reason_of
 from duotone.speed_gpu.forms import OURS
 from duotone.speed_gpu.linears import Bench, Shapes
 
-#: Of a program: rows and warps (4 of which multiply 64 rows at least), stages of its loop; and programs a multiprocessor.
-_ROWS_AND_WARPS, _STAGES, _PROGRAMS = ((128, 4), (128, 8), (64, 4)), (6, 4, 8), (2, 1, 4)
+#: Of a program: rows and warps (4 of which multiply 64 rows at least), stages of its loop; and splits of K, besides our own.
+_ROWS_AND_WARPS, _STAGES, _SPLITS = ((128, 4), (128, 8), (64, 4)), (6, 4, 8), (1, 2, 4, 8)
 #: The way by FP8 weights.
 WRITTEN = "FP8 weights written"
 
 
 class Way(NamedTuple):
-    """A tile of `launch` and programs for each multiprocessor; None: FP8 weights are written, and torch multiplies."""
+    """A tile of `launch` and chunks of a split; None: FP8 weights are written, and torch multiplies."""
 
     tile: Any
-    programs_each: int
+    each: int
 
     @property
     def name(self) -> str:
@@ -41,19 +41,20 @@ class Way(NamedTuple):
         if self.tile is None:
             return WRITTEN
         rows, tokens, warps, stages = self.tile
-        return f"{rows} rows x {tokens} tokens, {warps} warps, {stages} stages, {self.programs_each} programs each"
+        return f"{rows} rows x {tokens} tokens, {warps} warps, {stages} stages, splits of {self.each} chunks"
 
 
-def ways(count: int) -> list[Way]:
+def ways(count: int, shape: tuple[int, int], device: torch.device) -> list[Way]:
     """What is tried for so many tokens, what `launch` does with codes first; for more than a tile has, no other tiles."""
     from duotone.kernels.gpu import launch
 
-    own = Way(launch.tile_for(count), launch.PROGRAMS_EACH)
+    rows, chunks = -(-shape[0] // BLOCK_ROWS) * BLOCK_ROWS, -(-shape[1] // CHUNK)
+    own, pair = Way(*launch.own_way(count, rows, chunks, device)), 2 - chunks % 2
     found = [
-        Way(launch.Tile(rows, own.tile.tokens, warps, stages), programs)
+        Way(launch.Tile(height, own.tile.tokens, warps, stages), each)
         for stages in _STAGES
-        for programs in _PROGRAMS
-        for rows, warps in _ROWS_AND_WARPS
+        for each in {own.each, *(-(-chunks // (splits * pair)) * pair for splits in _SPLITS)}
+        for height, warps in _ROWS_AND_WARPS
     ]
     return [own, Way(None, 0), *(way for way in found if way != own and count <= own.tile.tokens)]
 
@@ -74,7 +75,7 @@ def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]
     x8, scale = quantize_activations(x.cpu(), HOPPER)
     operand, outer = fp8_values(weight), weight.outer_scale * scale.to(x.device)
     calls: dict[Way, Callable[[], object]] = {}
-    own, *_ = tried = ways(count)
+    own, *_ = tried = ways(count, shape, bench.device)
     with torch.no_grad():
         for way in tried:
             call = _call(packed, x, way)

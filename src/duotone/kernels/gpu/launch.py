@@ -18,9 +18,10 @@ from duotone.kernels.gpu.rows import norm_and_quantize, raw
 
 #: More tokens than this are a prompt's.
 DECODE_TOKENS = 64
-#: Programs that a split of K should make, for each multiprocessor; splits are no shorter than `_LEAST_CHUNKS`.
-PROGRAMS_EACH = 2
-_LEAST_CHUNKS = 4
+#: Splits of K are no shorter. In times of a chunk, a quarter of a microsecond: what one takes where a multiprocessor has one
+#: program only, so that no other fills its waits; what a launch takes to add up; what it takes for each program's sums of 16
+#: tokens, which are written and read again in a cache twice as fast as memory.
+_LEAST_CHUNKS, _ALONE, _ADDING, _SUMS = 4, 1.5, 6.0, 1.0
 #: Tokens of a tile whose sums leave no registers for two chunks at a time.
 _UNPAIRED = 64
 _BLACKWELL = 10
@@ -50,12 +51,29 @@ def tile_for(tokens: int) -> Tile:
     return Tile(128, 64, 8)
 
 
-def chunks_each(rows: int, chunks: int, tile: Tile, processors: int, programs_each: int = PROGRAMS_EACH) -> int:
-    """Chunks of a split, pairs where all are: as many as keep all multiprocessors at work, be there one token or more."""
-    wanted = -(-programs_each * processors // (rows // tile.rows))
-    splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
-    pair = 2 - chunks % 2
-    return -(-chunks // (splits * pair)) * pair
+def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
+    """Chunks of a split, pairs where all are: such that all multiprocessors end about together, for any number of tokens.
+
+    By counting chunks that the busiest of them goes through, which it does slower while it has one program only, and what the
+    sums of splits cost.
+    """
+    blocks, pair = rows // tile.rows, 2 - chunks % 2
+    best, least = chunks, float("inf")
+    for wanted in range(1, max(1, chunks // _LEAST_CHUNKS) + 1):
+        each = -(-chunks // (wanted * pair)) * pair
+        splits = -(-chunks // each)
+        taken = each * max(_ALONE, -(-blocks * splits // processors))
+        if splits > 1:
+            taken += _ADDING + _SUMS * splits * blocks / processors
+        if taken < least:
+            best, least = each, taken
+    return best
+
+
+def own_way(tokens: int, rows: int, chunks: int, device: torch.device) -> tuple[Tile, int]:
+    """Tile and chunks of a split for so many tokens and padded rows."""
+    tile = tile_for(tokens)
+    return tile, chunks_each(rows, chunks, tile, processors(device))
 
 
 @cache
@@ -183,11 +201,10 @@ def multiply_codes(
     x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int,
     way: tuple[Tile, int] | None = None,
 ) -> None:  # fmt: skip
-    """Into y [M, N]. way: another tile than its tokens ask for, and programs for each multiprocessor; for benchmarks."""
+    """Into y [M, N]. way: another tile than its tokens ask for, and chunks of a split; for benchmarks."""
     codes, index, table, to_a_word, is_signed = weight
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
-    tile, programs_each = way or (tile_for(tokens), PROGRAMS_EACH)
-    each = chunks_each(padded_rows, chunks, tile, processors(y.device), programs_each)
+    tile, each = way or own_way(tokens, padded_rows, chunks, y.device)
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
     bits, added = raw(y), y if bias is None else raw(bias)
