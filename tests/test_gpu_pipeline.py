@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from duotone import opening, pipeline, solving, unfinished
+from duotone import device, opening, pipeline, solving, unfinished
 from duotone.calibrate import offload
 from duotone.checkpoint import ahead
 from duotone.checkpoint.source import Source, check_finite
@@ -133,6 +133,33 @@ def test_no_room_and_no_triton(tiny_model: Callable[..., Path], tmp_path: Path, 
     assert set(found.notes) - set(meant.notes) == told
     kept, there = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "gpu"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in there.items())
+
+
+@pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
+def test_wide_matrices_are_multiplied_in_bfloat16(
+    gpu: PretendedGpu, tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with units for it, but with sums in float32; the local search reads a BF16 Hessian; errors are as small."""
+    model, products, read = tiny_model(num_hidden_layers=1), list[Any](), list[Any]()
+    multiply, search = device.wide_product, Loops.__getattr__
+    monkeypatch.setattr(device, "wide_product", lambda *pair: products.append([x.dtype for x in pair]) or multiply(*pair))
+
+    def looked_at(programs: Loops, name: str) -> Callable[..., Any]:
+        return lambda *given: read.extend([given[1].dtype] * (name == "local_search")) or search(programs, name)(*given)
+
+    monkeypatch.setattr(Loops, "__getattr__", looked_at)
+    wide = run(model, tmp_path / "wide", text_file, "cuda:0")
+    assert set(read) == {torch.float32} and not products
+    monkeypatch.setattr(device, "WIDE", 128)
+    read.clear()
+    narrow = run(model, tmp_path / "narrow", text_file, "cuda:0")
+    assert set(read) == {torch.bfloat16} and all(pair == [torch.bfloat16] * 2 for pair in products) and len(products) > 7
+    errors = [[layer.output_error for layer in report.layers] for report in (wide, narrow)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1) and errors[1] != errors[0]  # few rows: now better, now worse
+    assert device.multiplies_narrow(CUDA, 128) and not device.multiplies_narrow(CUDA, 127)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not device.multiplies_narrow(CUDA, 128), "units before Ampere's have no BF16"
+    assert gpu.seen["local_search"] == 14
 
 
 @pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
