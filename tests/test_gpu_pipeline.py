@@ -1,6 +1,10 @@
 """The pipeline on a GPU that is only pretended (tests/pretended.py): nothing is left on the CPU, and little is waited for."""
 
+import errno
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +19,13 @@ from torch.utils._pytree import tree_map_only
 from duotone import device, estimate, gpu_costs, opening, pipeline, solving, unfinished
 from duotone.calibrate import offload
 from duotone.checkpoint import ahead
+from duotone.checkpoint.journal import Journal
+from duotone.checkpoint.sidecar import RUN_RECORD
 from duotone.checkpoint.source import Source, check_finite, open_source
+from duotone.checkpoint.writer import CheckpointWriter, reporting_full_disk
 from duotone.device import processor_name
+from duotone.errors import DuotoneError
 from duotone.floors import measured_ceiling
-from duotone.gpu_costs import DISK, HASH
 from duotone.kernels import native
 from duotone.models.skeleton import place_buffers
 from duotone.modules import quantize_module
@@ -84,9 +91,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
 def run(model: Path, out: Path, text_file: Path, device: str, **options: Any) -> QuantizeReport:
     """A checkpoint of few windows; attention is added up in the same order on both devices."""
     usual = {"samples": 8, "seq_len": 64, "calibration": (str(text_file),), "device": device, "dtype": "float32"}
+    saving = {name: options.pop(name) for name in ("save_every", "resume") if name in options}
     with sdpa_kernel(SDPBackend.MATH), pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_search, "LEAST_VISITS", 2**13)
-        return quantize(model, out, QuantizeConfig(**{**usual, **options}))
+        return quantize(model, out, QuantizeConfig(**{**usual, **options}), **saving)
 
 
 CASES = {
@@ -143,6 +151,50 @@ def test_no_room_and_no_triton(gpu: PretendedGpu, tiny_model: Callable[..., Path
     assert set(found.notes) - set(meant.notes) == told
     kept, there = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "gpu"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in there.items())
+
+
+def whole(folder: Path) -> dict[str, bytes]:
+    """All files but the one that tells of times."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != RUN_RECORD}
+
+
+@pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
+@pytest.mark.usefixtures("gpu")
+def test_what_is_written_behind_the_work_is_saved_when_it_is_there(
+    tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk that is full in the third block: one sentence; what was saved has its bytes; going on, all are the same."""
+    model, out, threads, saved = tiny_model(num_hidden_layers=3), tmp_path / "out", set[int](), list[int]()
+    options: dict[str, Any] = {"method": "gptq", "samples": 2, "seq_len": 32}
+    run(model, tmp_path / "whole", text_file, "cuda:0", **options)
+    write, save, last = CheckpointWriter.write, Journal.save, "model.layers.2.self_attn.o_proj"
+
+    def slow(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
+        threads.add(threading.get_ident())
+        time.sleep(0.005)
+        if full and any(name.startswith(last) for name in tensors):
+            with reporting_full_disk(tmp_path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(writer, tensors)
+
+    def checked(journal: Journal, done: int, written: dict[str, str], *rest: Any) -> None:
+        saved.append(done)
+        for block in planned(model, **options).blocks[:done]:
+            assert all(any(name.startswith(f"{layer}.") for name in written) for layer in sum(block.shared_inputs, ()))
+        save(journal, done, written, *rest)
+
+    monkeypatch.setattr(CheckpointWriter, "write", slow)
+    monkeypatch.setattr(Journal, "save", checked)
+    full = [True]
+    for every in (1000.0, 0.0):
+        with pytest.raises(DuotoneError, match=r"the disk is full: needs more") as told:
+            run(model, out, text_file, "cuda:0", save_every=every, **options)
+        assert str(told.value).endswith("--resume goes on with it)") == (not every)
+        assert not out.exists() and (tmp_path / ".out.partial").exists() == (not every), "half-written"
+    full.clear()
+    assert run(model, out, text_file, "cuda:0", save_every=0.0, resume=True, **options).resumed_at == 2
+    assert saved == [0, 1, 2, 2, 3] and whole(out) == whole(tmp_path / "whole")
+    assert threads and threading.get_ident() not in threads and list(tmp_path.glob(".*")) == []
 
 
 @pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
@@ -278,11 +330,10 @@ def test_a_gpu_is_measured_where_it_is(gpu: PretendedGpu, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("h200")
 def test_what_is_foreseen_is_what_the_paper_says(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/scale.md's account for the same shapes, with reading and writing; products at a share of what was measured."""
+    """docs/scale.md's account for the same shapes, or what the disk takes beside it; products at a share of their speed."""
     plan = planned(tiny_model())
     paper = scale_gpu.phases(scale.dense("llama", 128, 256, 2, 64, 260), scale_gpu.H200, 8 * 64, 64)
-    meant = sum(phase.seconds for name, phase in paper.items() if name != "write")
-    meant += plan.source.weight_bytes / DISK + plan.disk_bytes * (1 / DISK + 1 / HASH)
+    meant = sum(phase.seconds for phase in paper.values())
     assert estimate.estimate(plan, CUDA).seconds > meant
     monkeypatch.setattr(estimate, "_EFFICIENCY", 1.0)
     found = estimate.estimate(plan, CUDA)
@@ -311,7 +362,11 @@ def test_memory_of_both_is_foreseen(tiny_model: Callable[..., Path], monkeypatch
     block = sum(plan.source.tensors[name].nbytes for name in plan.blocks[0].tensors)
     assert here.states_in == "pinned host memory"
     assert there.device_bytes - here.device_bytes == states + 2 * block
-    assert here.peak_bytes - there.peak_bytes == states - block - there.saved_bytes
+    assert here.peak_bytes - there.peak_bytes == states - 2 * ahead.PIECE_BYTES - there.saved_bytes
+    assert here.seconds == pytest.approx(there.seconds + plan.source.weight_bytes / gpu_costs.DISK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "HASH", 1000.0)
+        assert estimate.estimate(plan, CUDA).seconds == pytest.approx(plan.disk_bytes / 1000, rel=1e-3)
 
 
 @pytest.mark.usefixtures("h200")

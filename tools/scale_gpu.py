@@ -6,7 +6,7 @@ Nothing here is measured.
 
 from scale import Shape, dense
 
-from duotone.gpu_costs import DISK, HASH, Gpu, Group, Job, Phase
+from duotone.gpu_costs import Gpu, Group, Job, Phase
 from duotone.gpu_costs import phases as counted
 
 #: Data sheet; a lane does one instruction at a time, and none of the solver's are fused.
@@ -14,10 +14,9 @@ H200 = Gpu("H200", 989e12, 67e12, 4.8e12, 50e6, 132, 67e12 / 2)
 
 
 def phases(shape: Shape, gpu: Gpu, tokens: int = 128 * 2048, window: int = 2048) -> dict[str, Phase]:
-    """Of a run of `dpq` with those calibration tokens. Reading is not here: blocks are read beside the work."""
+    """Of a run of `dpq` with those calibration tokens. Reading and writing are not here: both go on beside the work."""
     groups = [Group(group.columns, group.rows, group.writes, group.share, shape.layers * group.count) for group in shape.groups]
-    found = counted(groups, gpu, Job(tokens, window, shape.layers, shape.hidden))
-    return found | {"write": Phase(memory=shape.quantized_bytes / DISK + shape.quantized_bytes / HASH)}
+    return counted(groups, gpu, Job(tokens, window, shape.layers, shape.hidden))
 
 
 def gpu_lines() -> list[tuple[str, ...]]:

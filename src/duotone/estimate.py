@@ -12,7 +12,8 @@ import torch
 from duotone.calibrate.offload import WAITING_SHARE, choose_keeper
 from duotone.calibrate.samples import are_tensors
 from duotone.calibrate.stream import WAITING_BYTES
-from duotone.checkpoint.ahead import AHEAD_SHARE
+from duotone.checkpoint.ahead import AHEAD_SHARE, PIECE_BYTES
+from duotone.checkpoint.behind import BEHIND_BYTES
 from duotone.device import calibration_dtype, free_bytes, processor_name
 from duotone.floors import best_seconds, measured_flops
 from duotone.gpu_costs import DISK, HASH, VISIT_INSTRUCTIONS, Gpu, Group, Job, phases
@@ -112,8 +113,9 @@ def _on_gpu(plan: Plan, device: torch.device) -> Estimate:
         reason is None,
     )  # fmt: skip
     at_work = replace(gpu, narrow=_EFFICIENCY * gpu.narrow, wide=_EFFICIENCY * gpu.wide)
-    seconds = sum(phase.seconds for phase in phases(_groups(plan), at_work, job).values())
-    seconds += plan.source.weight_bytes / DISK + plan.disk_bytes * (1 / DISK + 1 / HASH)
+    work = sum(phase.seconds for phase in phases(_groups(plan), at_work, job).values())
+    read, written = plan.source.weight_bytes / DISK, plan.disk_bytes * (1 / DISK + 1 / HASH)
+    seconds = max(work, read, written) if _reads_ahead(plan, device) else max(work + read, written)  # beside the work
     device_bytes, host_bytes, states_in = _gpu_memory(plan, device, tokens, dtype.itemsize)
     disk, saved_bytes = plan.disk_bytes, (1 + method.drift) * dtype.itemsize * tokens * plan.hidden_size
     if config.high_effort:
@@ -135,15 +137,16 @@ def _on_gpu(plan: Plan, device: torch.device) -> Estimate:
 def _gpu_memory(plan: Plan, device: torch.device, tokens: int, itemsize: int) -> tuple[int, int, str]:
     """Bytes of a GPU, bytes of its host, and where hidden states wait."""
     config, method, specs = plan.config, plan.config.method_facts, plan.source.tensors
-    stored = max(sum(specs[name].nbytes for name in block.tensors) for block in plan.blocks)
+    stored = _stored(plan)
     block = max(sum(math.prod(specs[name].shape) for name in block.tensors) for block in plan.blocks)
     kept = {f"{layer}.{leaf}" for layer in plan.anatomy.keep.keys() - plan.anatomy.seeing for leaf in ("weight", "bias")}
     outside = sum(math.prod(specs[name].shape) for name in plan.outside if config.high_effort or name not in kept)
     largest, widest = max(n * k for n, k in plan.shapes.values()), max(k for _, k in plan.shapes.values())
     on_device = 4 * _SOLVER_FLOATS * largest + (4 * _MOMENT_FLOATS * widest**2 if config.needs_statistics else 0)
     on_host = _BASE_BYTES + _CUDA_BYTES + stored + max((specs[name].nbytes for name in plan.outside), default=0)
-    if stored <= AHEAD_SHARE * free_bytes(device):
-        on_device, on_host = on_device + 2 * stored, on_host + stored
+    on_host += min(BEHIND_BYTES, plan.disk_bytes)
+    if _reads_ahead(plan, device):
+        on_device, on_host = on_device + 2 * stored, on_host + 2 * PIECE_BYTES
     prefixes, hidden = 1 + method.drift, plan.hidden_size
     states = 2 * prefixes * itemsize * tokens * hidden
     states_in = choose_keeper(None, device, None if are_tensors(config.calibration) else states)[1]
@@ -158,6 +161,15 @@ def _gpu_memory(plan: Plan, device: torch.device, tokens: int, itemsize: int) ->
         states += itemsize * tokens * hidden * len(plan.blocks)  # at every block's entrance, for the way back
     is_there = states_in.startswith("the GPU")
     return on_device + states * is_there, on_host + states * (not is_there), states_in
+
+
+def _stored(plan: Plan) -> int:
+    """Bytes of the largest block as it is in the folder."""
+    return max(sum(plan.source.tensors[name].nbytes for name in block.tensors) for block in plan.blocks)
+
+
+def _reads_ahead(plan: Plan, device: torch.device) -> bool:
+    return _stored(plan) <= AHEAD_SHARE * free_bytes(device)
 
 
 def _groups(plan: Plan) -> list[Group]:

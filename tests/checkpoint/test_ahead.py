@@ -151,7 +151,7 @@ def test_blocks_pass_through_two_pieces_of_pinned_memory(monkeypatch: pytest.Mon
         "long": torch.arange(1001.0), "turned": torch.randn(7, 9).T, "one": torch.tensor(3.5), "none": torch.ones(0, 4),
         "bytes": torch.arange(200).to(torch.uint8), "half": torch.randn(3, 50).bfloat16(),
     }  # fmt: skip
-    monkeypatch.setattr(ahead, "_PIECE", 96)
+    monkeypatch.setattr(ahead, "PIECE_BYTES", 96)
     with pretended_gpu(monkeypatch), Queue() as queue:
         for name, stand_in in (("Event", queue.Event), ("Stream", queue.Stream), ("stream", nullcontext)):
             monkeypatch.setattr(torch.cuda, name, stand_in)

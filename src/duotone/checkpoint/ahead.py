@@ -16,7 +16,7 @@ from duotone.device import free_bytes
 #: there are four at once. A larger one is read when it is asked for, and its originals stay in the host's memory.
 AHEAD_SHARE = 1 / 8
 #: Bytes of a piece of pinned memory. Blocks go through two of them, whatever their size: pinning takes long.
-_PIECE = 64 * 2**20
+PIECE_BYTES = 64 * 2**20
 Tensors = dict[str, Tensor]
 
 
@@ -84,16 +84,16 @@ class Lane:
         self.stream: Any = torch.cuda.Stream(device)
         self.alone = Lock()  # of runs in several threads
         self._device, self._turn = device, 0
-        self._pieces = [(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+        self._pieces = [(torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
     def moved(self, tensor: Tensor) -> Tensor:
         """A tensor on its way to the GPU; the stream is to be the current one."""
         there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         source, target = (x.reshape(-1).view(torch.uint8) for x in (tensor, there))
-        for start in range(0, len(source), _PIECE):
-            part, (piece, sent) = source[start : start + _PIECE], self._pieces[self._turn]
+        for start in range(0, len(source), PIECE_BYTES):
+            part, (piece, sent) = source[start : start + PIECE_BYTES], self._pieces[self._turn]
             sent.synchronize()
-            target[start : start + _PIECE].copy_(piece[: len(part)].copy_(part), non_blocking=True)
+            target[start : start + PIECE_BYTES].copy_(piece[: len(part)].copy_(part), non_blocking=True)
             sent.record()
             self._turn = 1 - self._turn
         return there
