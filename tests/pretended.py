@@ -129,14 +129,14 @@ class PretendedGpu(TorchDispatchMode):
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Switching to the device does nothing, as on a CPU: torch's table of who does it has no entry for CUDA here.
+    """Switching to the device does nothing, as on a CPU: torch's table of who does it is given the CPU's entry for CUDA.
 
-    torch's own fake tensors need such an entry too; they find one in builds with CUDA only.
+    Builds without CUDA have none, those with it ask a driver.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     cpu_and_cuda = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     before = cpu_and_cuda[1]
-    cpu_and_cuda[1] = before or cpu_and_cuda[0]
+    cpu_and_cuda[1] = cpu_and_cuda[0]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its numbers on the CPU and moves them
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters
     try:

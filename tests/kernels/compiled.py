@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,6 +36,7 @@ ROWS = {
 }  # fmt: skip
 #: Of these, launches find that 16 divides them; and of strides.
 ALIGNED = {"N", "K", "rows", "padded", "part_rows", "coupling_row", "k_size", "v_size"}
+CPU = torch.device("cpu")
 INSTRUCTIONS = ("LDL", "STL", "PRMT", "LDGSTS", "HMMA", "F2FP")
 ROW_PROGRAMS = row_kernels.norm_and_quantize_rows, row_kernels.write_cache, row_kernels.read_cache
 ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
@@ -59,9 +62,8 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         usage = subprocess.run(used, capture_output=True, text=True, check=True).stdout
     return {
         "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", built.asm["ptx"]))),
-        "instructions": {
-            name: len(re.findall(rf"\b{name}\b", code)) for name in ("LDL", "STL", "PRMT", "LDGSTS", "HMMA", "F2FP")
-        },
+        "instructions": {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS},
+        "loop": main_loop(code),
         "accesses": sorted(set(re.findall(r"(?:ld|st)\.global\S*", built.asm["ptx"]))),
         "stops": "__assertfail" in built.asm["ptx"],
         "inexact": len(re.findall(r"\.approx|\.ftz|\bfma\.|\.full\.", built.asm["ptx"])),
@@ -73,6 +75,23 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         "lookups": lookups(built.asm["ttgir"]),
         "loads_in_loop": loads_in_loop(built.asm["ttgir"]),
     }
+
+
+def main_loop(code: str) -> dict[str, int]:
+    """How often each instruction stands in the longest loop that multiplies."""
+    places: dict[str, int] = {}
+    found: list[str] = []
+    longest: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = len(found)
+        if text := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\w+)(.*);", line):
+            found.append(text[1])
+            back = re.search(r"`\((\.L_x_\d+)\)", text[2]) if text[1] == "BRA" else None
+            loop = found[places[back[1]] :] if back and back[1] in places else []
+            if any(name.endswith("MMA") for name in loop) and len(loop) > len(longest):
+                longest = loop
+    return dict(Counter(longest))
 
 
 def lookups(text: str) -> list[str]:
@@ -88,11 +107,23 @@ def loads_in_loop(text: str) -> int:
     return len(re.findall(r"= tt\.load", loop.partition("scf.yield")[0]))
 
 
-def product(arch: int, tokens: int, is_signed: bool = False, group_size: int = 128, is_split: bool = True) -> dict[str, Any]:
-    """`multiply` as `launch` lays it out for so many tokens."""
+def steps(arch: int, tile: launch.Tile, is_paired: bool = True) -> dict[str, bool]:
+    """As `launch.steps` on a device of the architecture."""
+    return {"PAIRS": launch.steps(2 if is_paired else 1, tile.tokens, CPU)["PAIRS"], "PROMOTES": arch < 100}
+
+
+def product(
+    arch: int, tokens: int, is_signed: bool = False, group_size: int = 128, is_split: bool = True, is_paired: bool = True
+) -> dict[str, Any]:
+    """`multiply` as `launch` lays it out for so many tokens; chunks are an even number where `is_paired`."""
     tile = launch.tile_for(tokens)
     constants = {"GROUP": group_size, "TO_A_WORD": 4, "SIGNED": is_signed, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split} | ENDING | ({"M": 1} if tokens == 1 else {})
+    constants |= (
+        {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split}
+        | steps(arch, tile, is_paired)
+        | ENDING
+        | ({"M": 1} if tokens == 1 else {})
+    )
     return compiled(kernels.multiply, arch, constants, tile.warps, tile.stages)
 
 
@@ -116,7 +147,7 @@ def grouped(arch: int, tokens: int) -> dict[str, Any]:
     """`multiply_grouped` as `grouped` lays it out for so many tokens an expert."""
     tile = launch.tile_for(tokens)
     constants = {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= {"BLOCK_M": tile.tokens} | ENDING
+    constants |= {"BLOCK_M": tile.tokens} | steps(arch, tile) | ENDING
     return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages)
 
 
@@ -128,6 +159,8 @@ def main() -> None:
         "sm_90 multiply 16 signed": product(90, 16, is_signed=True),
         "sm_90 multiply 32": product(90, 32, is_split=False),
         "sm_90 multiply 64": product(90, 64, is_split=False),
+        "sm_90 multiply 16 unpaired": product(90, 16, is_paired=False),
+        "sm_90 multiply 16 g64": product(90, 16, group_size=64),
         "sm_90 multiply 16 g32": product(90, 16, group_size=32),
         "sm_90 write_values": compiled(
             kernels.write_values, 90, {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True}

@@ -187,7 +187,7 @@ def test_splits_fill_a_gpu() -> None:
 
 
 def emulate(text: str, registers: dict[str, np.ndarray]) -> np.ndarray:
-    """What a block of PTX of and, or, shl, shr and prmt leaves in $0."""
+    """What a block of PTX of mov, and, or, shl, shr, lop3 and prmt leaves in $0."""
     held = dict(registers)
     body = text.strip().removeprefix("{").removesuffix("}")
     for line in filter(None, (part.strip() for part in body.split(";"))):
@@ -196,9 +196,14 @@ def emulate(text: str, registers: dict[str, np.ndarray]) -> np.ndarray:
         name, _, rest = line.partition(" ")
         out, *names = [word.strip() for word in rest.split(",")]
         given = [held[word] if word in held else np.uint32(int(word, 0)) for word in names]
-        if name == "prmt.b32":
+        if name == "mov.b32":
+            held[out] = given[0]
+        elif name == "lop3.b32":
+            terms = [[x if i >> 2 - n & 1 else ~x for n, x in enumerate(given[:3])] for i in range(8) if int(given[3]) >> i & 1]
+            held[out] = np.bitwise_or.reduce([np.bitwise_and.reduce(each) for each in terms])
+        elif name == "prmt.b32":
             pair = given[0].astype(np.uint64) | given[1].astype(np.uint64) << np.uint64(32)
-            held[out] = np.zeros_like(given[2])
+            held[out] = np.zeros_like(given[0] | given[2])
             for i in range(4):
                 nibble = given[2] >> np.uint32(4 * i) & np.uint32(15)
                 byte = (pair >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(255)
@@ -220,10 +225,7 @@ def test_the_ptx_looks_up_what_plain_torch_does(is_signed: bool) -> None:
     """Every quarter of a chunk, random codes and bytes of tables: the text that is compiled, emulated."""
     generator = torch.Generator().manual_seed(int(is_signed))
     table = torch.randint(0, 128 if is_signed else 256, (256, 16), generator=generator, dtype=torch.uint8)
-    place = torch.randint(0, 8 if is_signed else 16, (128, 128), generator=generator, dtype=torch.uint8)
-    words = layout.pack_words(place, is_signed)
-    if is_signed:
-        words |= layout._sign_bits(torch.randint(0, 2, (128, 128), generator=generator, dtype=torch.uint8))
+    words = layout.pack_words(torch.randint(0, 16, (128, 128), generator=generator, dtype=torch.uint8))
     entry = torch.randint(0, 256, (1, 128), generator=generator, dtype=torch.int32)
     meant = layout.values(layout.Layout(words, entry, table, 1, is_signed), 128)
     pairs = words.view(128, 8, 2).numpy().view(np.uint32)  # of a quad: quarters 0 and 1, quarters 2 and 3

@@ -90,7 +90,8 @@ def _grouped(
             bits if bias is None else launch.raw(bias), bits, order, starts, blocks,
             rows, index.shape[1], codes.shape[1], slots, slots // len(x), experts, rows // parts, table_rows,
             GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=launch.IS_COMPILED, BLOCK_N=tile.rows,
-            BLOCK_M=size, HAS_BIAS=bias is not None, IS_BF16=y.dtype == torch.bfloat16, IS_FP16=y.dtype == torch.float16,
+            BLOCK_M=size, **launch.steps(codes.shape[1], size, x.device), HAS_BIAS=bias is not None,
+            IS_BF16=y.dtype == torch.bfloat16, IS_FP16=y.dtype == torch.float16,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return y

@@ -40,7 +40,8 @@ def multiply_grouped(
     x8, codes, words, index, table, scales, outer_scale, bias, y, order, starts, blocks,
     N, rows, chunks, slots, sharers, experts, part_rows, table_rows,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+    BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, PROMOTES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr,
+    IS_FP16: tl.constexpr,
 ):  # fmt: skip
     """y [S, N]; a program has BLOCK_N rows of an expert and one block of its slots. Slots of no expert get zeros.
 
@@ -53,11 +54,11 @@ def multiply_grouped(
     slot = tl.load(order + tl.minimum(place, slots - 1))
     token = slot // sharers
     first_row = tl.minimum(expert, experts - 1) * N + tl.program_id(0) * BLOCK_N
-    x8 += token.to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 32)[:, None]
+    x8 += token.to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 128)[:, None]
     table += first_row // part_rows * table_rows * (4 if USES_PTX else 16)
     total = sums(
         x8, codes, words, index, table, first_row, rows, chunks, 0, tl.where(expert < experts, chunks, 0),
-        GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M,
+        GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M, PAIRS, PROMOTES,
     )  # fmt: skip
     row, is_of_one = tl.arange(0, BLOCK_N), tl.zeros((BLOCK_N,), tl.int32) + expert < experts
     outer = tl.load(outer_scale + first_row + row, mask=is_of_one, other=0)[:, None]
