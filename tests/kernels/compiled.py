@@ -24,7 +24,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "x": "*i16", "x8": "*fp8e4nv", "codes": "*i32", "words": "*i16", "index": "*i32", "table": "*i32", "scales": "*fp32",
     "outer_scale": "*fp32", "bias": "*i16", "y": "*i16", "partial": "*fp32", "values": "*fp8e4nv", "static_scale": "*fp32",
-    "order": "*i32", "starts": "*i32", "blocks": "*i32", "fp8_max": "fp32", "smallest_scale": "fp32",
+    "expert": "*i32", "order": "*i32", "starts": "*i32", "blocks": "*i32", "fp8_max": "fp32", "smallest_scale": "fp32",
 }  # fmt: skip
 #: Of the solver's programs: everything but these is float32.
 SOLVER_POINTERS = {"codes": "*u8", "moves": "*i32", "group": "*i32"}
@@ -45,6 +45,8 @@ ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> dict[str, Any]:
     """Facts of a program for an architecture, 90 for Hopper: instructions, registers, what was spilled, and its text."""
     types = POINTERS | (ROWS if program in (kernels.quantize_rows, *ROW_PROGRAMS) else {})
+    if constants.get("IS_FP8"):
+        types |= dict.fromkeys(("codes", "words", "index", "table"), "*fp8e4nv")
     if program.fn.__module__ == solver_kernels.__name__:
         types = {name: "*fp32" for name in program.arg_names if name not in SOLVER_NUMBERS} | SOLVER_POINTERS
         types |= {"hessian": "*i16"} if constants.get("IS_BF16") else {}
@@ -118,12 +120,8 @@ def product(
     """`multiply` as `launch` lays it out for so many tokens; chunks are an even number where `is_paired`."""
     tile = launch.tile_for(tokens)
     constants = {"GROUP": group_size, "TO_A_WORD": 4, "SIGNED": is_signed, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= (
-        {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split}
-        | steps(arch, tile, is_paired)
-        | ENDING
-        | ({"M": 1} if tokens == 1 else {})
-    )
+    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split} | steps(arch, tile, is_paired) | ENDING
+    constants |= {"M": 1} if tokens == 1 else {}
     return compiled(kernels.multiply, arch, constants, tile.warps, tile.stages)
 
 
@@ -143,12 +141,12 @@ def row_programs() -> dict[str, dict[str, Any]]:
     return facts
 
 
-def grouped(arch: int, tokens: int) -> dict[str, Any]:
+def grouped(arch: int, tokens: int, is_split: bool = False, is_fp8: bool = False) -> dict[str, Any]:
     """`multiply_grouped` as `grouped` lays it out for so many tokens an expert."""
     tile = launch.tile_for(tokens)
     constants = {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True, "BLOCK_N": tile.rows}
-    constants |= {"BLOCK_M": tile.tokens} | steps(arch, tile) | ENDING
-    return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages)
+    constants |= {"BLOCK_M": tile.tokens, "IS_SPLIT": is_split, "IS_FP8": is_fp8} | steps(arch, tile) | ENDING
+    return compiled(grouped_kernels.multiply_grouped, arch, constants, tile.warps, tile.stages // (1 + is_fp8))
 
 
 def main() -> None:
@@ -166,12 +164,16 @@ def main() -> None:
             kernels.write_values, 90, {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True}
         ),
         "sm_90 quantize_rows": compiled(kernels.quantize_rows, 90, {"BLOCK": 4096, "IS_BF16": True, "IS_STATIC": False}, 8),
-        "sm_90 add_up": compiled(kernels.add_up, 90, {"BLOCK": launch._BLOCK} | ENDING),
+        "sm_90 add_up": compiled(kernels.add_up, 90, {"BLOCK": launch.BLOCK} | ENDING),
         "sm_90 multiply_grouped 16": grouped(90, 16),
+        "sm_90 multiply_grouped 16 split": grouped(90, 16, is_split=True),
         "sm_90 multiply_grouped 64": grouped(90, 64),
+        "sm_90 add_up_grouped": compiled(grouped_kernels.add_up_grouped, 90, {"BLOCK": launch.BLOCK} | ENDING),
         "sm_90 find_blocks": compiled(grouped_kernels.find_blocks, 90, {"EXPERTS": 256, "BLOCK_M": 16}),
         "sm_89 multiply_grouped 16": grouped(89, 16),
         "sm_100 multiply_grouped 16": grouped(100, 16),
+        **{f"sm_{arch} multiply_grouped 16 fp8": grouped(arch, 16, is_fp8=True) for arch in (89, 90, 100)},
+        "sm_90 multiply_grouped 64 fp8": grouped(90, 64, is_fp8=True),
         "sm_89 multiply 16": product(89, 16),
         "sm_100 multiply 16": product(100, 16),
         **row_programs(),

@@ -216,6 +216,18 @@ def finished(total, outer_scale, scale, bias, HAS_BIAS: tl.constexpr, IS_BF16: t
 
 
 @triton.jit
+def add_product(total, w8, x8, PROMOTES: tl.constexpr):
+    """total + w8 @ x8. PROMOTES: the unit's own sums keep fewer bits than float32, so that only the product is left to it.
+
+    A compiler that sees no more than a sum and a product may leave both to it; what it does not see into keeps them apart.
+    """
+    part = tl.dot(w8, x8)
+    if PROMOTES:
+        part = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [part], dtype=tl.float32, is_pure=True, pack=1)
+    return total + part
+
+
+@triton.jit
 def sums(
     x8, codes, words, index, table, first_row, rows, chunks, first, last,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr,
@@ -224,8 +236,7 @@ def sums(
     """What the chunks from `first` to before `last` add up to, float32 [BLOCK_N, BLOCK_M], of BLOCK_N rows.
 
     x8: pointers [128, BLOCK_M] to where each token begins. codes int32 and words int16: the same bytes. index as in `_entries`.
-    PAIRS: chunks are an even number. PROMOTES: the unit's own sums keep fewer bits than float32, so what one chunk adds up is
-    added outside of it.
+    PAIRS: chunks are an even number.
     """
     row = first_row + tl.arange(0, BLOCK_N)
     within = tl.arange(0, BLOCK_N) // 64 * (chunks * 2048) + tl.arange(0, BLOCK_N) % 64 * 32
@@ -235,10 +246,7 @@ def sums(
         for more in tl.static_range(1 + PAIRS):
             chunk = begin + more
             w8 = decode(codes, words, index, table, row, rows, chunk, chunks, GROUP, TO_A_WORD, SIGNED, USES_PTX)
-            part = tl.dot(w8, tl.load(x8 + chunk * 128))
-            if PROMOTES and USES_PTX:  # else the compiler may have the unit add up all of them
-                part = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [part], dtype=tl.float32, is_pure=True, pack=1)
-            total += part
+            total = add_product(total, w8, tl.load(x8 + chunk * 128), PROMOTES)
     return total
 
 
@@ -274,6 +282,16 @@ def multiply(
 
 
 @triton.jit
+def sum_of_splits(partial, is_inside, size, splits, BLOCK: tl.constexpr):
+    """Float32 [BLOCK] of the sums of each split, `size` apart, from the first to the last."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial, mask=is_inside, other=0)
+        partial += size
+    return total
+
+
+@triton.jit
 def add_up(
     partial, scales, outer_scale, bias, y, M, N, splits, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
@@ -281,10 +299,7 @@ def add_up(
     """Sums [S, M, N] -> y [M, N], always in the same order."""
     token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = token.to(tl.int64) * N + row
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial + place, mask=row < N, other=0)
-        partial += M * N
+    total = sum_of_splits(partial + place, row < N, M * N, splits, BLOCK)
     outer = tl.load(outer_scale + row, mask=row < N, other=0)
     added = tl.load(bias + row, mask=row < N, other=0) if HAS_BIAS else 0
     rounded = finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)

@@ -24,8 +24,8 @@ _LEAST_CHUNKS = 4
 #: Tokens of a tile whose sums leave no registers for two chunks at a time.
 _UNPAIRED = 64
 _BLACKWELL = 10
-#: Of `add_up`.
-_BLOCK = 512
+#: Rows of a program that adds splits up.
+BLOCK = 512
 _programs: Any = kernels
 #: Kernels are compiled; otherwise Triton interprets them, slowly and on a CPU, and there is no PTX.
 IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
@@ -51,7 +51,7 @@ def tile_for(tokens: int) -> Tile:
 
 
 def chunks_each(rows: int, chunks: int, tile: Tile, processors: int, programs_each: int = PROGRAMS_EACH) -> int:
-    """Chunks of a split, pairs of them where all are: as many splits as keep all multiprocessors at work, for any tokens."""
+    """Chunks of a split, pairs where all are: as many as keep all multiprocessors at work, be there one token or more."""
     wanted = -(-programs_each * processors // (rows // tile.rows))
     splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
     pair = 2 - chunks % 2
@@ -65,7 +65,8 @@ def _generation(device: torch.device) -> int:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; as if it had four where Triton interprets."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -74,7 +75,7 @@ def steps(chunks: int, tokens: int, device: torch.device) -> dict[str, bool]:
 
     Blackwell's, those for data centers, add in float32.
     """
-    return {"PAIRS": chunks % 2 == 0 and tokens < _UNPAIRED, "PROMOTES": _generation(device) != _BLACKWELL}
+    return {"PAIRS": chunks % 2 == 0 and tokens < _UNPAIRED, "PROMOTES": IS_COMPILED and _generation(device) != _BLACKWELL}
 
 
 def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
@@ -186,7 +187,7 @@ def multiply_codes(
     codes, index, table, to_a_word, is_signed = weight
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
     tile, programs_each = way or (tile_for(tokens), PROGRAMS_EACH)
-    each = chunks_each(padded_rows, chunks, tile, _processors(y.device), programs_each)
+    each = chunks_each(padded_rows, chunks, tile, processors(y.device), programs_each)
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
     bits, added = raw(y), y if bias is None else raw(bias)
@@ -199,8 +200,8 @@ def multiply_codes(
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
-        _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
-            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
+        _programs.add_up[(tokens, triton.cdiv(rows, BLOCK))](
+            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=BLOCK, **ending, enable_fp_fusion=False
         )
 
 

@@ -3,16 +3,17 @@
 What a compiler or a driver makes of them is theirs to decide: a wrong value is a reason to run plain torch, never an answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from duotone.contract import quantize_activations
 from duotone.kernels.gpu import layout
-from duotone.qweight import Fp8Weight, QuantizedWeight, fp8_values
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight, fp8_values
 from duotone.scheme import HOPPER, Fp8Scheme, Scheme
 
 #: Of each path: one tile of tokens, a wide one, a prompt. Rows and columns leave part of a tile and of a chunk empty.
@@ -38,7 +39,14 @@ def fp8_fault(device: torch.device) -> str | None:
 @cache
 def grouped_fault(group_size: int, device: torch.device) -> str | None:
     """The same of the product with many experts' weights."""
-    return told(device, lambda: _grouped_difference(group_size, False, device) or _grouped_difference(group_size, True, device))
+    weights = ([_weight(group_size, is_signed, seed) for seed in range(_EXPERTS)] for is_signed in (False, True))
+    return told(device, lambda: next(filter(None, (_grouped_difference(some, device) for some in weights)), None))
+
+
+@cache
+def grouped_fp8_fault(device: torch.device) -> str | None:
+    """The same of the product with many experts' FP8 weights."""
+    return told(device, lambda: _grouped_difference([_fp8_weight(_ROWS, seed) for seed in range(_EXPERTS)], device))
 
 
 def told(device: torch.device, difference: Callable[[], str | None]) -> str | None:
@@ -78,10 +86,8 @@ def _fp8_difference(device: torch.device) -> str | None:
     """Rows that have to be padded; the way to BF16, where torch scales the rows, and the other."""
     from duotone.kernels.gpu import fp8, launch
 
-    generator = torch.Generator().manual_seed(8)
-    values = (torch.randn(_ROWS - 3, _COLUMNS, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    outer = (torch.rand(_ROWS - 3, generator=generator) + 0.1).bfloat16().float()
-    held = fp8.prepack(Fp8Weight(values, outer, Fp8Scheme(HOPPER)))
+    weight = _fp8_weight(_ROWS - 3, 8)
+    held, values, outer = fp8.prepack(weight), weight.values, weight.outer_scale
     for tokens in (1, *_TOKENS):
         x, x8, scale = _activations(tokens)
         if not _same_activations(x, x8, scale, device):
@@ -93,12 +99,12 @@ def _fp8_difference(device: torch.device) -> str | None:
     return None
 
 
-def _grouped_difference(group_size: int, is_signed: bool, device: torch.device) -> str | None:
-    """Blocks of each size, an expert with no tokens and slots of no expert."""
-    from duotone.kernels.gpu import backend, bank, grouped
+def _grouped_difference(weights: Sequence[AnyWeight], device: torch.device) -> str | None:
+    """Blocks of each size, an expert with no tokens and slots of no expert; K split and not."""
+    from duotone.kernels.gpu import backend, bank, fp8, fp8_bank, grouped
 
-    weights = [_weight(group_size, is_signed, seed) for seed in range(_EXPERTS)]
-    held = bank.stack([[backend.prepack(weight)] for weight in weights])
+    kind, banks = (fp8, fp8_bank) if isinstance(weights[0], Fp8Weight) else (backend, bank)
+    held: Any = banks.stack([[kind.prepack(weight)] for weight in weights])
     moved = {name: value.to(device) for name, value in vars(held).items() if isinstance(value, Tensor)}
     for tokens in _SLOTS:
         x, x8, scale = _activations(tokens)
@@ -109,7 +115,7 @@ def _grouped_difference(group_size: int, is_signed: bool, device: torch.device) 
             meant = weights[number % _EXPERTS]
             outer = meant.outer_scale * scale[slot // 2] * (number < _EXPERTS)
             if not is_near(y[slot, :_ROWS], x8[slot // 2], fp8_values(meant), outer):
-                return f"products of {tokens} tokens with experts"
+                return f"products of {tokens} tokens with experts" + " of FP8 weights" * (kind is fp8)
     return None
 
 
@@ -141,3 +147,10 @@ def _weight(group_size: int, is_signed: bool, seed: int = 0) -> QuantizedWeight:
     group[:, 0] = scheme.peak_group_scale
     largest = (torch.rand(_ROWS, generator=generator) + 0.1).bfloat16().float()
     return QuantizedWeight(codes, group, largest / scheme.peak_group_scale, scheme)
+
+
+def _fp8_weight(rows: int, seed: int) -> Fp8Weight:
+    """Random values and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(rows, _COLUMNS, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return Fp8Weight(values, (torch.rand(rows, generator=generator) + 0.1).bfloat16().float(), Fp8Scheme(HOPPER))
