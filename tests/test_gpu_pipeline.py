@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -368,6 +370,41 @@ def test_memory_of_both_is_foreseen(tiny_model: Callable[..., Path], monkeypatch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "HASH", 1000.0)
         assert estimate.estimate(plan, CUDA).seconds == pytest.approx(plan.disk_bytes / 1000, rel=1e-3)
+
+
+class Held:
+    """Bytes of the pretended GPU's tensors: those that are there, and the most that were."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.peak, self._bytes, self._users = 0, 0, Counter[int]()
+        make = Pretended.__new__
+
+        def made(cls: type[Pretended], held: torch.Tensor, *_: object) -> Pretended:
+            tensor, storage = make(cls, held), held.untyped_storage()
+            weakref.finalize(tensor, self._count, storage.data_ptr(), storage.nbytes(), -1)
+            self._count(storage.data_ptr(), storage.nbytes(), 1)
+            return tensor
+
+        monkeypatch.setattr(Pretended, "__new__", staticmethod(made))
+
+    def _count(self, place: int, nbytes: int, more: int) -> None:
+        self._users[place] += more
+        if self._users[place] == max(0, more):  # the first user of this memory, or its last
+            self._bytes += more * nbytes
+            self.peak = max(self.peak, self._bytes)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.unavailable() or "")
+@pytest.mark.usefixtures("h200")
+def test_memory_is_foreseen_within_a_factor_of_two(
+    tiny_model: Callable[..., Path], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No less than tensors take between two operations, so that there is room for what these take, and not twice as much."""
+    model, options = tiny_model(hidden_size=256, intermediate_size=704, head_dim=64), {"dtype": "bfloat16"}
+    foreseen = estimate.estimate(planned(model, **options), CUDA).device_bytes
+    held = Held(monkeypatch)
+    run(model, tmp_path / "out", text_file, "cuda:0", **options)
+    assert held.peak <= foreseen <= 2 * held.peak
 
 
 @pytest.mark.usefixtures("h200")

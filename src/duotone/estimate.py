@@ -61,7 +61,7 @@ _PRODUCT, _COPIED, _LAUNCHES, _SEARCHED = 4096, 2**28, 256, 1024
 
 def estimate(plan: Plan, device: torch.device | None = None) -> Estimate:
     """Seconds, peak memory and disk of a plan on a device, the CPU by default. An estimate: within about a factor of two; of a
-    GPU's nothing is known to be so yet.
+    GPU's seconds that is not known yet.
     """
     return _on_cpu(plan) if device is None or device.type == "cpu" else _on_gpu(plan, device)
 
