@@ -69,6 +69,7 @@ class Pretended(Tensor):
 
 def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any:
     """One operation as the GPU would do it."""
+    kwargs = {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, Pretended)]
     asked = kwargs.get("device")
@@ -91,8 +92,6 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any
         goes_there = False
     if asked is not None and goes_there:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
     plain_args, plain_kwargs = tree_map_only(Pretended, lambda x: x.held, (args, kwargs))
     if func is aten._fused_sdp_choice.default:
         return 0  # plain attention: what is fused differs by device

@@ -49,6 +49,7 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         types |= dict.fromkeys(("codes", "words", "index", "table"), "*fp8e4nv")
     if program.fn.__module__ == solver_kernels.__name__:
         types = {name: "*fp32" for name in program.arg_names if name not in SOLVER_NUMBERS} | SOLVER_POINTERS
+        types |= {"hessian": "*i16"} if constants.get("IS_BF16") else {}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in program.arg_names}
     fits = lambda name: name in ALIGNED or name[-2:] in {"_b", "_h", "_t"}  # noqa: E731
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or (kind == "i32" and fits(name))]
@@ -181,8 +182,9 @@ def main() -> None:
     sizes = {
         "sweep": {"RULE": 0, "ROWS": solver._ROWS, "COLUMNS": solver._COLUMNS},
         "open_columns": {"BLOCK": solver._LANES},
-        "local_search": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver.lanes_for(4096)},
-        "local_search of wide rows": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver.lanes_for(14336)},
+        "local_search": {"TENURE": 12, "IS_BF16": True, "BLOCK": solver.lanes_for(4096)},
+        "local_search of narrow rows": {"TENURE": 12, "IS_BF16": False, "BLOCK": solver.lanes_for(1000)},
+        "local_search of wide rows": {"TENURE": 12, "IS_BF16": True, "BLOCK": solver.lanes_for(14336)},
         "scale_error": {"HAS_WEIGHT": True, "ROWS": solver._LANES // 128, "WIDTH": 128},
     }
     for name, size in sizes.items():
