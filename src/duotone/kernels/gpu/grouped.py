@@ -80,7 +80,14 @@ def _routes(chosen: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor, Te
     blocks = torch.empty(count, 2, dtype=torch.int32, device=held.device)
     with torch.cuda.device_of(chosen):
         _programs.find_blocks[(experts + 1,)](
-            starts, blocks, count, experts, EXPERTS=1 << experts.bit_length(), BLOCK_M=size, num_warps=4
+            starts,
+            blocks,
+            count,
+            experts,
+            EXPERTS=1 << experts.bit_length(),
+            BLOCK_M=size,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
     return expert, order.int(), starts, blocks
 

@@ -132,6 +132,7 @@ def write_values(weight: Layout, group_size: int) -> Tensor:
     _programs.write_values[(pieces, chunks)](
         codes, codes.view(torch.int16), index, entries(table), values, index.shape[1], chunks,
         GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=IS_COMPILED, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return values
 
