@@ -105,6 +105,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any
     if func is aten.mm.dtype:  # which a CPU lacks
         does, plain_args = aten.mm.default, tuple(matrix.float() for matrix in plain_args[:2])
     result = does(*plain_args, **plain_kwargs)
+    if func is aten.ldexp.Tensor:
+        result = result * (1 + 2.0**-23)  # CUDA's is a product with its pow, which misses some powers of two by a bit
     written = _written(func, args, kwargs)
     if written is not None:
         return written

@@ -85,9 +85,9 @@ def dequantize_kv(x8_BHTD: Tensor, scale_H: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def power_of_two_at_least(x: Tensor) -> Tensor:
-    """Smallest power of two >= x for positive x (exact: from the exponent, not from a logarithm); 0 gives 0."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), torch.where(mantissa == 0.5, exponent - 1, exponent)) * (x > 0)
+    """Smallest power of two >= x for positive x, float32; 0 gives 0. By its bits, since a GPU's pow may be one bit off."""
+    exponent = (x.float().contiguous().view(torch.int32) + 0x7FFFFF) & 0x7F800000  # the next one, where there is a fraction
+    return exponent.view(torch.float32) * (x > 0)
 
 
 def divided(x: Tensor, number: float) -> Tensor:
