@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from duotone.kernels.gpu import backend
 from duotone.qweight import dequantize
 from duotone.speed_gpu import forms, goals, linears, run, throughput
 from duotone.speed_gpu.budget import Budget, Deadline
+from duotone.speed_gpu.clock import Clock
 from duotone.speed_gpu.decoder import Between, Decoder
 from duotone.speed_gpu.quantizer import random_checkpoint
 from duotone.speed_gpu.sizes import LLAMA_8B, LLAMA_70B, Plan, Sizes
@@ -314,6 +316,34 @@ def test_a_part_leaves_its_time_to_the_rest() -> None:
     clock.time = 200
     late = budget.part("c")
     assert late.seconds == 0 and late.is_over()
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does not, where the end of a capture is what fails; all that is timed after it would run elsewhere."""
+    current = ["default"]
+
+    @contextmanager
+    def stream(wanted: str) -> Iterator[None]:
+        before, current[0] = current[0], wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(_: object) -> Iterator[None]:
+        current[0] = "side"
+        yield
+        raise RuntimeError("capture failed")
+
+    fakes = {"stream": stream, "graph": graph, "current_stream": lambda _: current[0], "synchronize": lambda _: None}
+    for name, fake in (fakes | {"CUDAGraph": object}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = Clock.__new__(Clock)
+    clock.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="capture failed"):
+        clock.prepared(lambda: None)
+    assert current == ["default"]
 
 
 def test_what_time_is_not_enough_for() -> None:
