@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, gist
 from duotone.kernels.gpu import backend
 from duotone.qweight import dequantize
 from duotone.speed_gpu import forms, goals, linears, run, throughput
@@ -316,6 +316,15 @@ def test_a_part_leaves_its_time_to_the_rest() -> None:
     clock.time = 200
     late = budget.part("c")
     assert late.seconds == 0 and late.is_over()
+
+
+def test_what_is_told_of_an_error() -> None:
+    """Its first line; of a compiler's, which begins with a place in a program, what it found wrong there."""
+    assert gist(ValueError()) == "ValueError: no message" and gist(ValueError("one\ntwo")) == "ValueError: one"
+    place, inner = RuntimeError("at 3:4:\n    x = y\n    ^"), RuntimeError("at 1:2:\n    y\n    ^\nNameError('y')")
+    assert gist(inner) == "RuntimeError: NameError('y')"
+    place.__cause__, inner.__cause__ = inner, KeyError("z")
+    assert gist(place) == "RuntimeError: 'z'"
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from duotone.contract import quantize_activations
+from duotone.errors import gist
 from duotone.kernels.gpu import layout
 from duotone.qweight import Fp8Weight, QuantizedWeight, fp8_values
 from duotone.scheme import HOPPER, Fp8Scheme, Scheme
@@ -48,8 +49,7 @@ def told(device: torch.device, difference: Callable[[], str | None]) -> str | No
             if wrong := difference():
                 return f"a trial on {device} gave other {wrong} than plain torch does"
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or ["no message"])[0]
-            return f"a trial on {device} failed ({type(error).__name__}: {first_line})"
+            return f"a trial on {device} failed ({gist(error)})"
     return None
 
 
