@@ -6,6 +6,7 @@ Times mean nothing here. What is computed does: a model of each form of linears 
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,15 @@ def test_everything_in_one_command(tmp_path: Path) -> None:
     shown = screen.export_text()
     assert all(name in shown for name in (*names, "tiny that sees", "the whole command", "no_such_package", "this is it"))
     assert {"up to 16 tokens, as fast as FP8", "a model writing one text, as fast as BF16", "the whole command"} <= judged
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_only_the_quantizer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package of its own is a row's reason."""
+    monkeypatch.setitem(sys.modules, "duotone.pipeline", None)
+    rows = list(run.gpu_rows(run.GpuBench(only=("quantizer",), plan=SMALL)))
+    assert [row["unmeasured"].split(":")[0] for row in of(rows, kind="quantizer")] == ["ModuleNotFoundError"]
+    assert [row["kind"] for row in rows] == ["ceilings", "quantizer", "time"]
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from duotone.errors import DuotoneError
-from duotone.pipeline import quantize
 from duotone.settings import QuantizeConfig
 from duotone.speed_gpu.budget import Deadline, Row
 from duotone.speed_gpu.linears import Bench
@@ -34,6 +33,8 @@ def quantizer_rows(bench: Bench, blocks: int, deadline: Deadline) -> Iterator[Ro
 
 
 def _timed(bench: Bench, blocks: int, deadline: Deadline) -> Iterator[Row]:
+    from duotone.pipeline import quantize  # where a package is missing that only this part needs, the others have their rows
+
     plan, device = bench.plan, bench.device
 
     def tell(done: int, total: int, what: str) -> None:
