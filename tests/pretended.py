@@ -69,6 +69,7 @@ class Pretended(Tensor):
 
 def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any:
     """One operation as the GPU would do it."""
+    kwargs = {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, Pretended)]
     asked = kwargs.get("device")
@@ -91,8 +92,6 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any
         goes_there = False
     if asked is not None and goes_there:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
     plain_args, plain_kwargs = tree_map_only(Pretended, lambda x: x.held, (args, kwargs))
     if func is aten._fused_sdp_choice.default:
         return 0  # plain attention: what is fused differs by device
@@ -137,14 +136,14 @@ class PretendedGpu(TorchDispatchMode):
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Switching to the device does nothing, as on a CPU: torch's table of who does it has no entry for CUDA here.
+    """Switching to the device does nothing, as on a CPU: torch's table of who does it is given the CPU's entry for CUDA.
 
-    torch's own fake tensors need such an entry too; they find one in builds with CUDA only.
+    Builds without CUDA have none, those with it ask a driver.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     cpu_and_cuda = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     before = cpu_and_cuda[1]
-    cpu_and_cuda[1] = before or cpu_and_cuda[0]
+    cpu_and_cuda[1] = cpu_and_cuda[0]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its numbers on the CPU and moves them
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters
     try:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from duotone.errors import DuotoneError, gist
 from duotone.kernels.gpu import backend
 from duotone.qweight import dequantize
-from duotone.speed_gpu import forms, goals, linears, run, throughput
+from duotone.speed_gpu import forms, goals, linears, run, tables, throughput, tiles
 from duotone.speed_gpu.budget import Budget, Deadline
 from duotone.speed_gpu.clock import Clock
 from duotone.speed_gpu.decoder import Between, Decoder
@@ -37,7 +37,7 @@ from tests.test_speed import COLUMNS
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
 
-from duotone.kernels.gpu import trial
+from duotone.kernels.gpu import launch, trial
 
 #: The interpreter computes with numpy, which warns of NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -99,9 +99,11 @@ def test_everything_in_one_command(tmp_path: Path) -> None:
     names = [form.name for form in forms.OWN]
     for part in ("linears-8b", "linears-70b"):
         measured = of(rows, part=part, kind="linear")
-        assert [row["kernel"] for row in measured] == names * 4 and not any(row["unmeasured"] for row in measured)
+        assert [row["kernel"] for row in measured] == [*names, forms.FP8_FAST.name] * 4 and not any(
+            row["unmeasured"] for row in measured
+        )
         assert all(row.keys() >= COLUMNS and 0 < row["ms_min"] <= row["ms"] for row in measured)
-        assert all(set(row["times_as_fast_as"]) == set(names) - {row["kernel"]} for row in measured)
+        assert all(set(row["times_as_fast_as"]) == {form.name for form in forms.ALONE} - {row["kernel"]} for row in measured)
     peers = of(rows, part="peers", kind="linear")
     assert [row["unmeasured"] for row in of(peers, kernel="absent")] == ["the package no_such_package is not installed"]
     assert len(of(peers, kernel="unable", unmeasured="ValueError: no kernel for this")) == 2 * 2
@@ -155,6 +157,7 @@ def test_no_time(tmp_path: Path) -> None:
 def test_only_a_part() -> None:
     """Parts that were asked for have all of the time; the whole block of a model, and shapes, have no limit."""
     plan = dataclasses.replace(SMALL, whole=TINY)
+    assert list(run.GpuBench(only=("tiles", "correctness")).parts) == ["correctness", "tiles"]
     for part, extrapolated in (("quantizer-full", None), ("quantizer", 2)):
         bench = run.GpuBench(only=(part,), minutes=1e-9 if part == "quantizer-full" else 9, plan=plan)
         (row,) = of(list(run.gpu_rows(bench)), kind="quantizer")
@@ -163,7 +166,7 @@ def test_only_a_part() -> None:
         assert row["extrapolated_seconds"] == meant and ("extrapolated" in row["how"]) == bool(extrapolated)
     bench = run.GpuBench(shapes=((48, 256),), minutes=1e-9, plan=dataclasses.replace(SMALL, tokens=(1, 65)))
     rows = list(run.gpu_rows(bench))
-    assert [tuple(row["shape"]) for row in of(rows, kind="linear")] == [(48, 256)] * 8
+    assert [tuple(row["shape"]) for row in of(rows, kind="linear")] == [(48, 256)] * 10
     assert not any(row["unmeasured"] for row in rows) and not of(rows, kind="whole")
 
 
@@ -203,6 +206,42 @@ def test_wrong_options(asked: tuple[str, ...], told: str) -> None:
     """One sentence each, before any work."""
     result = invoke("bench", "gpu", *asked)
     assert result.code == 2 and told in result.err
+
+
+def test_other_ways_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile and split gives the contract's products, and so do FP8 weights; one that fails has a row that says so."""
+    monkeypatch.setattr(tiles, "_STAGES", (6,))
+    monkeypatch.setattr(tiles, "_SPLITS", (1, 2))
+    bench = linears.Bench(dataclasses.replace(SMALL, tile_tokens=(3, 65)), 0, DEVICE)
+    original = launch.multiply_codes
+
+    def fails_with_8_warps(*facts: Any) -> None:
+        if facts[-1][0].warps == 8 and facts[-1][0].tokens == 16:
+            raise RuntimeError("out of resource: shared memory")
+        original(*facts)
+
+    monkeypatch.setattr(launch, "multiply_codes", fails_with_8_warps)
+    rows = list(tiles.tile_rows(bench, ((48, 1024),), Deadline(1e9, 1, lambda: 0)))
+    few, many = of(rows, tokens=3), of(rows, tokens=65)
+    assert len({row["way"] for row in few}) == len(few) == 3 * 2 + 1 and len(many) == 2
+    assert [row["way"] for row in of(few, unmeasured="RuntimeError: out of resource: shared memory")] == [
+        f"128 rows x 16 tokens, 8 warps, 6 stages, splits of {each} chunks" for each in (8, 4)
+    ]
+    measured = [row for row in rows if not row.get("unmeasured")]
+    assert [row["times_as_fast_as_own"] for row in of(measured, is_own=True)] == [1, 1]
+    assert all(row["times_as_fast_as_own"] > 0 and row["ms"] > 0 for row in measured)
+    assert of(many, way=tiles.WRITTEN) and of(few, way=tiles.WRITTEN)
+    lines = tables.tile_cells([{"unmeasured": None} | row for row in rows])
+    assert [line[:2] for line in lines] == [("48 x 1024", "3"), ("48 x 1024", "65")]
+    assert "rows x 16 tokens" in lines[0][4] and lines[1][4] == "-" and lines[1][6].endswith("times as fast")
+
+    def wrong(*facts: Any) -> None:
+        original(*facts)
+        facts[5].neg_()
+
+    monkeypatch.setattr(launch, "multiply_codes", wrong)
+    with pytest.raises(DuotoneError, match=r"^bench gpu: 48x1024, 128 rows x 16 tokens.*: found other products than"):
+        list(tiles.tile_rows(bench, ((48, 1024),), Deadline(1e9, 1, lambda: 0)))
 
 
 def decoder(form: forms.Form, sizes: Sizes = TINY) -> Decoder:

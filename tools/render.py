@@ -943,6 +943,11 @@ def gpu_throughput_table() -> str:
     return _by_device(tables.THROUGHPUT_HEAD, tables.throughput_cells)
 
 
+def gpu_tiles_table() -> str:
+    """On each device: other ways to multiply beside ours."""
+    return _by_device(tables.TILES_HEAD, tables.tile_cells)
+
+
 def gpu_quantizer_table() -> str:
     """On each device: the quantizer's time."""
     return _by_device(tables.QUANTIZER_HEAD, tables.quantizer_cells)
@@ -1001,6 +1006,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-steps": gpu_steps_table,
     "gpu-throughput": gpu_throughput_table,
     "gpu-quantizer": gpu_quantizer_table,
+    "gpu-tiles": gpu_tiles_table,
     "generate": generate_table,
 }
 

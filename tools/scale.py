@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duotone.checkpoint.ahead import AHEAD_SHARE
+from duotone.device import WIDE
 from duotone.floors import correcting, moments, solving
 
 
@@ -110,15 +111,17 @@ class Cost:
 
 def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -> Cost:
     """What `dpq` takes at least: windows and rows are shared by the ranks, factorizations are not, rank 0 reads and writes."""
-    work = dict.fromkeys(("forward", "hessian", "factorize", "solve"), 0.0)
+    work = dict.fromkeys(("forward", "hessian", "factorize", "solve", "products"), 0.0)
     network = 0.0
     for group in shape.groups:
         here = tokens * group.share
         work["forward"] += 2 * 2 * here * group.weights
         work["hessian"] += group.count * moments(group.rows[0], group.columns, here, group.writes)
         work["factorize"] += group.count * group.columns**3 / 3
-        work["solve"] += group.count * sum(sum(solving(rows, group.columns)) for rows in group.rows)
-        work["solve"] += group.count * sum(correcting(group.rows, group.columns, group.writes))
+        parts = [solving(rows, group.columns) for rows in group.rows]
+        for products, others in (*parts, correcting(group.rows, group.columns, group.writes)):
+            work["products" if group.columns >= WIDE else "solve"] += group.count * products
+            work["solve"] += group.count * others
         if ranks > 1:
             drift = group.rows[0] if group.writes else group.columns
             network += group.count * 2 * 8 * group.columns * (group.columns + drift)  # a ring sends everything twice
@@ -127,7 +130,7 @@ def cost(shape: Shape, ranks: int, machine: Machine, tokens: int = 128 * 2048) -
         "forward": shape.layers * work["forward"] / ranks / machine.narrow,
         "hessian": shape.layers * work["hessian"] / ranks / machine.narrow,
         "factorize": shape.layers * work["factorize"] / machine.wide,
-        "solve": shape.layers * work["solve"] / ranks / machine.wide,
+        "solve": shape.layers * (work["solve"] / machine.wide + work["products"] / machine.narrow) / ranks,
         "network": shape.layers * network / machine.network,
         "read, write": (shape.nbytes + shape.quantized_bytes) / machine.disk,
     }

@@ -122,7 +122,8 @@ def bench_gpu(
         list[str] | None,
         typer.Option(
             help="A part: correctness, linears-8b, linears-70b, end-to-end, throughput, quantizer, peers (by default "
-            "all of these), or quantizer-full (all blocks of Llama-3-8B's shape, however long it takes); repeatable."
+            "all of these), quantizer-full (all blocks of Llama-3-8B's shape) or tiles (other ways to multiply), which take as "
+            "long as they take; repeatable."
         ),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Time for all parts; what it is not enough for has a row that says so.")] = 8.0,

@@ -231,18 +231,21 @@ def _planned(model: str, out: Path, config: Any) -> tuple[dict[str, Any], Callab
     from duotone.checkpoint.hub import locate_model
     from duotone.checkpoint.source import open_source
     from duotone.checkpoint.staging import check_output
+    from duotone.device import resolve_device
     from duotone.estimate import estimate
     from duotone.plan import make_plan
     from duotone.report import plan_summary
 
     check_output(out)
+    device = resolve_device(config.device)
     plan = make_plan(open_source(locate_model(model)), config)
-    result = dataclasses.asdict(estimate(plan)) | {
+    foreseen = dataclasses.asdict(estimate(plan, device))
+    result = foreseen | {
         "linears": len(plan.layers),
         "quantized_macs_share": plan.quantized_macs_share,
         "bits_per_weight": plan.bits_per_weight,
         "kept": plan.kept,
-        "notes": [*plan.transforms, *loading_notes(plan)],
+        "notes": [*plan.transforms, *loading_notes(plan), *foreseen["notes"]],
     }
     return result, plan_summary
 

@@ -68,7 +68,7 @@ def check_seed(seed: int) -> None:
 #: Multiplications of a forward, all tokens together, that a CPU does in float32 in a second: BF16 would save little of it.
 _SMALL = 2**36
 #: Columns from which the solver's products in BF16 save more than rounding to it takes.
-_WIDE = 1024
+WIDE = 1024
 
 
 def calibration_dtype(dtype: str, device: torch.device, multiplications: int, gradients: bool) -> torch.dtype:
@@ -86,7 +86,7 @@ def calibration_dtype(dtype: str, device: torch.device, multiplications: int, gr
 
 
 def product_dtype(matrix: torch.Tensor) -> torch.dtype:
-    """What the solver multiplies a whole matrix in: BF16 on a CPU with units for it, if it is wide; else what it comes in.
+    """What the solver multiplies a whole matrix in: BF16 where there are units for it, if it is wide; else what it comes in.
 
     Sums of rounding errors and measured losses: BF16 takes a thousandth off them, at random. docs/LOG.md has what that costs.
     """
@@ -95,8 +95,18 @@ def product_dtype(matrix: torch.Tensor) -> torch.dtype:
 
 
 def multiplies_narrow(device: torch.device, columns: int) -> bool:
-    """Whether float32 matrices of so many columns are multiplied in BF16."""
-    return device.type == "cpu" and columns >= _WIDE and has_bf16_units()
+    """Whether float32 matrices of so many columns are multiplied in BF16: on CPUs with units for it, on GPUs from Ampere on."""
+    if columns < WIDE:
+        return False
+    if device.type == "cpu":
+        return has_bf16_units()
+    return sums_stay_wide(device) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of two matrices as `product_dtype` has them, rounded to their dtype; on an NVIDIA GPU float32 of BF16."""
+    is_wide = left.dtype == torch.bfloat16 and sums_stay_wide(left.device)
+    return wide_product(left, right) if is_wide else left @ right
 
 
 def sums_stay_wide(device: torch.device) -> bool:

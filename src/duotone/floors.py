@@ -113,17 +113,6 @@ def measured_ceiling(folder: Path, device: torch.device = _CPU, size: int | None
     synced. size: 2048 on a CPU and 8192 on a GPU, unless given.
     """
     size = size or (2048 if device.type == "cpu" else 8192)
-
-    def flops(dtype: torch.dtype) -> float:
-        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-
-        def multiply() -> None:
-            torch.mm(a, b)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        return 2.0 * size**3 / _best(multiply, 5)
-
     data = bytes(64 * 2**20)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
 
@@ -132,14 +121,24 @@ def measured_ceiling(folder: Path, device: torch.device = _CPU, size: int | None
             file.write(data)
             os.fsync(file.fileno())
 
-        disk = len(data) / _best(write, 2)
-    return Ceiling(flops(torch.bfloat16), flops(torch.float32), disk)
+        disk = len(data) / best_seconds(write, 2)
+    narrow, wide = (measured_flops(dtype, device, size) for dtype in (torch.bfloat16, torch.float32))
+    return Ceiling(narrow, wide, disk)
 
 
-def _best(work: Callable[[], object], times: int) -> float:
+def measured_flops(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Operations a second of products of `size` cubed, the best of several."""
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2.0 * size**3 / best_seconds(lambda: torch.mm(a, b), 5, device)
+
+
+def best_seconds(work: Callable[[], object], times: int, device: torch.device = _CPU) -> float:
+    """Seconds that work takes on a device, the best of several; a GPU is waited for."""
     least = float("inf")
     for _ in range(times):
         start = time.perf_counter()
         work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         least = min(least, time.perf_counter() - start)
     return least

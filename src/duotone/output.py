@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duotone.calibrate.stream import BlockStream
 from duotone.card import CARD, base_name, license_in, model_card
+from duotone.checkpoint.behind import WriteBehind
 from duotone.checkpoint.compressed_tensors import quantization_config, side_scales, to_tensors
 from duotone.checkpoint.hub import copy_companions
 from duotone.checkpoint.journal import Journal
@@ -33,8 +34,15 @@ class Output:
     done: how many blocks an earlier run had behind it; None where this one begins.
     """
 
-    def __init__(self, run: Run, folder: Path | None, settings: dict[str, dict[str, Any]], save_every: float) -> None:
-        self.folder, self._run = folder, run
+    def __init__(
+        self,
+        run: Run,
+        folder: Path | None,
+        settings: dict[str, dict[str, Any]],
+        save_every: float,
+        behind: WriteBehind,
+    ) -> None:
+        self.folder, self._run, self._behind = folder, run, behind
         self._journal = self._writer = None
         done = -1
         if folder is not None:
@@ -61,11 +69,12 @@ class Output:
         with run.phases("write"):
             held = run.ranks.collect(stream.held()) if stream is not None else {}
             if journal is not None and self._writer is not None:
+                self._behind.settle()
                 self._writer.settle()
                 journal.save(done, self._writer.written, facts_of(run.report, run.sidecar_layers, run.phases), held)
 
     def write_block(self, block: BlockPlan, weights: Mapping[str, AnyWeight], changed: Mapping[str, Tensor]) -> None:
-        """Pack a block's weights, copy its other tensors, and put all of them on disk."""
+        """Pack a block's weights, copy its other tensors, and have all of them put on disk."""
         if self._writer is None:
             return
         with self._run.phases("write"):
@@ -84,6 +93,7 @@ class Output:
         if self._writer is None or self._journal is None or self.folder is None:
             return
         with run.phases("write"):
+            self._behind.settle()
             run.report.weight_bytes = self._writer.finish()
             config = {key: value for key, value in run.plan.source.config.items() if key != "torch_dtype"}
             settings = run.plan.config
@@ -132,18 +142,21 @@ class Output:
             return
         written = plan.source.written_as(name)
         tensor = plan.source.as_stored(name, tensor)
-        writer.write({written: tensor.to(torch.bfloat16) if plan.outputs[written].dtype == "BF16" else tensor})
+        tensor = tensor.to(torch.bfloat16) if plan.outputs[written].dtype == "BF16" else tensor
+        self._behind.write({written: tensor}, writer.write)
 
     def _write_weight(self, writer: CheckpointWriter, layer: str, weight: AnyWeight) -> None:
         source = self._run.plan.source
-        writer.write({source.written_as(name): part for name, part in to_tensors(layer, weight).items()})
+        parts = {source.written_as(name): part for name, part in to_tensors(layer, weight).items()}
+        self._behind.write(parts, writer.write)
         self._run.sidecar_layers[layer] = dict(side_scales(weight))
 
 
 @contextmanager
 def made_output(run: Run, out: Path, resume: bool, settings: dict[str, dict[str, Any]], save_every: float) -> Iterator[Output]:
     """A folder that becomes `out` when the work ends well. resume: take up what an earlier run has saved there."""
-    with output_folder(out, resume) if run.ranks.first else nullcontext() as folder:
+    folder_made = output_folder(out, resume) if run.ranks.first else nullcontext()
+    with folder_made as folder, WriteBehind(run.device) as behind:
         with run.phases("write"):
-            output = Output(run, folder, settings, save_every)
+            output = Output(run, folder, settings, save_every, behind)
         yield output

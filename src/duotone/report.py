@@ -59,12 +59,20 @@ def plan_summary(plan: dict[str, Any]) -> RenderableType:
         "linears to quantize", f"{plan['linears']} ({100 * plan['quantized_macs_share']:.1f} % of multiply-accumulates)"
     )
     table.add_row("bits per weight", f"{plan['bits_per_weight']:.3f}")
-    table.add_row("time", f"about {duration(plan['seconds'])}")
+    table.add_row("time", f"about {duration(plan['seconds'])} on {plan['device']} ({_speeds(plan['measured'])})")
     table.add_row("peak memory", f"about {megabytes(plan['peak_bytes'])}")
+    if plan["device_bytes"]:
+        table.add_row("peak GPU memory", f"about {megabytes(plan['device_bytes'])}; hidden states in {plan['states_in']}")
     table.add_row("disk", megabytes(plan["disk_bytes"]))
     if plan["saved_bytes"]:
         table.add_row("and a save", f"{megabytes(plan['saved_bytes'])}, twice that for moments (--resume)")
     return Group(table, *_kept(plan["kept"]), *_notes(plan["notes"]))
+
+
+def _speeds(measured: dict[str, float]) -> str:
+    """What products were measured at."""
+    names = {"bfloat16_flops": "BF16", "float32_flops": "float32"}
+    return ", ".join(f"{measured[key] / 1e12:.3g} TFLOP/s in {name}" for key, name in names.items() if key in measured)
 
 
 def evaluation_summary(result: dict[str, Any]) -> RenderableType:

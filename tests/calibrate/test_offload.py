@@ -2,10 +2,14 @@
 
 import errno
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from duotone.calibrate import offload as module
 from duotone.calibrate.offload import STATES_SHARE, HostMemory, Offload, choose_keeper
@@ -55,3 +59,63 @@ def test_where_states_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for device in (cpu, cuda):
         keeper, where = choose_keeper(tmp_path, device, 10**15)
         assert isinstance(keeper, Offload) and where == "files on a disk"
+
+
+class Slabs:
+    """In the place of pinned memory; tells how much there is of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        self._held = list[weakref.ref[np.ndarray]]()
+        monkeypatch.setattr(module, "pinned", self._taken)
+
+    def _taken(self, nbytes: int) -> Tensor:
+        self.sizes.append(nbytes)
+        memory = np.zeros(nbytes, dtype=np.uint8)
+        self._held.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for held in self._held if (memory := held()) is not None)
+
+
+def states(count: int, seed: int) -> Iterator[Tensor]:
+    """Of odd sizes and several kinds, some with channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        state = torch.randn(2, 3, 5 + i % 3, 41, generator=generator).to((torch.bfloat16, torch.float32)[i % 5 == 0])
+        yield state.to(memory_format=torch.channels_last) if i % 2 else state
+
+
+def test_pinned_states_share_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies, in the order of memory that they had; few slabs, each a power of two, hardly larger than what is in them."""
+    slabs, keeper = Slabs(monkeypatch), HostMemory()
+    kept = [keeper.keep(state) for state in states(100, 0)]
+    for found, meant in zip(kept, states(100, 0), strict=True):
+        assert torch.equal(found, meant) and (found.dtype, found.stride()) == (meant.dtype, meant.stride())
+        assert found.data_ptr() % 16 == 0
+        found.zero_()
+    assert len(slabs.sizes) <= 100 / 8 and all(size.bit_count() == 1 for size in slabs.sizes)
+    room = sum(-(-state.nbytes // 512) * 512 for state in kept)
+    assert slabs.nbytes == sum(slabs.sizes) <= 1.2 * room
+
+
+def test_slabs_are_free_when_their_states_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From block to block: no more of them than two sets of states need."""
+    slabs, keeper = Slabs(monkeypatch), HostMemory()
+    kept = [keeper.keep(state) for state in states(60, 0)]
+    one = slabs.nbytes
+    for block in range(1, 6):
+        kept = [keeper.keep(state) for state in states(60, block)]
+        assert slabs.nbytes <= 1.3 * one
+    assert all(torch.equal(found, meant) for found, meant in zip(kept, states(60, 5), strict=True))
+
+
+def test_slabs_have_room_for_any_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one that is larger than a slab may be, and for one of nothing."""
+    monkeypatch.setattr(module, "_SLAB_BYTES", 2048)
+    slabs, keeper = Slabs(monkeypatch), HostMemory()
+    for state in (torch.ones(1000), torch.ones(100), torch.empty(0), torch.ones(()), torch.ones(100)):
+        assert torch.equal(keeper.keep(state), state)
+    assert slabs.sizes == [4096, 2048]

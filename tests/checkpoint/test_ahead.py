@@ -1,17 +1,21 @@
 """Blocks read while others are worked on: by a stand-in for the reading on a GPU's stream."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from duotone.checkpoint import ahead
 from duotone.checkpoint.ahead import ReadAhead
 from duotone.checkpoint.source import MemorySource, Source, check_finite
 from duotone.errors import DuotoneError
+from tests.pretended import Pretended, pretended_gpu
 
 CUDA = torch.device("cuda", 0)
 BLOCKS = [["a", "b"], ["c"], ["d"]]
@@ -95,3 +99,69 @@ def test_a_cpu_reads_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(DuotoneError, match="d holds 1 NaN or infinite values"):
             blocks.block(2)
     assert lane.read == []
+
+
+class Queue(TorchDispatchMode):
+    """Of a pretended GPU: copies to it that nobody waits for are made when somebody does, and no sooner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[Callable[[], object]] = []
+        self.pinned: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("pin_memory"):
+            self.pinned.append(args[0][0])
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], Pretended) and args[2:] == (True,):
+            self.copies.append(lambda: args[0].held.copy_(args[1]))
+            return args[0]
+        return func(*args, **kwargs)
+
+    def Event(self) -> Any:  # noqa: N802 - torch's name
+        """Of `torch.cuda`."""
+        queue, places = self, list[int]()
+
+        class Event:
+            def record(self) -> None:
+                places.append(len(queue.copies))
+
+            def synchronize(self) -> None:
+                queue.make(places[-1] if places else 0)
+
+        return Event()
+
+    def Stream(self, _: torch.device) -> Any:  # noqa: N802
+        """Of `torch.cuda`."""
+        return self
+
+    def synchronize(self) -> None:
+        """The stream's."""
+        self.make(len(self.copies))
+
+    def make(self, until: int) -> None:
+        for place in range(until):
+            self.copies[place]()
+            self.copies[place] = lambda: None
+
+
+def test_blocks_pass_through_two_pieces_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes; a piece is filled again once the GPU has what was in it; in the end tensors are whole."""
+    tensors = {
+        "long": torch.arange(1001.0), "turned": torch.randn(7, 9).T, "one": torch.tensor(3.5), "none": torch.ones(0, 4),
+        "bytes": torch.arange(200).to(torch.uint8), "half": torch.randn(3, 50).bfloat16(),
+    }  # fmt: skip
+    monkeypatch.setattr(ahead, "PIECE_BYTES", 96)
+    with pretended_gpu(monkeypatch), Queue() as queue:
+        for name, stand_in in (("Event", queue.Event), ("Stream", queue.Stream), ("stream", nullcontext)):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        lane = ahead.Lane(CUDA)
+        monkeypatch.setattr(ahead, "_lane", lambda _: lane)
+        monkeypatch.setattr(ahead, "check_finite", lambda *_: None)  # reads values back: waits for the copies
+        for names in (list(tensors), ["half", "long"]):
+            found = ahead.read_beside(MemorySource(Path("here"), tensors), names, CUDA)
+            assert list(found) == names
+            for name, tensor in found.items():
+                assert isinstance(tensor, Pretended) and tensor.dtype == tensors[name].dtype
+                assert torch.equal(tensor.held, tensors[name])
+        assert queue.pinned == [96, 96] and len(queue.copies) > 80

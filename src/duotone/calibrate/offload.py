@@ -14,6 +14,8 @@ from duotone.errors import DuotoneError
 #: Of a GPU's free memory, how much hidden states may take, and how much the activations of batches that wait inside a block, of
 #: each prefix. The rest is for moments and the solver.
 STATES_SHARE, WAITING_SHARE = 1 / 4, 1 / 4
+#: Pinned memory is taken for so many states at once, but for no more bytes; states begin at multiples of so many.
+_SLAB_STATES, _SLAB_BYTES, _ALIGNED = 16, 2**30, 512
 
 
 class Keeper(Protocol):
@@ -40,11 +42,28 @@ def choose_keeper(folder: str | Path | None, device: torch.device, nbytes: int |
 
 
 class HostMemory:
-    """Memory of the host that no system pages out, so that a GPU reads it by itself."""
+    """Memory of the host that no system pages out, so that a GPU reads it by itself.
+
+    Many states share a slab: torch takes such memory in powers of two, for one state up to twice what it needs. A slab is free
+    for the next states, pinned as it is, when none of its own is left.
+    """
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
 
     def keep(self, state: Tensor) -> Tensor:
         """A copy there. The copying is waited for: what is saved to a disk reads it without asking the GPU."""
-        return torch.empty_like(state, device="cpu", pin_memory=True).copy_(state)
+        like = torch.empty_like(state, device="meta")
+        room = -(-like.nbytes // _ALIGNED) * _ALIGNED
+        if len(self._rest) < room:
+            self._rest = pinned(max(room, 2 ** (min(_SLAB_STATES * room, _SLAB_BYTES).bit_length() - 1)))
+        place, self._rest = self._rest[: like.nbytes], self._rest[room:]
+        return place.view(state.dtype).as_strided(like.shape, like.stride()).copy_(state)
+
+
+def pinned(nbytes: int) -> Tensor:
+    """So many bytes of the host that a GPU reads by itself."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 class Offload:

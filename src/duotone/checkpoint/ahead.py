@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,8 @@ from duotone.device import free_bytes
 #: Of a GPU's free memory, how much a block may take to be read ahead: with the one being solved, its originals and its copy
 #: there are four at once. A larger one is read when it is asked for, and its originals stay in the host's memory.
 AHEAD_SHARE = 1 / 8
+#: Bytes of a piece of pinned memory. Blocks go through two of them, whatever their size: pinning takes long.
+PIECE_BYTES = 64 * 2**20
 Tensors = dict[str, Tensor]
 
 
@@ -65,17 +68,40 @@ class ReadAhead:
 def read_beside(source: Source, names: Iterable[str], device: torch.device) -> Tensors:
     """Tensors read to a GPU on a stream of their own, whole when this returns. Raises as `ReadAhead.block`."""
     lane = _lane(device)
-    with torch.cuda.stream(lane):
-        tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in source.load(names).items()}
+    with lane.alone, torch.cuda.stream(lane.stream):
+        tensors = {name: lane.moved(tensor) for name, tensor in source.load(names).items()}
         check_finite(source, tensors)
-    lane.synchronize()
+    lane.stream.synchronize()
     return tensors
 
 
+class Lane:
+    """The way of all blocks to a GPU: one stream, so that memory that one of them gives back is for the next, and two pieces of
+    pinned memory, of which one is filled while the other is sent.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: Any = torch.cuda.Stream(device)
+        self.alone = Lock()  # of runs in several threads
+        self._device, self._turn = device, 0
+        self._pieces = [(torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A tensor on its way to the GPU; the stream is to be the current one."""
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        source, target = (x.reshape(-1).view(torch.uint8) for x in (tensor, there))
+        for start in range(0, len(source), PIECE_BYTES):
+            part, (piece, sent) = source[start : start + PIECE_BYTES], self._pieces[self._turn]
+            sent.synchronize()
+            target[start : start + PIECE_BYTES].copy_(piece[: len(part)].copy_(part), non_blocking=True)
+            sent.record()
+            self._turn = 1 - self._turn
+        return there
+
+
 @cache
-def _lane(device: torch.device) -> Any:
-    """One stream for all blocks: memory that one of them gives back is for the next that is read on the same."""
-    return torch.cuda.Stream(device)
+def _lane(device: torch.device) -> Lane:
+    return Lane(device)
 
 
 def handed_over(tensors: Tensors, device: torch.device) -> None:

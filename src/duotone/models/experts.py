@@ -20,15 +20,16 @@ class Experts(nn.Module):
     """A bank of experts: children "0", "1", ... each with `gate_proj` (if gated), `up_proj` and `down_proj`.
 
     gated, interleaved, transposed: how the checkpoint may hold them in one tensor: with a gate, its rows between those of `up`
-    instead of before them, as [E, in, out] instead of [E, out, in]. dealt: Llama 4's way, see `forward`.
+    instead of before them, as [E, in, out] instead of [E, out, in]. dealt: Llama 4's way, see `forward`. top_k: A, where known.
 
     shown_all: experts that are run on every token, so that a calibration that sends them few sees them at work; what the bank
     gives is the same. sent: of the batch under way, what `routing` was given in another model: each expert is run on the
     tokens that it gets there first, then on those of its own that are not among them.
     """
 
-    def __init__(self, bank: nn.Module) -> None:
+    def __init__(self, bank: nn.Module, top_k: int | None = None) -> None:
         super().__init__()
+        self.top_k = top_k
         self._bank: tuple[Any] = (bank,)  # not a child: its activation function and its settings are used, its tensors are gone
         self.gated = bool(getattr(bank, "has_gate", True))
         self.interleaved = not getattr(bank, "is_concatenated", True)
@@ -83,6 +84,8 @@ class Experts(nn.Module):
         states_ETH = hidden_states.view(self.count, -1, hidden_states.shape[-1])
         used_ET = states_ETH.any(-1)
         self.routing(used_ET)
+        if self.grouped is not None and self.grouped.is_ready:
+            return self.grouped.dealt(states_ETH, used_ET, self.top_k, self.between).view_as(hidden_states)
         sent, everyone = None if self.sent is None else self.sent(), torch.arange(used_ET.shape[1], device=used_ET.device)
         # The tokens of others as these get them: an expert's own copies are zeros.
         others_TH = states_ETH[used_ET.int().argmax(0), everyone]
@@ -155,7 +158,8 @@ def unfuse(model: nn.Module) -> None:
     """Put `Experts` in the place of every bank."""
     for path, bank in [(name, module) for name, module in model.named_modules() if _is_bank(module)]:
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Experts(bank))
+        mixture = model.get_submodule(parent)
+        setattr(mixture, leaf, Experts(bank, getattr(mixture, "top_k", None)))
 
 
 def find_experts(module: nn.Module) -> Iterator[tuple[str, Experts]]:

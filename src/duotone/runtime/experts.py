@@ -1,17 +1,22 @@
 # Shapes: T tokens, A experts a token goes to, H hidden width, E experts, P linears of one input, R padded rows of one.
-"""A bank of experts as two products, where their linears are 4-bit codes on a GPU: without, each is multiplied by itself."""
+"""A bank of experts as two products, where a GPU's kernels have their linears: without, each is multiplied by itself."""
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import chain
+from types import ModuleType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from duotone.kernels.gpu import backend
-from duotone.kernels.gpu.bank import Bank, split, stack, why_not
+from duotone.kernels.gpu import backend, bank, fp8, fp8_bank
 from duotone.models.experts import Experts, find_experts
 from duotone.runtime.linear import QuantizedLinear
+
+Bank = bank.Bank | fp8_bank.Bank
+#: What makes one of the linears that a backend has.
+_BANKS: dict[ModuleType, Any] = {backend: bank, fp8: fp8_bank}
 
 
 class GroupedExperts(nn.Module):
@@ -21,7 +26,7 @@ class GroupedExperts(nn.Module):
         """biases: of up and of down, [E * P * R]."""
         super().__init__()
         self._banks: tuple[Bank, Bank] | None = (up, down)
-        self._device = up.codes.device
+        self._device = up.outer_scale.device
         for name, bias in zip(("up_bias", "down_bias"), biases, strict=True):
             self.register_buffer(name, bias, persistent=False)
 
@@ -35,6 +40,23 @@ class GroupedExperts(nn.Module):
 
         A token's answers are added up as transformers' own grouped product does it, in one sum.
         """
+        weighted = self._answers(hidden_states, chosen, between) * weights[..., None]
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def dealt(self, states: Tensor, used: Tensor, top_k: int, between: Callable[..., Tensor]) -> Tensor:
+        """Llama 4's way: states [E, T, H], and bool [E, T] whose a token is -> [E, T, H], zeros where it is not.
+
+        It is no more than `top_k` experts'; only what is NaN looks like everyone's, and is NaN in as many answers.
+        """
+        is_used, expert = used.T.int().topk(top_k)  # those that are not used fill up, whose answers are zeros
+        token = torch.arange(len(expert), device=expert.device)[:, None]
+        answers = self._answers(states[expert, token].flatten(0, 1), torch.where(is_used > 0, expert, -1), between)
+        given = torch.zeros_like(states)
+        given[expert, token] = answers.to(states.dtype)
+        return given
+
+    def _answers(self, hidden_states: Tensor, chosen: Tensor, between: Callable[..., Tensor]) -> Tensor:
+        """hidden_states [T, H], or [T * A, H] of each slot, chosen [T, A] -> [T, A, H]."""
         from duotone.kernels.gpu import grouped
 
         assert self._banks is not None
@@ -44,8 +66,7 @@ class GroupedExperts(nn.Module):
         parts = grouped.linear(x, routed, up, self._bias("up_bias", x.dtype)).split(up.part_rows, -1)
         inside = between(*(part[:, : up.rows] for part in parts)).to(x.dtype)
         answers = grouped.linear(inside, routed, down, self._bias("down_bias", x.dtype))[:, : down.rows]
-        weighted = answers.view(*chosen.shape, down.rows) * weights[..., None]
-        return weighted.sum(1).to(hidden_states.dtype)
+        return answers.view(*chosen.shape, down.rows)
 
     def _bias(self, name: str, dtype: torch.dtype) -> Tensor | None:
         bias: Tensor | None = getattr(self, name)
@@ -80,25 +101,29 @@ def _group(experts: Experts) -> str | None:
     firsts = ("gate_proj", "up_proj") if experts.gated else ("up_proj",)
     found = [_linears(experts, names) for names in (firsts, ("down_proj",))]
     flat = [layer for linears in found for expert in linears for layer in expert]
-    quantized = [layer for layer in flat if isinstance(layer, QuantizedLinear) and layer.backend is backend]
+    quantized = [layer for layer in flat if isinstance(layer, QuantizedLinear) and layer.backend in _BANKS]
     if not quantized:
         return None
     if len(quantized) < len(flat):
-        return f"{len(flat) - len(quantized)} of {len(flat)} linears are no 4-bit codes for these kernels"
-    if experts.dealt:
-        return "tokens are dealt out to all of them"
+        return f"{len(flat) - len(quantized)} of {len(flat)} linears are neither 4-bit codes nor FP8 weights of these kernels"
+    if experts.dealt and experts.top_k is None:
+        return "tokens are dealt out to all of them, found no top_k that says to how many a token goes"
+    if any(len({layer.backend for expert in linears for layer in expert}) > 1 for linears in found):
+        return "weights: found 4-bit codes and FP8 ones for the same input, expected one kind"
+    kinds = [_BANKS[linears[0][0].backend] for linears in found]
     weights = [[[layer.packed for layer in expert] for expert in linears] for linears in found]
-    if reason := why_not(weights[0]) or why_not(weights[1]) or _trial(weights[0][0][0]) or _trial(weights[1][0][0]):
+    alike = (kind.why_not(held) for kind, held in zip(kinds, weights, strict=True))
+    if reason := next(filter(None, chain(alike, (_trial(held[0][0]) for held in weights))), None):
         return reason
     banks, biases = [], []
-    for linears, held in zip(found, weights, strict=True):
-        bank = stack(held)
-        for layers, parts in zip(linears, split(bank), strict=True):
+    for kind, linears, held in zip(kinds, found, weights, strict=True):
+        whole = kind.stack(held)
+        for layers, parts in zip(linears, kind.split(whole), strict=True):
             for layer, part in zip(layers, parts, strict=True):
                 layer.hold(part)
         held.clear()  # what else knew of the weights as they were
-        banks.append(bank)
-        biases.append(_biases([layer for layers in linears for layer in layers], bank.part_rows))
+        banks.append(whole)
+        biases.append(_biases([layer for layers in linears for layer in layers], whole.part_rows))
     experts.grouped = GroupedExperts(banks[0], banks[1], biases)
     return None
 
@@ -107,10 +132,11 @@ def _linears(experts: Experts, names: Sequence[str]) -> list[list[Any]]:
     return [[experts.get_submodule(f"{expert}.{name}") for name in names] for expert in range(experts.count)]
 
 
-def _trial(weight: backend.Packed) -> str | None:
+def _trial(weight: backend.Packed | fp8.Packed) -> str | None:
     from duotone.kernels.gpu import trial
 
-    return trial.grouped_fault(weight.group_size, weight.codes.device)
+    device = weight.outer_scale.device
+    return trial.grouped_fp8_fault(device) if isinstance(weight, fp8.Packed) else trial.grouped_fault(weight.group_size, device)
 
 
 def _biases(layers: Sequence[QuantizedLinear], part_rows: int) -> Tensor | None:

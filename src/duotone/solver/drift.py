@@ -14,7 +14,7 @@ calibration.
 
 from torch import Tensor
 
-from duotone.device import product_dtype
+from duotone.device import product, product_dtype
 from duotone.solver.statistics import Statistics
 
 
@@ -25,7 +25,7 @@ def corrected_target(w_NK: Tensor, statistics: Statistics) -> Tensor:
     if statistics.input_drift is None or not bool(statistics.input_drift.any()):
         return w_NK
     dtype = product_dtype(w_NK)
-    return w_NK + w_NK.to(dtype) @ statistics.input_correction.to(dtype)
+    return w_NK + product(w_NK.to(dtype), statistics.input_correction.to(dtype))
 
 
 def bias_shift(w_NK: Tensor, v_NK: Tensor, statistics: Statistics) -> Tensor:

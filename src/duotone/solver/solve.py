@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from duotone.device import product_dtype
+from duotone.device import product, product_dtype
 from duotone.errors import DuotoneError
 from duotone.solver.statistics import Statistics
 from duotone.solver.sweep import Grid, sweep
@@ -113,7 +113,7 @@ class Rounded:
         gradient_KN = torch.empty_like(self.left_KN)
         for start in range(0, len(pivoted_KN), _PANEL):  # R is upper triangular
             rows = slice(start, start + _PANEL)
-            gradient_KN[rows] = factor.narrow[rows, start:] @ pivoted_KN[start:]
+            gradient_KN[rows] = product(factor.narrow[rows, start:], pivoted_KN[start:])
         return factor.original(gradient_KN)
 
 
@@ -161,7 +161,7 @@ def solve(
     codes_KN = torch.empty_like(w_KN, dtype=torch.uint8)
     for start, stop in _spans(groups, block_size if refresh_group is None else None):
         unit_BB = factor.unit_KK[start:stop, start:stop]
-        pushed_BN = (factor.narrow[:start, start:stop].T @ x_KN[:start]).to(w_KN.dtype)
+        pushed_BN = product(factor.narrow[:start, start:stop].T, x_KN[:start]).to(w_KN.dtype)
         if refresh_group is not None:
             # The weights that would cancel all error so far if the group were free: what its scale has to cover.
             free_BN = torch.linalg.solve_triangular(unit_BB.T, pushed_BN, upper=False, unitriangular=True)
@@ -203,5 +203,5 @@ def _energy(e_NK: Tensor, hessian_KK: Tensor) -> float:
         narrow_RK = e_RK.to(twice_KK.dtype)
         for start in range(0, len(hessian_KK), _PANEL):
             columns = slice(start, start + _PANEL)
-            total += ((narrow_RK[:, start:] @ twice_KK[start:, columns]) * e_RK[:, columns]).sum(dtype=torch.float64)
+            total += (product(narrow_RK[:, start:], twice_KK[start:, columns]) * e_RK[:, columns]).sum(dtype=torch.float64)
     return float(total)

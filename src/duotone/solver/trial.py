@@ -53,9 +53,10 @@ def _difference(symmetric: bool, device: torch.device) -> str | None:
     gradient_NK, hessian_KK, damping_K = whole(-99, 99, _ROWS, _COLUMNS) / 4, x_TK.T @ x_TK, whole(1, 3, _COLUMNS) / 2
     meant_NK = local_search_torch(gradient_NK, hessian_KK, damping_K, grid, codes_NK, _STEPS)
     in_order_K = torch.arange(_COLUMNS, dtype=torch.int32) // _GROUP
-    given = there(gradient_NK, hessian_KK, damping_K, scale_GN, zero_GN, outer_N, in_order_K, codes_NK)
-    if not torch.equal(solver.local_search(*given, lowest, fp8_max, _STEPS, TENURE).cpu(), meant_NK):
-        return "codes of the local search"
+    for dtype in (torch.float32, torch.bfloat16) if symmetric else (torch.bfloat16,):  # which has all of these numbers
+        given = there(gradient_NK, hessian_KK.to(dtype), damping_K, scale_GN, zero_GN, outer_N, in_order_K, codes_NK)
+        if not torch.equal(solver.local_search(*given, lowest, fp8_max, _STEPS, TENURE).cpu(), meant_NK):
+            return "codes of the local search"
     candidates_NGC, share_K = torch.exp2(whole(-2, 2, _ROWS, groups, 3)), whole(0, 3, _COLUMNS)
     zero_NG = None if zero_GN is None else zero_GN.T.contiguous()
     w_NK = base_KN.T.contiguous()

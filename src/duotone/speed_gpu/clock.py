@@ -64,7 +64,7 @@ class Ceilings:
         narrow = [each.to(torch.float8_e4m3fn) for each in wide]
         flops = 2 * size**3 / 1e9
         self.bf16 = flops / clock.best(lambda: wide[0] @ wide[1].T)
-        self.fp8 = flops / clock.best(lambda: fp8_product(narrow[0], narrow[1], one, one))
+        self.fp8 = flops / clock.best(lambda: fp8_product(narrow[0], narrow[1], one, one, fast=True))
 
 
 def _bandwidth(clock: Clock, nbytes: int) -> float:
@@ -78,10 +78,10 @@ def _bandwidth(clock: Clock, nbytes: int) -> float:
     )
 
 
-def fp8_product(x8: Tensor, w8: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
-    """BF16 [M, N] of FP8 [M, K] and [N, K] with scales [M, 1] and [N, 1]."""
+def fp8_product(x8: Tensor, w8: Tensor, x_scale: Tensor, w_scale: Tensor, fast: bool = False) -> Tensor:
+    """BF16 [M, N] of FP8 [M, K] and [N, K] with scales [M, 1] and [N, 1]. fast: sums as the units keep them."""
     product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - row-wise scales have no other name yet
-    return product(x8, w8.T, x_scale, w_scale.T.contiguous(), out_dtype=torch.bfloat16)
+    return product(x8, w8.T, x_scale, w_scale.T.contiguous(), out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def device_name(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from duotone.scheme import HOPPER
 from duotone.speed import figures, ratios
 from duotone.speed_gpu.budget import Deadline, Row
 from duotone.speed_gpu.clock import Ceilings, Clock
-from duotone.speed_gpu.forms import BF16, OURS, OWN, PEERS, Form, Linear, random_weight
+from duotone.speed_gpu.forms import ALONE, BF16, OURS, PEERS, Form, Linear, random_weight
 from duotone.speed_gpu.sizes import Plan
 
 #: Tokens of a call that are compared with the contract.
@@ -85,7 +85,7 @@ def compare(linear: Linear, weight: QuantizedWeight, x: Tensor) -> None:
 
 def linear_rows(bench: Bench, shapes: Shapes, deadline: Deadline) -> Iterator[Row]:
     """Ours beside torch's, for each number of tokens and shape."""
-    yield from _rows(bench, shapes, deadline, OWN)
+    yield from _rows(bench, shapes, deadline, ALONE)
 
 
 def peer_rows(bench: Bench, models: Sequence[Shapes], deadline: Deadline) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from duotone.speed_gpu.quantizer import quantizer_rows
 from duotone.speed_gpu.sizes import Plan
 from duotone.speed_gpu.steps import Stage, end_to_end_rows
 from duotone.speed_gpu.throughput import throughput_rows
+from duotone.speed_gpu.tiles import tile_rows
 
 #: What is measured unless asked otherwise, and where.
 FULL, DEVICE = Plan(), torch.device("cuda")
@@ -25,9 +26,11 @@ SHARES = {
     "correctness": 40.0, "linears-8b": 80.0, "linears-70b": 80.0, "end-to-end": 60.0, "throughput": 110.0, "quantizer": 50.0,
     "peers": 60.0,
 }  # fmt: skip
-#: All blocks of a model, and linears of shapes that were asked for: only where asked for, and then without limit.
-QUANTIZER_FULL, SHAPES = "quantizer-full", "shapes"
-WITHOUT_LIMIT = (QUANTIZER_FULL, SHAPES)
+#: All blocks of a model, other ways to multiply, linears of shapes that were asked for: only where asked for, and then without
+#: limit.
+QUANTIZER_FULL, TILES, SHAPES = "quantizer-full", "tiles", "shapes"
+WITHOUT_LIMIT = (QUANTIZER_FULL, TILES, SHAPES)
+ASKED_FOR = (*SHARES, QUANTIZER_FULL, TILES)
 ENDLESS = Deadline(float("inf"), float("inf"), time.monotonic)
 
 
@@ -45,8 +48,8 @@ class GpuBench:
         if not 0 < self.minutes < 1e6:
             raise DuotoneError(f"--minutes: found {self.minutes:g}, expected more than 0")
         for part in self.only:
-            if part not in (*SHARES, QUANTIZER_FULL):
-                raise DuotoneError(f"--only: found {part!r}, expected one of {', '.join((*SHARES, QUANTIZER_FULL))}")
+            if part not in ASKED_FOR:
+                raise DuotoneError(f"--only: found {part!r}, expected one of {', '.join(ASKED_FOR)}")
         if self.shapes and self.only:
             raise DuotoneError("--shape: found --only beside it, which is for the parts of the whole; drop one")
         if self.plan.rounds < 1 or any(count < 1 for count in self.plan.tokens):
@@ -62,7 +65,7 @@ class GpuBench:
         """Those to run, in their order, with their shares."""
         if self.shapes:
             return {SHAPES: 1.0}
-        return {part: share for part, share in (SHARES | {QUANTIZER_FULL: 1.0}).items() if part in (self.only or SHARES)}
+        return {part: SHARES.get(part, 1.0) for part in ASKED_FOR if part in (self.only or SHARES)}
 
 
 def gpu_rows(bench: GpuBench, tell: Callable[[float, str], None] = lambda *_: None) -> Iterator[Row]:
@@ -118,5 +121,6 @@ class _Run:
             "quantizer": lambda: quantizer_rows(self.bench, plan.blocks, deadline),
             "peers": lambda: peer_rows(self.bench, (small, large), deadline),
             QUANTIZER_FULL: lambda: quantizer_rows(self.bench, plan.whole.layers, deadline),
+            TILES: lambda: tile_rows(self.bench, small, deadline),
         }
         return rows[part]()

@@ -44,6 +44,7 @@ class Plan:
     """All sizes of a run. Numbers of tokens stand in the order of what they are worth, should time not be enough for all.
 
     small, large: models whose linears are measured; whole, seeing: models that run, the latter with image tokens first.
+    tile_tokens: for which other ways than `launch`'s are tried, up to 64 of them with all tiles.
     batches, contexts: sequences that decode, and tokens that each has so far; goal_context: of the steps in `end-to-end`.
     prompts, outputs: tokens read and written by each sequence of the throughput grid. blocks: of the model that is quantized in
     calibration windows x window_tokens. out_of_cache: bytes written over between two calls, more than any L2 cache; read: bytes
@@ -55,6 +56,7 @@ class Plan:
     whole: Sizes = LLAMA_8B
     seeing: Sizes = QWEN2_VL_7B
     tokens: tuple[int, ...] = (1, 16, 64, 1024, 4096, 4, 256, 8192, 2, 8, 32, 128, 512, 2048)
+    tile_tokens: tuple[int, ...] = (16, 64, 32, 128, 256, 512)
     batches: tuple[int, ...] = (1, 64, 16, 256, 4)
     contexts: tuple[int, ...] = (128, 2048, 8192)
     goal_context: int = 1024

@@ -8,11 +8,21 @@ from rich.table import Table
 from duotone.report_bench import speed_table
 from duotone.speed_gpu.budget import Row
 from duotone.speed_gpu.goals import Verdict, judge
+from duotone.speed_gpu.tiles import WRITTEN
 
 Cells = tuple[str, ...]
 GOALS_HEAD: Cells = ("goal", "wanted", "the worst that was measured", "")
 STEPS_HEAD: Cells = ("model", "step", "linears", "ms", "tokens/s", "GB/s", "of memory's", "peak memory")
 THROUGHPUT_HEAD: Cells = ("model", "linears", "batch", "prompt", "new", "tokens/s", "as BF16's", "cache", "largest batch")
+TILES_HEAD: Cells = (
+    "N x K",
+    "tokens",
+    "codes as ours, ms",
+    "of memory",
+    "fastest other way",
+    "times as fast",
+    "FP8 weights written",
+)
 QUANTIZER_HEAD: Cells = ("model", "method", "tokens", "seconds", "of the whole model", "peak memory")
 
 
@@ -66,6 +76,32 @@ def throughput_cells(rows: list[Row]) -> list[Cells]:
     return lines
 
 
+def tile_cells(rows: list[Row]) -> list[Cells]:
+    """A line for each shape and number of tokens for which other ways to multiply were tried."""
+    cases: dict[tuple[int, int, int], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "tile" and row["unmeasured"] is None:
+            cases.setdefault((*row["shape"], row["tokens"]), []).append(row)
+    lines: list[Cells] = []
+    for (height, width, tokens), found in cases.items():
+        times = {row["way"]: row["times_as_fast_as_own"] for row in found if not row["is_own"]}
+        written = times.pop(WRITTEN, None)
+        own = next((row for row in found if row["is_own"]), None)
+        best = max(times, key=lambda way: times[way], default=None)
+        lines.append(
+            (
+                f"{height} x {width}",
+                str(tokens),
+                f"{own['ms']:.4f}" if own else "unmeasured",
+                f"{100 * own['roofline_share']:.0f} %" if own else "-",
+                best or "-",
+                f"{times[best]:.2f}" if best else "-",
+                f"{written:.2f} times as fast" if written is not None else "-",
+            )
+        )
+    return lines
+
+
 def quantizer_cells(rows: list[Row]) -> list[Cells]:
     """A line for each time that the quantizer ran."""
     return [
@@ -98,6 +134,7 @@ def gpu_tables(rows: list[dict[str, Any]]) -> RenderableType:
     for head, lines in (
         (STEPS_HEAD, step_cells(rows)),
         (THROUGHPUT_HEAD, throughput_cells(rows)),
+        (TILES_HEAD, tile_cells(rows)),
         (QUANTIZER_HEAD, quantizer_cells(rows)),
         (("part", "not measured, since", "rows"), unmeasured_reasons(rows)),
         (GOALS_HEAD, goal_cells(judge(rows))),

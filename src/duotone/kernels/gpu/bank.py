@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duotone.kernels.gpu import layout
+from duotone.kernels.gpu import fp8, layout
 from duotone.kernels.gpu.backend import Packed
 
 
@@ -44,8 +44,13 @@ class Bank:
 
 def why_not(weights: Sequence[Sequence[Packed]]) -> str | None:
     """Why the linears of experts [E][P] cannot be one, or None."""
+    return differing(weights, ("in_features", "group_size", "fp8_max", "smallest_scale", "to_a_word"))
+
+
+def differing(weights: Sequence[Sequence[Packed | fp8.Packed]], facts: Sequence[str]) -> str | None:
+    """Which of these facts, or of what all weights have, keeps the linears of experts [E][P] from being one; None: nothing."""
     flat = [weight for expert in weights for weight in expert]
-    for fact in ("in_features", "group_size", "fp8_max", "smallest_scale", "to_a_word"):
+    for fact in facts:
         if len(found := {getattr(weight, fact) for weight in flat}) > 1:
             return f"{fact}: found {' and '.join(map(str, sorted(found)))}, expected one for all experts"
     if len(found := {len(weight.outer_scale) for weight in flat}) > 1:
@@ -55,8 +60,14 @@ def why_not(weights: Sequence[Sequence[Packed]]) -> str | None:
     return None
 
 
-def _static(weight: Packed) -> float | None:
+def _static(weight: Packed | fp8.Packed) -> float | None:
     return None if weight.input_scale is None else float(weight.input_scale)
+
+
+def static_scales(weights: Sequence[Sequence[Packed | fp8.Packed]]) -> Tensor | None:
+    """The static activation scales [E], or None where they are dynamic."""
+    scales = [expert[0].input_scale for expert in weights]
+    return None if scales[0] is None else torch.stack(scales)  # pyright: ignore[reportArgumentType]
 
 
 def stack(weights: Sequence[Sequence[Packed]]) -> Bank:
@@ -70,7 +81,6 @@ def stack(weights: Sequence[Sequence[Packed]]) -> Bank:
         table_rows = max(len(one.table) for one in held)
         table = torch.cat([torch.nn.functional.pad(one.table, (0, 0, 0, table_rows - len(one.table))) for one in held])
     outer = [torch.nn.functional.pad(one.outer_scale, (0, -len(one.outer_scale) % layout.BLOCK_ROWS)) for one in flat]
-    is_static = first.input_scale is not None
     return Bank(
         torch.cat([one.codes for one in held]),
         torch.cat([one.entries for one in held], 1),
@@ -79,7 +89,7 @@ def stack(weights: Sequence[Sequence[Packed]]) -> Bank:
         held[0].is_signed,
         table_rows,
         torch.cat(outer),
-        torch.stack([expert[0].input_scale for expert in weights]) if is_static else None,  # pyright: ignore[reportArgumentType]
+        static_scales(weights),
         len(weights),
         len(weights[0]),
         len(first.outer_scale),

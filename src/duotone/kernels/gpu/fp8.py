@@ -19,7 +19,7 @@ NAME = "scaled_mm"
 #: The kind of device that its weights stay on.
 DEVICE: str | None = backend.DEVICE
 #: Rows that torch's product wants a multiple of. Of columns it wants 16, activations come in chunks of 128.
-_ROWS = 16
+ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def path_refusals(scheme: AnyScheme) -> list[str]:
 def prepack(weight: Fp8Weight) -> Packed:
     """The form this backend multiplies, on the weight's device. Raises ValueError when a static activation scale is missing."""
     target, (rows, columns) = weight.scheme.target, weight.shape
-    bytes_, more = weight.values.view(torch.uint8).contiguous(), (0, -columns % CHUNK, 0, -rows % _ROWS)
+    bytes_, more = weight.values.view(torch.uint8).contiguous(), (0, -columns % CHUNK, 0, -rows % ROWS)
     return Packed(
         torch.nn.functional.pad(bytes_, more) if any(more) else bytes_,
         weight.outer_scale.expand(rows).contiguous(),
@@ -93,7 +93,7 @@ def can_merge(weights: Sequence[Packed]) -> bool:
     return (
         all(getattr(weight, fact) == getattr(first, fact) for weight in weights for fact in facts)
         and all(scale == scales[0] for scale in scales)
-        and all(len(weight.outer_scale) % _ROWS == 0 for weight in weights[:-1])
+        and all(len(weight.outer_scale) % ROWS == 0 for weight in weights[:-1])
     )
 
 
@@ -112,7 +112,7 @@ def split(merged: Packed) -> list[Packed]:
     weights: list[Packed] = []
     row = 0
     for rows in merged.parts:
-        held = merged.values[row : row + rows + -rows % _ROWS]
+        held = merged.values[row : row + rows + -rows % ROWS]
         weights.append(replace(merged, values=held, outer_scale=merged.outer_scale[row : row + rows], parts=()))
         row += rows
     return weights

@@ -19,17 +19,18 @@ _INFINITY = tl.constexpr(0x7F800000)
 def table_text(quarter: int, signed: bool) -> str:
     """PTX: the FP8 bytes ($0) that 4 nibbles of a chunk's words ($1, $2) stand for; the table's 16 bytes are $3, $7, $11, $15.
 
-    A prmt looks 4 bytes up among 8 by 4 nibbles, of which it wants the top bit clear. Of 16 values it takes three; of 8 and
-    their negatives one, with the sign put where it belongs (`layout.pack_words`).
+    A prmt looks 4 bytes up among 8 by 4 nibbles, of which it wants the top bit clear: the low 3 bits of a place. The fourth is
+    where a byte has its sign (`layout.pack_words`). With 8 values and their negatives it is that sign; with 16 another prmt
+    makes masks of it, by which one of two lookups is taken.
     """
     word, odd = f"${1 + quarter // 2}", quarter % 2
-    select = f"and.b32 s, {word}, 0x77777777; " + "shr.b32 s, s, 16; " * odd
+    text = f"and.b32 s, {word}, 0x77777777; " + "shr.b32 s, s, 16; " * odd
+    text += f"shl.b32 q, {word}, 4; " if odd else f"mov.b32 q, {word}; "
     if signed:
-        sign = f"shl.b32 q, {word}, 4; and.b32 q, q, 0x80808080; " if odd else f"and.b32 q, {word}, 0x80808080; "
-        return "{ .reg .b32 s, q, lo; " + select + sign + "prmt.b32 lo, $3, $7, s; or.b32 $0, lo, q; }"
-    half = f"shr.b32 q, {word}, 1; and.b32 q, q, 0x44444444; or.b32 q, q, 0x32103210; " + "shr.b32 q, q, 16; " * odd
-    look = "prmt.b32 lo, $3, $7, s; prmt.b32 hi, $11, $15, s; prmt.b32 $0, lo, hi, q; "
-    return "{ .reg .b32 s, q, lo, hi; " + select + half + look + "}"
+        text += "prmt.b32 lo, $3, $7, s; and.b32 q, q, 0x80808080; or.b32 $0, lo, q; "
+    else:
+        text += "prmt.b32 lo, $3, $7, s; prmt.b32 hi, $11, $15, s; prmt.b32 q, q, q, 0xba98; lop3.b32 $0, q, hi, lo, 0xca; "
+    return "{ .reg .b32 s, q, lo, hi; " + text + "}"
 
 
 #: One output, 4 int16 in two registers, 4 copies of each of the table's 4 words.
@@ -118,50 +119,91 @@ def quantize_rows(
 
 
 @triton.jit
-def _decode_plainly(codes, table, entry, row, chunk, chunks, QUARTER: tl.constexpr, SIGNED: tl.constexpr):
-    """`_decode` without PTX, column by column: what is interpreted, and the text that says what the PTX does."""
-    k = tl.arange(0, 32)[None, :]
-    word = tl.load(codes + ((row // 64 * chunks + chunk) * 64 + row % 64)[:, None] * 16 + k // 4 * 2 + QUARTER // 2)
-    odd: tl.constexpr = QUARTER % 2
-    place = word >> (4 * (k % 4 + 4 * odd))
+def _entries(index, row, rows, group, TO_A_WORD: tl.constexpr):
+    """Which row of the table the weights of a group have, int32; index int32 [groups / TO_A_WORD, R].
+
+    A word is what the loop can read ahead; one of its entries would be too short for that.
+    """
+    word = tl.load(index + group // TO_A_WORD * rows + row)
+    if TO_A_WORD > 1:
+        word = (word >> (group % TO_A_WORD * (32 // TO_A_WORD))) & ((1 << (32 // TO_A_WORD)) - 1)
+    return word
+
+
+@triton.jit
+def _decode_plainly(
+    codes, index, table, row, rows, chunk, chunks,
+    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """`decode` without PTX, weight by weight: what is interpreted, and the text that says what the PTX does."""
+    row, k = row[:, None], tl.arange(0, 128)[None, :]
+    quarter, within = k // 32, k % 32
+    word = tl.load(codes + ((row // 64 * chunks + chunk) * 64 + row % 64) * 16 + within // 4 * 2 + quarter // 2)
+    odd = quarter % 2
+    place = (word >> (4 * (k % 4 + 4 * odd))) & 7
+    fourth = (word >> (8 * (k % 4) + 7 - 4 * odd)) & 1
+    entry = _entries(index, row, rows, (chunk * 128 + k) // GROUP, TO_A_WORD)
     if SIGNED:
-        sign = (word >> (8 * (k % 4) + 7 - 4 * odd)) & 1
-        byte = tl.load(table + entry[:, None] * 16 + (place & 7)) | (sign << 7).to(tl.uint8)
+        byte = tl.load(table + entry * 16 + place) | (fourth << 7).to(tl.uint8)
     else:
-        byte = tl.load(table + entry[:, None] * 16 + (place & 15))
+        byte = tl.load(table + entry * 16 + place + 8 * fourth)
     return byte.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
-def _decode(table, entry, words, QUARTER: tl.constexpr, SIGNED: tl.constexpr):
-    """The FP8 weights [rows, 32] of a quarter of a chunk; `entry` [rows]: which row of the table each has.
+def _row_of_table(table, index, row, rows, group, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr):
+    """The table's words for the weights of a group, int32 [rows] each: 4, or 2 twice. A row's are read and copied as one."""
+    start = table + _entries(index, row, rows, group, TO_A_WORD)[:, None] * 4
+    if SIGNED:
+        t0, t1 = tl.split(tl.load(start + tl.arange(0, 2)[None, :]))
+        t2, t3 = t0, t1
+    else:
+        even, odd = tl.split(tl.load(start + tl.arange(0, 4)[None, :]).reshape(row.shape[0], 2, 2))
+        t0, t2 = tl.split(even)
+        t1, t3 = tl.split(odd)
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def _look_up(words, t0, t1, t2, t3, QUARTER: tl.constexpr, SIGNED: tl.constexpr):
+    """The FP8 weights [rows, 32] of a quarter of a chunk.
 
     4 neighbors are the 4 bytes that one instance looks up, out of a quad's 4 words, one for each quarter. So Triton has to
     give an instance 4 neighbors of a row; `trial` finds out on the device whether it does.
     """
-    t0 = tl.broadcast_to(tl.load(table + entry * 4)[:, None], words.shape)
-    t1 = tl.broadcast_to(tl.load(table + entry * 4 + 1)[:, None], words.shape)
+    t0, t1 = tl.broadcast_to(t0[:, None], words.shape), tl.broadcast_to(t1[:, None], words.shape)
+    t2, t3 = tl.broadcast_to(t2[:, None], words.shape), tl.broadcast_to(t3[:, None], words.shape)
     if SIGNED:
-        t2, t3 = t0, t1
         text: tl.constexpr = (_SIGNED_0, _SIGNED_1, _SIGNED_2, _SIGNED_3)[QUARTER]
     else:
-        t2 = tl.broadcast_to(tl.load(table + entry * 4 + 2)[:, None], words.shape)
-        t3 = tl.broadcast_to(tl.load(table + entry * 4 + 3)[:, None], words.shape)
         text: tl.constexpr = (_TABLE_0, _TABLE_1, _TABLE_2, _TABLE_3)[QUARTER]
     return tl.inline_asm_elementwise(text, _CONSTRAINTS, [words, t0, t1, t2, t3], dtype=tl.float8e4nv, is_pure=True, pack=4)
 
 
 @triton.jit
-def _entries(index, row, rows, chunk, QUARTER: tl.constexpr, GROUP: tl.constexpr, TO_A_WORD: tl.constexpr):
-    """Which row of the table the weights of a quarter have, int32 [rows]; index int32 [groups / TO_A_WORD, R].
-
-    A word is what the loop can read ahead; one of its entries would be too short for that.
-    """
-    group = (chunk * 128 + QUARTER * 32) // GROUP
-    word = tl.load(index + group // TO_A_WORD * rows + row)
-    if TO_A_WORD > 1:
-        word = (word >> (group % TO_A_WORD * (32 // TO_A_WORD))) & ((1 << (32 // TO_A_WORD)) - 1)
-    return word
+def decode(
+    codes, words, index, table, row, rows, chunk, chunks,
+    GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr,
+):  # fmt: skip
+    """The FP8 weights [rows, 128] of a chunk. codes int32: all; words: pointers [rows, 32] to the same, int16, of chunk 0."""
+    if USES_PTX:
+        packed, group = tl.load(words + chunk * 2048), chunk * 128 // GROUP
+        t0, t1, t2, t3 = _row_of_table(table, index, row, rows, group, TO_A_WORD, SIGNED)
+        q0 = _look_up(packed, t0, t1, t2, t3, 0, SIGNED)
+        if GROUP < 64:
+            t0, t1, t2, t3 = _row_of_table(table, index, row, rows, group + 1, TO_A_WORD, SIGNED)
+        q1 = _look_up(packed, t0, t1, t2, t3, 1, SIGNED)
+        if GROUP < 128:
+            t0, t1, t2, t3 = _row_of_table(table, index, row, rows, group + 64 // GROUP, TO_A_WORD, SIGNED)
+        q2 = _look_up(packed, t0, t1, t2, t3, 2, SIGNED)
+        if GROUP < 64:
+            t0, t1, t2, t3 = _row_of_table(table, index, row, rows, group + 3, TO_A_WORD, SIGNED)
+        q3 = _look_up(packed, t0, t1, t2, t3, 3, SIGNED)
+        # One after the other, which moves nothing: quarters are other registers, and the product wants them so.
+        w8 = tl.join(tl.join(q0, q1), tl.join(q2, q3)).permute(0, 3, 2, 1).reshape(row.shape[0], 128)
+    else:
+        w8 = _decode_plainly(codes, index, table, row, rows, chunk, chunks, GROUP, TO_A_WORD, SIGNED)
+    return w8
 
 
 @triton.jit
@@ -174,32 +216,37 @@ def finished(total, outer_scale, scale, bias, HAS_BIAS: tl.constexpr, IS_BF16: t
 
 
 @triton.jit
+def add_product(total, w8, x8, PROMOTES: tl.constexpr):
+    """total + w8 @ x8. PROMOTES: the unit's own sums keep fewer bits than float32, so that only the product is left to it.
+
+    A compiler that sees no more than a sum and a product may leave both to it; what it does not see into keeps them apart.
+    """
+    part = tl.dot(w8, x8)
+    if PROMOTES:
+        part = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [part], dtype=tl.float32, is_pure=True, pack=1)
+    return total + part
+
+
+@triton.jit
 def sums(
     x8, codes, words, index, table, first_row, rows, chunks, first, last,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, PROMOTES: tl.constexpr,
 ):  # fmt: skip
     """What the chunks from `first` to before `last` add up to, float32 [BLOCK_N, BLOCK_M], of BLOCK_N rows.
 
-    x8: pointers [32, BLOCK_M] to where each token begins. codes int32 and words int16: the same bytes. index as in `_entries`.
+    x8: pointers [128, BLOCK_M] to where each token begins. codes int32 and words int16: the same bytes. index as in `_entries`.
+    PAIRS: chunks are an even number.
     """
-    row, k = first_row + tl.arange(0, BLOCK_N), tl.arange(0, 32)
+    row = first_row + tl.arange(0, BLOCK_N)
     within = tl.arange(0, BLOCK_N) // 64 * (chunks * 2048) + tl.arange(0, BLOCK_N) % 64 * 32
-    words += (first_row // 64 * chunks).to(tl.int64) * 2048 + within[:, None] + k[None, :]
+    words += (first_row // 64 * chunks).to(tl.int64) * 2048 + within[:, None] + tl.arange(0, 32)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for chunk in range(first, last):
-        packed = tl.load(words + chunk * 2048) if USES_PTX else 0
-        # What one chunk adds up is added in float32: Hopper's own sums keep fewer bits.
-        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for quarter in tl.static_range(4):
-            if quarter * 32 % GROUP == 0:
-                entry = _entries(index, row, rows, chunk, quarter, GROUP, TO_A_WORD)
-            if USES_PTX:
-                w8 = _decode(table, entry, packed, quarter, SIGNED)
-            else:
-                w8 = _decode_plainly(codes, table, entry, row, chunk, chunks, quarter, SIGNED)
-            part = tl.dot(w8, tl.load(x8 + chunk * 128 + quarter * 32), part)
-        total += part
+    for begin in range(first, last, 1 + PAIRS):
+        for more in tl.static_range(1 + PAIRS):
+            chunk = begin + more
+            w8 = decode(codes, words, index, table, row, rows, chunk, chunks, GROUP, TO_A_WORD, SIGNED, USES_PTX)
+            total = add_product(total, w8, tl.load(x8 + chunk * 128), PROMOTES)
     return total
 
 
@@ -207,7 +254,8 @@ def sums(
 def multiply(
     x8, codes, words, index, table, scales, outer_scale, bias, y, partial, M, N, rows, chunks, chunks_each,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
+    BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, PROMOTES: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
     """y [M, N], or sums [S, M, N] of each split; a program has BLOCK_N rows (the instruction's long side), BLOCK_M tokens.
 
@@ -215,12 +263,12 @@ def multiply(
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x8 += tl.minimum(token, M - 1).to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 32)[:, None]
+    x8 += tl.minimum(token, M - 1).to(tl.int64)[None, :] * (chunks * 128) + tl.arange(0, 128)[:, None]
     first = tl.program_id(1) * chunks_each
     last = tl.minimum(first + chunks_each, chunks)
     total = sums(
         x8, codes, words, index, table, tl.program_id(0) * BLOCK_N, rows, chunks, first, last,
-        GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M,
+        GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M, PAIRS, PROMOTES,
     )  # fmt: skip
     inside = (row < N)[:, None] & (token < M)[None, :]
     place = token.to(tl.int64)[None, :] * N + row[:, None]
@@ -234,6 +282,16 @@ def multiply(
 
 
 @triton.jit
+def sum_of_splits(partial, is_inside, size, splits, BLOCK: tl.constexpr):
+    """Float32 [BLOCK] of the sums of each split, `size` apart, from the first to the last."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial, mask=is_inside, other=0)
+        partial += size
+    return total
+
+
+@triton.jit
 def add_up(
     partial, scales, outer_scale, bias, y, M, N, splits, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
@@ -241,10 +299,7 @@ def add_up(
     """Sums [S, M, N] -> y [M, N], always in the same order."""
     token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = token.to(tl.int64) * N + row
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial + place, mask=row < N, other=0)
-        partial += M * N
+    total = sum_of_splits(partial + place, row < N, M * N, splits, BLOCK)
     outer = tl.load(outer_scale + row, mask=row < N, other=0)
     added = tl.load(bias + row, mask=row < N, other=0) if HAS_BIAS else 0
     rounded = finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)
@@ -257,16 +312,9 @@ def write_values(
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr,
 ):  # fmt: skip
     """FP8 weights [R, 128 C], one program for 64 rows of a chunk: the operand of the contract, for a large product."""
-    block, chunk, within, k = tl.program_id(0), tl.program_id(1), tl.arange(0, 64), tl.arange(0, 32)
+    block, chunk, within, k = tl.program_id(0), tl.program_id(1), tl.arange(0, 64), tl.arange(0, 128)
     row = block * 64 + within
-    tile = (block * chunks + chunk).to(tl.int64) * 2048
-    packed = tl.load(words + tile + within[:, None] * 32 + k[None, :]) if USES_PTX else 0
+    words += (block * chunks).to(tl.int64) * 2048 + within[:, None] * 32 + tl.arange(0, 32)[None, :]
     values += row.to(tl.int64)[:, None] * (chunks * 128) + chunk * 128 + k[None, :]
-    for quarter in tl.static_range(4):
-        if quarter * 32 % GROUP == 0:
-            entry = _entries(index, row, rows, chunk, quarter, GROUP, TO_A_WORD)
-        if USES_PTX:
-            w8 = _decode(table, entry, packed, quarter, SIGNED)
-        else:
-            w8 = _decode_plainly(codes, table, entry, row, chunk, chunks, quarter, SIGNED)
-        tl.store(values + quarter * 32, w8)
+    w8 = decode(codes, words, index, table, row, rows, chunk, chunks, GROUP, TO_A_WORD, SIGNED, USES_PTX)
+    tl.store(values, w8)

@@ -18,11 +18,15 @@ from duotone.kernels.gpu.rows import norm_and_quantize, raw
 
 #: More tokens than this are a prompt's.
 DECODE_TOKENS = 64
-#: Programs that a split of K should make, for each multiprocessor; splits are no shorter than `_LEAST_CHUNKS`.
-_PROGRAMS_EACH = 2
-_LEAST_CHUNKS = 4
-#: Of `add_up`.
-_BLOCK = 512
+#: Splits of K are no shorter. In times of a chunk, a quarter of a microsecond: what one takes where a multiprocessor has one
+#: program only, so that no other fills its waits; what a launch takes to add up; what it takes for each program's sums of 16
+#: tokens, which are written and read again in a cache twice as fast as memory.
+_LEAST_CHUNKS, _ALONE, _ADDING, _SUMS = 4, 1.5, 6.0, 1.0
+#: Tokens of a tile whose sums leave no registers for two chunks at a time.
+_UNPAIRED = 64
+_BLACKWELL = 10
+#: Rows of a program that adds splits up.
+BLOCK = 512
 _programs: Any = kernels
 #: Kernels are compiled; otherwise Triton interprets them, slowly and on a CPU, and there is no PTX.
 IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
@@ -31,13 +35,13 @@ IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
 class Tile(NamedTuple):
     """How `multiply` is laid out: rows and tokens of a program, its warps, and stages of its loop.
 
-    Half of the stages read the index, half what it leads to: 8 keep three chunks of codes on their way.
+    Half of the stages read the index, half what it leads to: 6 keep two pairs of chunks on their way.
     """
 
     rows: int
     tokens: int
     warps: int
-    stages: int = 8
+    stages: int = 6
 
 
 def tile_for(tokens: int) -> Tile:
@@ -48,15 +52,48 @@ def tile_for(tokens: int) -> Tile:
 
 
 def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
-    """Chunks of a split: as many splits as keep all multiprocessors at work, whatever the number of tokens."""
-    wanted = -(-_PROGRAMS_EACH * processors // (rows // tile.rows))
-    splits = max(1, min(wanted, chunks // _LEAST_CHUNKS))
-    return -(-chunks // splits)
+    """Chunks of a split, pairs where all are: such that all multiprocessors end about together, for any number of tokens.
+
+    By counting chunks that the busiest of them goes through, which it does slower while it has one program only, and what the
+    sums of splits cost.
+    """
+    blocks, pair = rows // tile.rows, 2 - chunks % 2
+    best, least = chunks, float("inf")
+    for wanted in range(1, max(1, chunks // _LEAST_CHUNKS) + 1):
+        each = -(-chunks // (wanted * pair)) * pair
+        splits = -(-chunks // each)
+        taken = each * max(_ALONE, -(-blocks * splits // processors))
+        if splits > 1:
+            taken += _ADDING + _SUMS * splits * blocks / processors
+        if taken < least:
+            best, least = each, taken
+    return best
+
+
+def own_way(tokens: int, rows: int, chunks: int, device: torch.device) -> tuple[Tile, int]:
+    """Tile and chunks of a split for so many tokens and padded rows."""
+    tile = tile_for(tokens)
+    return tile, chunks_each(rows, chunks, tile, processors(device))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _generation(device: torch.device) -> int:
+    """The first number of the compute capability."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; as if it had four where Triton interprets."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def steps(chunks: int, tokens: int, device: torch.device) -> dict[str, bool]:
+    """How a program goes through K: by two chunks where registers allow it, sums outside of units that keep fewer bits.
+
+    Blackwell's, those for data centers, add in float32.
+    """
+    return {"PAIRS": chunks % 2 == 0 and tokens < _UNPAIRED, "PROMOTES": IS_COMPILED and _generation(device) != _BLACKWELL}
 
 
 def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
@@ -119,14 +156,14 @@ def _linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         x8, scales = activations(flat, codes.shape[1], input_scale, fp8_max, smallest, *norm)
         if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
-            y = _multiply_written(x8, scales, weight, outer_scale, group_size)
+            y = multiply_written(x8, scales, weight, outer_scale, group_size)
             y = y if bias is None else y + bias
         else:
-            _multiply(x8, scales, weight, outer_scale, bias, y, group_size)
+            multiply_codes(x8, scales, weight, outer_scale, bias, y, group_size)
     return y.view(*x.shape[:-1], rows)
 
 
-def _multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
+def multiply_written(x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, group_size: int) -> Tensor:
     """BF16 [M, N] of a prompt, by way of FP8 weights."""
     return _scaled_product(x8, scales, write_values(weight, group_size), outer_scale, torch.bfloat16)
 
@@ -160,14 +197,14 @@ def _linear_fp8(
     return y.view(*x.shape[:-1], rows)
 
 
-def _multiply(
-    x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int
-) -> None:
-    """Into y [M, N]."""
+def multiply_codes(
+    x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int,
+    way: tuple[Tile, int] | None = None,
+) -> None:  # fmt: skip
+    """Into y [M, N]. way: another tile than its tokens ask for, and chunks of a split; for benchmarks."""
     codes, index, table, to_a_word, is_signed = weight
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
-    tile = tile_for(tokens)
-    each = chunks_each(padded_rows, chunks, tile, _processors(y.device))
+    tile, each = way or own_way(tokens, padded_rows, chunks, y.device)
     splits = -(-chunks // each)
     partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
     bits, added = raw(y), y if bias is None else raw(bias)
@@ -175,12 +212,13 @@ def _multiply(
     _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
         x8, codes, codes.view(torch.int16), index, entries(table), scales, outer_scale, added, bits, partial,
         tokens, rows, padded_rows, chunks, each, GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed,
-        USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, IS_SPLIT=splits > 1, **ending,
+        USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, **steps(chunks, tile.tokens, y.device),
+        IS_SPLIT=splits > 1, **ending,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:
-        _programs.add_up[(tokens, triton.cdiv(rows, _BLOCK))](
-            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=_BLOCK, **ending, enable_fp_fusion=False
+        _programs.add_up[(tokens, triton.cdiv(rows, BLOCK))](
+            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=BLOCK, **ending, enable_fp_fusion=False
         )
 
 

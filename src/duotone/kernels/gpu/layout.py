@@ -1,9 +1,9 @@
 # Shapes: N out_features, K in_features, R rows padded to whole blocks, C chunks of 128 columns, T rows of the table.
 """How a weight lies in a GPU's memory: codes where one lookup finds the four that it decodes, and a table of FP8 bytes.
 
-A chunk is 128 columns: 4 quarters of 32, each 8 quads of 4 neighbors. A word of 16 bits has the codes of a quad, so that its
-nibbles are what one lookup takes; the words of the 4 quarters' quads of the same number lie side by side. Blocks of 64 rows of
-one chunk are one piece of 4 KiB.
+A chunk is 128 columns: 4 quarters of 32, each 8 quads of 4 neighbors. A word of 32 bits has the codes of two quarters' quads of
+the same number, the first's in its lower half, so that the nibbles there are what one lookup takes; the words of the 4 quarters
+lie side by side. Blocks of 64 rows of one chunk are one piece of 4 KiB.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,10 @@ CHUNK = 128
 #: Rows are padded to a multiple of the widest tile of the kernels.
 BLOCK_ROWS = 128
 PIECE_ROWS = 64
+#: Where a word of 32 bits has the lower 3 bits of the places of an even quarter's quad, then of the odd one's, a nibble each.
+#: And their fourth bits, in the nibbles' top bits: an even quarter's where a byte has its sign, an odd one's 4 lower.
+_LOW = tuple(4 * i for i in range(8))
+_FOURTH = tuple(8 * (i % 4) + 7 - 4 * (i // 4) for i in range(8))
 #: E4M3FN bytes 0 to 126 are its values from 0 to 448.
 _E4M3FN_POSITIVE = 127
 
@@ -46,12 +50,11 @@ def pack(weight: QuantizedWeight) -> Layout:
     size_P = level_16[is_used].abs().unique()
     is_signed = weight.zero_point is None and len(size_P) <= 8
     if is_signed:
-        place_16 = torch.searchsorted(size_P, level_16.abs()).clamp(max=len(size_P) - 1)
-        words = pack_words(_padded(place_16.to(torch.uint8).to(weight.codes.device)[weight.codes.long()]), True)
-        words |= _sign_bits(_padded((level_16 < 0).to(weight.codes.device)[weight.codes.long()]))
+        place_16 = torch.searchsorted(size_P, level_16.abs()).clamp(max=len(size_P) - 1) + 8 * (level_16 < 0)
+        words = pack_words(_padded(place_16.to(torch.uint8).to(weight.codes.device)[weight.codes.long()]))
         values_of_table = torch.nn.functional.pad(size_P, (0, 16 - len(size_P)))
     else:
-        words, values_of_table = pack_words(_padded(weight.codes), False), level_16
+        words, values_of_table = pack_words(_padded(weight.codes)), level_16
     index_NG, table = _table(weight, values_of_table.to(weight.codes.device))
     to_a_word = 4 if len(table) <= 2**8 else 2 if len(table) <= 2**16 else 1
     return Layout(words, _index_words(index_NG, weight, to_a_word), table, to_a_word, is_signed)
@@ -60,46 +63,37 @@ def pack(weight: QuantizedWeight) -> Layout:
 def values(packed: Layout, group_size: int) -> Tensor:
     """The FP8 bytes uint8 [R, 128 C] that a weight stands for, in plain torch."""
     index, table, to_a_word = packed.entries, packed.table, packed.to_a_word
-    place, sign = _places(packed)
+    place = _places(packed.codes).long()
     bits = 32 // to_a_word
     entry_NG = torch.stack([index.long() >> bits * i & 2**bits - 1 for i in range(to_a_word)], 1).flatten(0, 1).T
     entry = expand_groups(entry_NG, group_size, place.shape[1])
-    return table[entry, place.long()] | (sign << 7).to(torch.uint8)
+    if packed.is_signed:
+        return table[entry, place & 7] | (place >> 3 << 7).to(torch.uint8)
+    return table[entry, place]
 
 
 def unsigned(packed: Layout) -> Layout:
     """A signed weight as one of 16 values: its 8 magnitudes, then their negatives."""
-    place, sign = _places(packed)
     table = torch.cat((packed.table[:, :8], packed.table[:, :8] | 0x80), 1)
-    return packed._replace(codes=pack_words((place | sign << 3).to(torch.uint8), False), table=table, is_signed=False)
+    return packed._replace(table=table, is_signed=False)
 
 
-def _places(packed: Layout) -> tuple[Tensor, Tensor]:
-    """Each weight's place in its row of the table, and whether the sign of what is there is turned, [R, 128 C]."""
-    pieces, chunks, _, _ = packed.codes.shape
-    quads = packed.codes.view(pieces, chunks, PIECE_ROWS, 8, 2)
-    nibbles = torch.stack([quads >> 4 * i & 15 for i in range(8)], -1)  # [..., quad, pair of quarters, odd * 4 + byte]
-    place = _in_columns(nibbles)
-    if not packed.is_signed:
-        return place, torch.zeros_like(place)
-    return place & 7, _in_columns(torch.stack([quads >> (8 * (i % 4) + 7 - 4 * (i // 4)) & 1 for i in range(8)], -1))
+def _places(codes: Tensor) -> Tensor:
+    """Each weight's place in its row of the table, that of its magnitude and 8 for a sign, [R, 128 C]."""
+    pieces, chunks, _, _ = codes.shape
+    quads = codes.view(pieces, chunks, PIECE_ROWS, 8, 2)
+    low, fourth = (torch.stack([quads >> shift for shift in shifts], -1) for shifts in (_LOW, _FOURTH))
+    parts = low & 7 | (fourth & 1) << 3  # [piece, chunk, row, quad, pair of quarters, odd * 4 + byte]
+    ordered = parts.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 5, 3, 6)
+    return ordered.reshape(pieces * PIECE_ROWS, chunks * CHUNK)
 
 
-def pack_words(place: Tensor, is_signed: bool) -> Tensor:
-    """int32 [R/64, C, 64, 16] of nibbles uint8 [R, 128 C]; those of a signed weight have their top bits clear."""
-    assert not is_signed or not place.numel() or int(place.max()) < 8
-    return _gathered(place, [4 * i for i in range(8)])
+def pack_words(place: Tensor) -> Tensor:
+    """int32 [R/64, C, 64, 16] of places uint8 [R, 128 C], 0 to 15."""
+    return _gathered(place & 7, _LOW) | _gathered(place >> 3, _FOURTH)
 
 
-def _sign_bits(is_negative: Tensor) -> Tensor:
-    """The top bits of a signed weight's nibbles: an even quarter's are those of odd nibbles, where a byte has its sign.
-
-    An odd quarter's are 4 bits below, so that a shift by 4 takes them there.
-    """
-    return _gathered(is_negative, [8 * (i % 4) + 7 - 4 * (i // 4) for i in range(8)])
-
-
-def _gathered(bits: Tensor, shifts: list[int]) -> Tensor:
+def _gathered(bits: Tensor, shifts: tuple[int, ...]) -> Tensor:
     """Of each quad of an even quarter, then of the odd one after it: 4 numbers shifted to their place in a word of 32 bits."""
     rows, columns = bits.shape
     split = bits.view(rows // PIECE_ROWS, PIECE_ROWS, columns // CHUNK, 2, 2, 8, 4)
@@ -109,13 +103,6 @@ def _gathered(bits: Tensor, shifts: list[int]) -> Tensor:
     for i, shift in enumerate(shifts):
         words |= ordered[..., i].to(torch.int32) << shift
     return words.flatten(-2).contiguous()
-
-
-def _in_columns(parts: Tensor) -> Tensor:
-    """[piece, chunk, row, quad, pair, odd * 4 + byte] -> [R, 128 C]."""
-    pieces, chunks = parts.shape[:2]
-    ordered = parts.unflatten(-1, (2, 4)).permute(0, 2, 1, 4, 5, 3, 6)
-    return ordered.reshape(pieces * PIECE_ROWS, chunks * CHUNK)
 
 
 def _padded(values_NK: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 What a compiler or a driver makes of them is theirs to decide: a wrong value is a reason to run plain torch, never an answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from torch import Tensor
 from duotone.contract import quantize_activations
 from duotone.errors import gist
 from duotone.kernels.gpu import layout
-from duotone.qweight import Fp8Weight, QuantizedWeight, fp8_values
+from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight, fp8_values
 from duotone.scheme import HOPPER, Fp8Scheme, Scheme
 
-#: Of each path: one tile of tokens, a wide one, a prompt. Rows and columns leave part of a tile and of a chunk empty.
+#: Of each path: one tile of tokens, a wide one, a prompt. Rows and columns leave part of a tile and of a chunk empty; chunks
+#: are an even number, or an odd one.
 _TOKENS = (3, 40, 70)
-_ROWS, _COLUMNS = 144, 1056
+_ROWS, _COLUMNS, _ODD_COLUMNS = 144, 1000, 1056
 #: Tokens that go to two of so many experts.
 _EXPERTS, _SLOTS = 3, (3, 30, 100)
 _FACTS = HOPPER.fp8.max, HOPPER.smallest_activation_scale
@@ -27,7 +29,8 @@ _FACTS = HOPPER.fp8.max, HOPPER.smallest_activation_scale
 @cache
 def fault(group_size: int, device: torch.device) -> str | None:
     """What the kernels do that the contract does not, as a sentence; None: they agree."""
-    return told(device, lambda: _difference(group_size, False, device) or _difference(group_size, True, device))
+    cases = ((is_signed, columns) for is_signed in (False, True) for columns in (_COLUMNS, _ODD_COLUMNS))
+    return told(device, lambda: next(filter(None, (_difference(group_size, *case, device) for case in cases)), None))
 
 
 @cache
@@ -39,7 +42,14 @@ def fp8_fault(device: torch.device) -> str | None:
 @cache
 def grouped_fault(group_size: int, device: torch.device) -> str | None:
     """The same of the product with many experts' weights."""
-    return told(device, lambda: _grouped_difference(group_size, False, device) or _grouped_difference(group_size, True, device))
+    weights = ([_weight(group_size, is_signed, seed) for seed in range(_EXPERTS)] for is_signed in (False, True))
+    return told(device, lambda: next(filter(None, (_grouped_difference(some, device) for some in weights)), None))
+
+
+@cache
+def grouped_fp8_fault(device: torch.device) -> str | None:
+    """The same of the product with many experts' FP8 weights."""
+    return told(device, lambda: _grouped_difference([_fp8_weight(_ROWS, seed) for seed in range(_EXPERTS)], device))
 
 
 def told(device: torch.device, difference: Callable[[], str | None]) -> str | None:
@@ -53,19 +63,19 @@ def told(device: torch.device, difference: Callable[[], str | None]) -> str | No
     return None
 
 
-def _difference(group_size: int, is_signed: bool, device: torch.device) -> str | None:
+def _difference(group_size: int, is_signed: bool, columns: int, device: torch.device) -> str | None:
     from duotone.kernels.gpu import launch
 
     # Plain torch on a CPU has the say: on a GPU it divides by a number by multiplying with its inverse, which is not the same.
-    weight = _weight(group_size, is_signed)
+    weight = _weight(group_size, is_signed, 0, columns)
     held = layout.pack(weight)
     packed = layout.Layout(held.codes.to(device), held.entries.to(device), held.table.to(device), *held[3:])
     operand, outer = fp8_values(weight), weight.outer_scale
     w8 = launch.write_values(packed, group_size)
-    if not torch.equal(w8[:_ROWS, :_COLUMNS].float().cpu(), operand):
+    if not torch.equal(w8[:_ROWS, :columns].float().cpu(), operand):
         return "FP8 weights"
     for tokens in _TOKENS:
-        x, x8, scale = _activations(tokens)
+        x, x8, scale = _activations(tokens, columns)
         if not _same_activations(x, x8, scale, device):
             return "FP8 activations"
         y = launch.linear(x.to(device), *packed[:3], outer.to(device), None, None, *packed[3:], group_size, *_FACTS)
@@ -78,10 +88,8 @@ def _fp8_difference(device: torch.device) -> str | None:
     """Rows that have to be padded; the way to BF16, where torch scales the rows, and the other."""
     from duotone.kernels.gpu import fp8, launch
 
-    generator = torch.Generator().manual_seed(8)
-    values = (torch.randn(_ROWS - 3, _COLUMNS, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    outer = (torch.rand(_ROWS - 3, generator=generator) + 0.1).bfloat16().float()
-    held = fp8.prepack(Fp8Weight(values, outer, Fp8Scheme(HOPPER)))
+    weight = _fp8_weight(_ROWS - 3, 8)
+    held, values, outer = fp8.prepack(weight), weight.values, weight.outer_scale
     for tokens in (1, *_TOKENS):
         x, x8, scale = _activations(tokens)
         if not _same_activations(x, x8, scale, device):
@@ -93,12 +101,12 @@ def _fp8_difference(device: torch.device) -> str | None:
     return None
 
 
-def _grouped_difference(group_size: int, is_signed: bool, device: torch.device) -> str | None:
-    """Blocks of each size, an expert with no tokens and slots of no expert."""
-    from duotone.kernels.gpu import backend, bank, grouped
+def _grouped_difference(weights: Sequence[AnyWeight], device: torch.device) -> str | None:
+    """Blocks of each size, an expert with no tokens and slots of no expert; K split and not."""
+    from duotone.kernels.gpu import backend, bank, fp8, fp8_bank, grouped
 
-    weights = [_weight(group_size, is_signed, seed) for seed in range(_EXPERTS)]
-    held = bank.stack([[backend.prepack(weight)] for weight in weights])
+    kind, banks = (fp8, fp8_bank) if isinstance(weights[0], Fp8Weight) else (backend, bank)
+    held: Any = banks.stack([[kind.prepack(weight)] for weight in weights])
     moved = {name: value.to(device) for name, value in vars(held).items() if isinstance(value, Tensor)}
     for tokens in _SLOTS:
         x, x8, scale = _activations(tokens)
@@ -109,21 +117,22 @@ def _grouped_difference(group_size: int, is_signed: bool, device: torch.device) 
             meant = weights[number % _EXPERTS]
             outer = meant.outer_scale * scale[slot // 2] * (number < _EXPERTS)
             if not is_near(y[slot, :_ROWS], x8[slot // 2], fp8_values(meant), outer):
-                return f"products of {tokens} tokens with experts"
+                return f"products of {tokens} tokens with experts" + " of FP8 weights" * (kind is fp8)
     return None
 
 
-def _activations(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _activations(tokens: int, columns: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """BF16 [M, K], and what plain torch quantizes them to."""
-    x = torch.randn(tokens, _COLUMNS, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    x = torch.randn(tokens, columns or _COLUMNS, generator=torch.Generator().manual_seed(tokens)).bfloat16()
     return x, *quantize_activations(x, HOPPER)
 
 
 def _same_activations(x: Tensor, x8: Tensor, scale: Tensor, device: torch.device) -> bool:
     from duotone.kernels.gpu import launch
 
-    ours, scales = launch.quantize(x.to(device), -(-_COLUMNS // layout.CHUNK), None, *_FACTS)
-    return torch.equal(ours[:, :_COLUMNS].float().cpu(), x8) and torch.equal(scales.cpu()[:, None], scale)
+    columns = x.shape[1]
+    ours, scales = launch.quantize(x.to(device), -(-columns // layout.CHUNK), None, *_FACTS)
+    return torch.equal(ours[:, :columns].float().cpu(), x8) and torch.equal(scales.cpu()[:, None], scale)
 
 
 def is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
@@ -133,11 +142,19 @@ def is_near(y: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> bool:
     return bool(((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + lost).all())
 
 
-def _weight(group_size: int, is_signed: bool, seed: int = 0) -> QuantizedWeight:
+def _weight(group_size: int, is_signed: bool, seed: int = 0, columns: int = 0) -> QuantizedWeight:
     """Random codes and scales in the canonical form."""
+    columns = columns or _COLUMNS
     generator, scheme = torch.Generator().manual_seed(group_size + seed), Scheme(HOPPER, group_size)
-    codes = torch.randint(int(is_signed), 16, (_ROWS, _COLUMNS), generator=generator, dtype=torch.uint8)
-    group = HOPPER.fp8.round(torch.rand(_ROWS, scheme.groups(_COLUMNS), generator=generator) * 50 + 1)
+    codes = torch.randint(int(is_signed), 16, (_ROWS, columns), generator=generator, dtype=torch.uint8)
+    group = HOPPER.fp8.round(torch.rand(_ROWS, scheme.groups(columns), generator=generator) * 50 + 1)
     group[:, 0] = scheme.peak_group_scale
     largest = (torch.rand(_ROWS, generator=generator) + 0.1).bfloat16().float()
     return QuantizedWeight(codes, group, largest / scheme.peak_group_scale, scheme)
+
+
+def _fp8_weight(rows: int, seed: int) -> Fp8Weight:
+    """Random values and scales."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(rows, _COLUMNS, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return Fp8Weight(values, (torch.rand(rows, generator=generator) + 0.1).bfloat16().float(), Fp8Scheme(HOPPER))

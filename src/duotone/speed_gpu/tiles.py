@@ -1,0 +1,120 @@
+# Shapes: M tokens, N out_features, K in_features.
+"""Other ways to multiply with one weight: tiles, stages and splits of the product with codes, and FP8 weights written first.
+
+`launch` has its choice from counting instructions. Here all take turns, so that on a device it can be one of measurement: which
+tile for how many tokens, and from how many tokens on FP8 weights are worth writing.
+"""
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from duotone.contract import quantize_activations
+from duotone.errors import DuotoneError
+from duotone.kernels.gpu import backend
+from duotone.kernels.gpu.layout import BLOCK_ROWS, CHUNK, Layout
+from duotone.qweight import fp8_values
+from duotone.scheme import HOPPER
+from duotone.speed import figures
+from duotone.speed_gpu.budget import Deadline, Row, reason_of
+from duotone.speed_gpu.forms import OURS
+from duotone.speed_gpu.linears import Bench, Shapes
+
+#: Of a program: rows and warps (4 of which multiply 64 rows at least), stages of its loop; and splits of K, besides our own.
+_ROWS_AND_WARPS, _STAGES, _SPLITS = ((128, 4), (128, 8), (64, 4)), (6, 4, 8), (1, 2, 4, 8)
+#: The way by FP8 weights.
+WRITTEN = "FP8 weights written"
+
+
+class Way(NamedTuple):
+    """A tile of `launch` and chunks of a split; None: FP8 weights are written, and torch multiplies."""
+
+    tile: Any
+    each: int
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        if self.tile is None:
+            return WRITTEN
+        rows, tokens, warps, stages = self.tile
+        return f"{rows} rows x {tokens} tokens, {warps} warps, {stages} stages, splits of {self.each} chunks"
+
+
+def ways(count: int, shape: tuple[int, int], device: torch.device) -> list[Way]:
+    """What is tried for so many tokens, what `launch` does with codes first; for more than a tile has, no other tiles."""
+    from duotone.kernels.gpu import launch
+
+    rows, chunks = -(-shape[0] // BLOCK_ROWS) * BLOCK_ROWS, -(-shape[1] // CHUNK)
+    own, pair = Way(*launch.own_way(count, rows, chunks, device)), 2 - chunks % 2
+    found = [
+        Way(launch.Tile(height, own.tile.tokens, warps, stages), each)
+        for stages in _STAGES
+        for each in {own.each, *(-(-chunks // (splits * pair)) * pair for splits in _SPLITS)}
+        for height, warps in _ROWS_AND_WARPS
+    ]
+    return [own, Way(None, 0), *(way for way in found if way != own and count <= own.tile.tokens)]
+
+
+def tile_rows(bench: Bench, shapes: Shapes, deadline: Deadline) -> Iterator[Row]:
+    """A row for each number of tokens, shape and way. Raises DuotoneError for other products than the contract's."""
+    for count in bench.plan.tile_tokens:
+        for shape in shapes:
+            facts = {"kind": "tile", "kernel": OURS.name, "shape": list(shape), "tokens": count}
+            yield from deadline.attempt(facts, lambda shape=shape, count=count: _measured(bench, shape, count))
+
+
+def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]:
+    from duotone.kernels.gpu import trial
+
+    weight, x = bench.weight(shape), bench.inputs(count, shape[1])
+    packed = backend.prepack(weight)
+    x8, scale = quantize_activations(x.cpu(), HOPPER)
+    operand, outer = fp8_values(weight), weight.outer_scale * scale.to(x.device)
+    calls: dict[Way, Callable[[], object]] = {}
+    own, *_ = tried = ways(count, shape, bench.device)
+    with torch.no_grad():
+        for way in tried:
+            call = _call(packed, x, way)
+            try:
+                y = call()
+                calls[way] = bench.clock.prepared(call)
+            except Exception as error:  # a tile that does not fit the device
+                yield {"way": way.name, "is_own": way == own, "unmeasured": reason_of(error)}
+                continue
+            if not trial.is_near(y, x8.to(x.device), operand, outer):
+                raise DuotoneError(f"bench gpu: {shape[0]}x{shape[1]}, {way.name}: found other products than the contract's")
+        seconds: dict[Way, list[float]] = {way: [] for way in calls}
+        for _ in range(bench.plan.rounds):
+            for way, call in calls.items():
+                seconds[way].append(bench.clock.seconds(call))
+    nbytes = OURS.nbytes(shape, bench.plan.group_size)
+    for way, taken in seconds.items():
+        pairs = zip(seconds.get(own, []), taken, strict=False)
+        yield {
+            "way": way.name,
+            "is_own": way == own,
+            **figures(taken, nbytes, 2 * count * shape[0] * shape[1], bench.ceilings.bandwidth),
+            "times_as_fast_as_own": median([theirs / ours for theirs, ours in pairs] or [float("nan")]),
+        }
+
+
+def _call(packed: backend.Packed, x: Tensor, way: Way) -> Callable[[], Tensor]:
+    """A product all of whose parts are launched again with each call."""
+    from duotone.kernels.gpu import launch
+
+    weight = Layout(packed.codes, packed.index, packed.table, packed.to_a_word, packed.is_signed)
+    chunks, facts = -(-x.shape[1] // CHUNK), (None, packed.fp8_max, packed.smallest_scale)
+
+    def call() -> Tensor:
+        x8, scales = launch.quantize(x, chunks, *facts)
+        if way.tile is None:
+            return launch.multiply_written(x8, scales, weight, packed.outer_scale, packed.group_size)
+        y = torch.empty(len(x), len(packed.outer_scale), dtype=x.dtype, device=x.device)
+        launch.multiply_codes(x8, scales, weight, packed.outer_scale, None, y, packed.group_size, way)
+        return y
+
+    return call
