@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from duotone.kernels.gpu import backend, bank, cache, grouped, launch, rows, solver
+from duotone.kernels.gpu import backend, bank, cache, fp8, fp8_bank, grouped, launch, rows, solver
 from duotone.kernels.gpu.layout import BLOCK_ROWS, CHUNK
 
 LAUNCHED: list[dict[str, Any]] = []
@@ -90,12 +90,15 @@ def caches() -> None:
 
 
 def experts() -> None:
-    """Banks of one and of many, for one token and for many."""
-    for count, parts, tokens, each in ((1, 1, 1, 1), (8, 2, 100, 2), (256, 2, 7, 8)):
-        held = bank.stack([[packed(200, 256) for _ in range(parts)] for _ in range(count)])
+    """Banks of one and of many, of codes and of FP8 weights, for one token and for many, in splits of K or not."""
+    for count, parts, tokens, each, columns in ((1, 1, 1, 1, 2048), (8, 2, 100, 2, 256), (256, 2, 7, 8, 256)):
+        codes = bank.stack([[packed(200, columns) for _ in range(parts)] for _ in range(count)])
+        values = torch.empty(208, columns, dtype=torch.uint8)
+        wide = fp8.Packed(values, torch.empty(200), None, columns, 448.0, 1e-12)
         routed = grouped.routes(torch.randint(0, count + 1, (tokens, each)), count)
-        for tokens_or_slots in (tokens, tokens * each):
-            grouped.linear(torch.empty(tokens_or_slots, 256, dtype=torch.bfloat16), routed, held)
+        for held in (codes, fp8_bank.stack([[wide] * parts] * count)):
+            for tokens_or_slots in (tokens, tokens * each):
+                grouped.linear(torch.empty(tokens_or_slots, columns, dtype=torch.bfloat16), routed, held)
 
 
 def solvers() -> None:
@@ -120,7 +123,7 @@ def solvers() -> None:
 def main() -> None:
     """Everything, told at the end."""
     driver.set_active(Hopper())
-    launch._processors = lambda _: 132  # type: ignore[assignment]
+    launch.processors = lambda _: 132  # type: ignore[assignment]
     assert launch.IS_COMPILED and isinstance(rows._programs.read_cache, triton.JITFunction)
     for part in (linears, caches, experts, solvers):
         part()
