@@ -145,7 +145,7 @@ def test_a_run_from_weights_to_text(
     assert codes[0].keys() == codes[1].keys()
     packed = [name for name in codes[0] if name.endswith("weight_packed")]
     alike = [float((nibbles(codes[0][name]) == nibbles(codes[1][name])).float().mean()) for name in packed]
-    assert min(alike) > 0.8, dict(zip(packed, alike, strict=True))
+    assert min(alike) > 0.7, dict(zip(packed, alike, strict=True))
     tokens = torch.arange(60, 72)[None]
     models: list[Any] = [duotone.load(tmp_path / "cuda", device=device) for device in ("cpu", "cuda")]
     linears = [module for module in models[1].modules() if isinstance(module, QuantizedLinear)]
