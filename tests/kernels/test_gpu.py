@@ -6,6 +6,7 @@ what only a compiler can tell is in test_gpu_compiled.py.
 
 import ast
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,10 @@ def test_splits_fill_a_gpu() -> None:
             each = launch.chunks_each(rows, chunks, tile, 132)
             busiest = each * -(-blocks * -(-chunks // each) // 132)
             assert busiest < 1.2 * blocks * chunks / 132, f"{rows}x{columns}: {each} chunks each"
+    for columns in (trial._COLUMNS, trial._ODD_COLUMNS):  # what the trial compares is what will run
+        for tokens, processors in itertools.product(trial._TOKENS[:2], (58, 132, 148)):
+            chunks = -(-columns // layout.CHUNK)
+            assert launch.chunks_each(2 * layout.BLOCK_ROWS, chunks, launch.tile_for(tokens), processors) < chunks
     assert {launch.tile_for(tokens).rows for tokens in range(1, 65)} == {128}, "splits depend on rows, never on tokens"
 
 

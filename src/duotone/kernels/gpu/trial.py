@@ -18,9 +18,9 @@ from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight, fp8_values
 from duotone.scheme import HOPPER, Fp8Scheme, Scheme
 
 #: Of each path: one tile of tokens, a wide one, a prompt. Rows and columns leave part of a tile and of a chunk empty; chunks
-#: are an even number, or an odd one.
+#: are an even number, or an odd one, and so many that a GPU splits K.
 _TOKENS = (3, 40, 70)
-_ROWS, _COLUMNS, _ODD_COLUMNS = 144, 1000, 1056
+_ROWS, _COLUMNS, _ODD_COLUMNS = 144, 2000, 2100
 #: Tokens that go to two of so many experts.
 _EXPERTS, _SLOTS = 3, (3, 30, 100)
 _FACTS = HOPPER.fp8.max, HOPPER.smallest_activation_scale
