@@ -306,6 +306,9 @@ def test_a_trial_finds_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch, "write_values", fails)
     assert trial.fault.__wrapped__(64, DEVICE) == f"a trial on {DEVICE} failed (RuntimeError: no ptxas)"
+    packs, original = [1, 0], layout.pack
+    monkeypatch.setattr(layout, "pack", lambda weight: original(weight)._replace(table=original(weight).table + packs.pop()))
+    assert trial.fault.__wrapped__(64, DEVICE) == f"a trial on {DEVICE} gave other packed codes than plain torch does"
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,10 @@ def _difference(group_size: int, is_signed: bool, columns: int, device: torch.de
 
     # Plain torch on a CPU has the say: on a GPU it divides by a number by multiplying with its inverse, which is not the same.
     weight = _weight(group_size, is_signed, 0, columns)
-    held = layout.pack(weight)
-    packed = layout.Layout(held.codes.to(device), held.entries.to(device), held.table.to(device), *held[3:])
+    there = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    packed, meant = layout.pack(replace(weight, **there)), layout.pack(weight)
+    if packed[3:] != meant[3:] or not all(torch.equal(x.cpu(), its) for x, its in zip(packed[:3], meant[:3], strict=True)):
+        return "packed codes"
     operand, outer = fp8_values(weight), weight.outer_scale
     w8 = launch.write_values(packed, group_size)
     if not torch.equal(w8[:_ROWS, :columns].float().cpu(), operand):
