@@ -162,8 +162,9 @@ def test_only_a_part() -> None:
         bench = run.GpuBench(only=(part,), minutes=1e-9 if part == "quantizer-full" else 9, plan=plan)
         (row,) = of(list(run.gpu_rows(bench)), kind="quantizer")
         assert row["unmeasured"] is None and row["blocks"] == 2 // (extrapolated or 1)
-        meant = extrapolated and pytest.approx(extrapolated * row["seconds"])
+        meant = extrapolated and pytest.approx(row["seconds"] + row["seconds_a_block"])
         assert row["extrapolated_seconds"] == meant and ("extrapolated" in row["how"]) == bool(extrapolated)
+        assert 0 < row["seconds_a_block"] < row["seconds"], "what comes once does not count for a block"
     bench = run.GpuBench(shapes=((48, 256),), minutes=1e-9, plan=dataclasses.replace(SMALL, tokens=(1, 65)))
     rows = list(run.gpu_rows(bench))
     assert [tuple(row["shape"]) for row in of(rows, kind="linear")] == [(48, 256)] * 10
