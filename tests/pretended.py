@@ -1,8 +1,8 @@
 """A GPU that is not there: tensors that say they are on `cuda:0` and are computed on the CPU.
 
-What a real one refuses is refused here, operands on two devices first of all; what makes a host wait for it, and how many
-operations it is asked for, is counted. So a pipeline's devices are tested on a machine without one. Speed is not, and neither
-are streams, pinned memory, nor anything that a GPU computes otherwise.
+What a real one refuses is refused here, operands on two devices first of all; it divides by a number as a real one does; what
+makes a host wait for it, and how many operations it is asked for, is counted. So a pipeline's devices are tested on a machine
+without one. Speed is not, and neither are streams, pinned memory, nor anything else that a GPU computes otherwise.
 """
 
 import ctypes
@@ -96,9 +96,16 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str]) -> Any
     if func is aten._fused_sdp_choice.default:
         return 0  # plain attention: what is fused differs by device
     does = func
+    if func in (aten.div.Tensor, aten.div_.Tensor) and not isinstance(args[1], Pretended) and plain_args[0].is_floating_point():
+        # By a number, or a tensor of the CPU's that is one: CUDA multiplies by its inverse, itself rounded.
+        wide = torch.promote_types(plain_args[0].dtype, torch.float32)
+        does = aten.mul.Tensor if func is aten.div.Tensor else aten.mul_.Tensor
+        plain_args = plain_args[0], float(1 / torch.tensor(float(args[1]), dtype=wide))
     if func is aten.mm.dtype:  # which a CPU lacks
         does, plain_args = aten.mm.default, tuple(matrix.float() for matrix in plain_args[:2])
     result = does(*plain_args, **plain_kwargs)
+    if func is aten.ldexp.Tensor:
+        result = result * (1 + 2.0**-23)  # CUDA's is a product with its pow, which misses some powers of two by a bit
     written = _written(func, args, kwargs)
     if written is not None:
         return written

@@ -28,14 +28,15 @@ from duotone.checkpoint.writer import CheckpointWriter, reporting_full_disk
 from duotone.device import processor_name
 from duotone.errors import DuotoneError
 from duotone.floors import measured_ceiling
-from duotone.kernels import native
+from duotone.kernels import dispatch, native, reference
 from duotone.models.skeleton import place_buffers
 from duotone.modules import quantize_module
 from duotone.outcome import QuantizeReport
 from duotone.phases import HostClock
 from duotone.pipeline import quantize
 from duotone.plan import Plan, make_plan
-from duotone.scheme import Scheme
+from duotone.runtime.linear import QuantizedLinear
+from duotone.scheme import GAUDI, HOPPER, Scheme, Target
 from duotone.settings import QuantizeConfig
 from duotone.solver import local_search, loops, statistics, sweep
 from duotone.solver.statistics import StatisticsAccumulator
@@ -45,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import scale
 import scale_gpu
 
+from tests.kernels.test_reference import make_weight
 from tests.pretended import CUDA, Pretended, PretendedGpu, pretended_gpu
 from tests.test_cli import invoke
 
@@ -444,6 +446,20 @@ def test_launches_of_a_solver_in_torch(gpu: PretendedGpu) -> None:
     base_BN = ones.T.contiguous()
     sweep.sweep_torch(base_BN, base_BN, given[1], grid, torch.zeros(columns, dtype=torch.int32).to(CUDA))
     assert gpu.seen["launches"] / columns == pytest.approx(gpu_costs.COLUMN_LAUNCHES, rel=0.1)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=lambda target: target.name)
+def test_a_weight_is_packed_where_it_runs(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the GPU, and to what a CPU makes of it; what is there already is not moved."""
+    weight = make_weight(9, 64, Scheme(target, 32))
+    seen: list[bool] = []
+    original = reference.prepack
+    monkeypatch.setattr(reference, "prepack", lambda given: seen.append(given is weight) or original(given))
+    monkeypatch.setattr(dispatch, "BACKENDS", (reference,))
+    there, here = (QuantizedLinear(weight, None, place).packed_tensors() for place in (CUDA, None))
+    assert seen == [False, True] and all(isinstance(tensor, Pretended) for tensor in there)
+    assert all(torch.equal(theirs.cpu(), ours) for theirs, ours in zip(there, here, strict=True))
 
 
 @pytest.mark.usefixtures("h200")

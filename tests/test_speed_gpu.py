@@ -6,7 +6,9 @@ Times mean nothing here. What is computed does: a model of each form of linears 
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, gist
 from duotone.kernels.gpu import backend
 from duotone.qweight import dequantize
 from duotone.speed_gpu import forms, goals, linears, run, tables, throughput, tiles
 from duotone.speed_gpu.budget import Budget, Deadline
+from duotone.speed_gpu.clock import Clock
 from duotone.speed_gpu.decoder import Between, Decoder
 from duotone.speed_gpu.quantizer import random_checkpoint
 from duotone.speed_gpu.sizes import LLAMA_8B, LLAMA_70B, Plan, Sizes
@@ -126,6 +129,15 @@ def test_everything_in_one_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_what_only_the_quantizer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package of its own is a row's reason."""
+    monkeypatch.setitem(sys.modules, "duotone.pipeline", None)
+    rows = list(run.gpu_rows(run.GpuBench(only=("quantizer",), plan=SMALL)))
+    assert [row["unmeasured"].split(":")[0] for row in of(rows, kind="quantizer")] == ["ModuleNotFoundError"]
+    assert [row["kind"] for row in rows] == ["ceilings", "quantizer", "time"]
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_no_time(tmp_path: Path) -> None:
     """Every piece still has a row, which says that there was none; and tables show it."""
     result = invoke("bench", "gpu", "--out", str(tmp_path / "records.jsonl"), "--minutes", "1e-9", "--rounds", "1", "--quiet")
@@ -150,8 +162,9 @@ def test_only_a_part() -> None:
         bench = run.GpuBench(only=(part,), minutes=1e-9 if part == "quantizer-full" else 9, plan=plan)
         (row,) = of(list(run.gpu_rows(bench)), kind="quantizer")
         assert row["unmeasured"] is None and row["blocks"] == 2 // (extrapolated or 1)
-        meant = extrapolated and pytest.approx(extrapolated * row["seconds"])
+        meant = extrapolated and pytest.approx(row["seconds"] + row["seconds_a_block"])
         assert row["extrapolated_seconds"] == meant and ("extrapolated" in row["how"]) == bool(extrapolated)
+        assert 0 < row["seconds_a_block"] < row["seconds"], "what comes once does not count for a block"
     bench = run.GpuBench(shapes=((48, 256),), minutes=1e-9, plan=dataclasses.replace(SMALL, tokens=(1, 65)))
     rows = list(run.gpu_rows(bench))
     assert [tuple(row["shape"]) for row in of(rows, kind="linear")] == [(48, 256)] * 10
@@ -353,6 +366,43 @@ def test_a_part_leaves_its_time_to_the_rest() -> None:
     clock.time = 200
     late = budget.part("c")
     assert late.seconds == 0 and late.is_over()
+
+
+def test_what_is_told_of_an_error() -> None:
+    """Its first line; of a compiler's, which begins with a place in a program, what it found wrong there."""
+    assert gist(ValueError()) == "ValueError: no message" and gist(ValueError("one\ntwo")) == "ValueError: one"
+    place, inner = RuntimeError("at 3:4:\n    x = y\n    ^"), RuntimeError("at 1:2:\n    y\n    ^\nNameError('y')")
+    assert gist(inner) == "RuntimeError: NameError('y')"
+    place.__cause__, inner.__cause__ = inner, KeyError("z")
+    assert gist(place) == "RuntimeError: 'z'"
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does not, where the end of a capture is what fails; all that is timed after it would run elsewhere."""
+    current = ["default"]
+
+    @contextmanager
+    def stream(wanted: str) -> Iterator[None]:
+        before, current[0] = current[0], wanted
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(_: object) -> Iterator[None]:
+        current[0] = "side"
+        yield
+        raise RuntimeError("capture failed")
+
+    fakes = {"stream": stream, "graph": graph, "current_stream": lambda _: current[0], "synchronize": lambda _: None}
+    for name, fake in (fakes | {"CUDAGraph": object}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = Clock.__new__(Clock)
+    clock.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="capture failed"):
+        clock.prepared(lambda: None)
+    assert current == ["default"]
 
 
 def test_what_time_is_not_enough_for() -> None:

@@ -30,7 +30,7 @@ def quantize_activations(x_MK: Tensor, target: Target, input_scale: Tensor | Non
         raise ValueError(f"target {target.name}: input_scale must be given exactly when activations are static")
     if input_scale is None:
         absmax = x.abs().amax(-1, keepdim=True)
-        input_scale = _divided(absmax, target.fp8.max).clamp(min=target.smallest_activation_scale)
+        input_scale = divided(absmax, target.fp8.max).clamp(min=target.smallest_activation_scale)
     return target.fp8.round(x / input_scale), input_scale
 
 
@@ -40,7 +40,7 @@ def split_scale(scale_NG: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     This is vLLM's load-time split (FORMATS.md 1.4) in the order that divides: row maximum / 56, group = E4M3(scale / outer).
     """
     scale = scale_NG.float()
-    outer_N = _divided(scale.amax(-1), scheme.peak_group_scale).clamp(min=scheme.smallest_outer_scale)
+    outer_N = divided(scale.amax(-1), scheme.peak_group_scale).clamp(min=scheme.smallest_outer_scale)
     group_NG = scheme.target.fp8.round(scale / outer_N[:, None])
     # A group that rounds to zero would make every reader divide by zero; its weights are below half the smallest step.
     return group_NG.clamp(min=scheme.target.fp8.smallest_subnormal, max=scheme.peak_group_scale), outer_N
@@ -53,12 +53,12 @@ def join_scale(group_NG: Tensor, outer_N: Tensor) -> Tensor:
 
 def static_activation_scale(absmax: Tensor, target: Target) -> Tensor:
     """The power of two at or above absmax / 240 (DPQ.md section 1, `maxabs_pow2`), float32 of the same shape."""
-    return power_of_two_at_least(_divided(absmax.float(), target.fp8.max)).clamp(min=2.0**-30)
+    return power_of_two_at_least(divided(absmax.float(), target.fp8.max)).clamp(min=2.0**-30)
 
 
 def tensor_outer_scale(absmax: Tensor, target: Target) -> Tensor:
     """2^ceil(log2(absmax / protective_range)) with the floor 1/(P * 512) of the published code; float32 [1]."""
-    bound = absmax.float().reshape(1) / target.protective_range
+    bound = divided(absmax.float().reshape(1), target.protective_range)
     return power_of_two_at_least(bound.clamp(min=1 / (target.protective_range * 512)))
 
 
@@ -69,7 +69,7 @@ def kv_scale(absmax: Tensor, target: Target) -> Tensor:
     """
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError("absmax: found NaN or infinity")
-    scale = _divided(absmax.float(), target.fp8.max).to(torch.bfloat16).float()
+    scale = divided(absmax.float(), target.fp8.max).to(torch.bfloat16).float()
     return torch.where(scale > 0, scale, 1.0)
 
 
@@ -85,11 +85,11 @@ def dequantize_kv(x8_BHTD: Tensor, scale_H: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def power_of_two_at_least(x: Tensor) -> Tensor:
-    """Smallest power of two >= x for positive x (exact: from the exponent, not from a logarithm); 0 gives 0."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), torch.where(mantissa == 0.5, exponent - 1, exponent)) * (x > 0)
+    """Smallest power of two >= x for positive x, float32; 0 gives 0. By its bits, since a GPU's pow may be one bit off."""
+    exponent = (x.float().contiguous().view(torch.int32) + 0x7FFFFF) & 0x7F800000  # the next one, where there is a fraction
+    return exponent.view(torch.float32) * (x > 0)
 
 
-def _divided(x: Tensor, number: float) -> Tensor:
+def divided(x: Tensor, number: float) -> Tensor:
     """x / number, rounded once on every device: CUDA multiplies by the inverse of a number that is no tensor."""
     return x / torch.full_like(x, number)

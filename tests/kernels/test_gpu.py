@@ -6,6 +6,7 @@ what only a compiler can tell is in test_gpu_compiled.py.
 
 import ast
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def weight_of(rows: int, columns: int, scheme: Scheme, is_signed: bool = False) 
 
 
 def quantized(x: Tensor, target: Target, static: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    chunks = -(-x.shape[1] // layout.CHUNK)
+    chunks, static = -(-x.shape[1] // layout.CHUNK), None if static is None else static.to(DEVICE)
     x8, scales = launch.quantize(x.to(DEVICE), chunks, static, target.fp8.max, target.smallest_activation_scale)
     return x8.cpu(), scales.cpu()
 
@@ -176,7 +177,9 @@ def test_no_tokens_and_doubles() -> None:
     weight = weight_of(8, 64, Scheme(HOPPER, 32))
     packed, x = backend.prepack(weight), torch.randn(2, 64, dtype=torch.float64, device=DEVICE)
     assert backend.linear(x[:0].bfloat16(), packed).shape == (0, 8)
-    assert torch.allclose(backend.linear(x, packed), reference.linear(x, reference.prepack(weight)), atol=1e-5)
+    y = backend.linear(x, packed)
+    assert y.dtype == torch.float64
+    product_bound(y.float(), x.float(), weight)
 
 
 def test_splits_fill_a_gpu() -> None:
@@ -194,6 +197,10 @@ def test_splits_fill_a_gpu() -> None:
             each = launch.chunks_each(rows, chunks, tile, 132)
             busiest = each * -(-blocks * -(-chunks // each) // 132)
             assert busiest < 1.2 * blocks * chunks / 132, f"{rows}x{columns}: {each} chunks each"
+    for columns in (trial._COLUMNS, trial._ODD_COLUMNS):  # what the trial compares is what will run
+        for tokens, processors in itertools.product(trial._TOKENS[:2], (58, 132, 148)):
+            chunks = -(-columns // layout.CHUNK)
+            assert launch.chunks_each(2 * layout.BLOCK_ROWS, chunks, launch.tile_for(tokens), processors) < chunks
     assert {launch.tile_for(tokens).rows for tokens in range(1, 65)} == {128}, "splits depend on rows, never on tokens"
 
 
@@ -299,6 +306,9 @@ def test_a_trial_finds_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch, "write_values", fails)
     assert trial.fault.__wrapped__(64, DEVICE) == f"a trial on {DEVICE} failed (RuntimeError: no ptxas)"
+    packs, original = [1, 0], layout.pack
+    monkeypatch.setattr(layout, "pack", lambda weight: original(weight)._replace(table=original(weight).table + packs.pop()))
+    assert trial.fault.__wrapped__(64, DEVICE) == f"a trial on {DEVICE} gave other packed codes than plain torch does"
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,14 @@ INTEGERS = ("PRMT", "LOP3", "SHF", "IADD3", "LEA", "ISETP", "SEL", "PLOP3", "VIA
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Of each program for each architecture. Compiled in another process: here Triton may be set to interpret."""
+    return told_by("tests.kernels.compiled", tmp_path_factory.mktemp("triton"))
+
+
+def told_by(module: str, folder: Path) -> Any:
+    """What a module that compiles prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, "-m", "tests.kernels.compiled"]
+    command = [sys.executable, "-m", module]
+    environment |= {"TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -128,3 +133,16 @@ def test_rows_are_read_and_written_in_words_of_128_bits(facts: dict[str, dict[st
     assert seen == 10
     assert set(facts["sm_90 write_cache 1"]["accesses"]) == {"ld.global.v2.b32", "st.global.b32"} | one | position
     assert wide <= set(facts["sm_90 quantize_rows"]["accesses"])
+
+
+@pytest.mark.slow
+def test_what_is_launched_compiles(tmp_path: Path) -> None:
+    """Every program with all that launches hand over, in grids and shared memory that a Hopper GPU has."""
+    launched = told_by("tests.kernels.launched", tmp_path)
+    programs = {"multiply", "add_up", "write_values", "quantize_rows", "norm_and_quantize_rows", "write_cache", "read_cache"}
+    programs |= {"find_blocks", "multiply_grouped", "add_up_grouped", "sweep", "open_columns", "local_search", "scale_error"}
+    assert {launch["name"] for launch in launched} == programs
+    for launch in launched:
+        across, down, deep = launch["grid"]
+        assert 0 < across < 2**31 and 0 < down < 2**16 and 0 < deep < 2**16, launch
+        assert launch["shared"] <= 227 * 1024, launch

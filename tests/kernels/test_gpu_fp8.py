@@ -78,7 +78,10 @@ def test_nothing_is_copied_that_needs_no_padding() -> None:
 
 
 def test_linears_of_one_input_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits as alone, one call for all; not where rows would have to be padded in the middle, nor with 4-bit codes."""
+    """The same bits as alone, one call for all; not where rows would have to be padded in the middle, nor with 4-bit codes.
+
+    On a GPU the same but for roundings: products of another shape may be added up in another order.
+    """
     monkeypatch.setattr(fp8, "refuses", lambda *_: None)
     monkeypatch.setattr(dispatch, "BACKENDS", (fp8, reference))
     weights = [weight_of(rows, 96) for rows in (32, 16, 20)]
@@ -90,7 +93,8 @@ def test_linears_of_one_input_share_a_call(monkeypatch: pytest.MonkeyPatch) -> N
     x = tokens_of(1, 2, 96)
     with torch.no_grad():
         meant, calls[:] = [layer(x) for layer in alone], []
-        assert all(torch.equal(together[i](x), meant[i]) for i in (1, 0, 2)) and len(calls) == 1
+        slack = {"rtol": 2.0**-7, "atol": 0.1} if DEVICE.type == "cuda" else {"rtol": 0.0, "atol": 0.0}
+        assert all(torch.allclose(together[i](x), meant[i], **slack) for i in (1, 0, 2)) and len(calls) == 1
     for layer, weight in zip(together, weights, strict=True):
         assert torch.equal(layer.dequantize(), fp8_values(weight) * weight.outer_scale[:, None])
     assert not share_call([QuantizedLinear(weight_of(rows, 96), None) for rows in (20, 32)])

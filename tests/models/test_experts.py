@@ -188,3 +188,12 @@ def test_drift_of_few_tokens_is_left_alone() -> None:
         assert found is not None
         assert (found.input_drift is not None) == told
         torch.testing.assert_close(found.hessian, states[0][0].T @ states[0][0] / tokens)
+
+
+def test_a_static_target_finds_its_scales(tmp_path: Path, tiny_model: Callable[..., Path], text_file: Path) -> None:
+    """duotone.json has a `gaudi` checkpoint's scales by the names in its files, where a mixture's linears have others."""
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    options = {"target": "gaudi", "method": "rtn", "samples": 2, "seq_len": 16, "calibration": (str(text_file),)}
+    duotone.quantize(tiny_model("mixtral", **sizes), tmp_path / "out", device="cpu", **options)
+    with torch.no_grad():
+        assert duotone.load(tmp_path / "out", device="cpu")(torch.arange(5)[None]).logits.isfinite().all()

@@ -44,7 +44,8 @@ class WeightReader:
         scheme = self.scheme_of(layer)
         names = tensor_specs(layer, (0, 0), scheme)
         tensors = self._source.load(name for name in names if name in self._source.tensors)
-        written = self._source.written_as(f"{layer}{_WEIGHT}").removesuffix(_WEIGHT)
+        ending = _WEIGHT if isinstance(scheme, Fp8Scheme) else _PACKED
+        written = self._source.written_as(f"{layer}{ending}").removesuffix(ending)
         scales = layer_scales(self._sidecar, written)
         if isinstance(scheme, Fp8Scheme):
             return fp8_from_tensors(layer, tensors, scheme, scales)

@@ -33,7 +33,8 @@ class QuantizedLinear(nn.Module):
         place = device or weight.outer_scale.device
         backend, self.refusals = choose(weight.scheme, place)
         self._backend = backend.__name__  # a name, since modules of Python cannot be copied with the model
-        self._packed = _moved(self.backend.prepack(weight), lambda tensor: tensor.to(place))
+        # Packed where it is to run: a CPU would take minutes for what a GPU does in seconds.
+        self._packed = self.backend.prepack(_moved(weight, lambda tensor: tensor.to(place)))
         self._shared: tuple[_SharedCall, int] | None = None
         self.norms_input = False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -97,7 +98,7 @@ class QuantizedLinear(nn.Module):
 
 
 def _moved(packed: Any, follow: Callable[[Tensor], Tensor]) -> Any:
-    """A packed weight with each tensor where `follow` takes it; itself where that is where it was."""
+    """A weight, packed or not, with each tensor where `follow` takes it; itself where that is where it was."""
     held = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
     moved = {name: follow(value) for name, value in held.items() if isinstance(value, Tensor)}
     return dataclasses.replace(packed, **moved) if any(moved[name] is not held[name] for name in moved) else packed

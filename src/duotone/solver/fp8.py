@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from duotone.contract import power_of_two_at_least
+from duotone.contract import divided, power_of_two_at_least
 from duotone.qweight import Fp8Weight, dequantize
 from duotone.scheme import Fp8Scheme, Scheme, Target
 from duotone.solver.drift import corrected_target
@@ -41,8 +41,8 @@ def fp8_scale(w_NK: Tensor, target: Target) -> Tensor:
     """The outer scale: of each row the BF16 number with which it loses least, or a tensor's smallest power of two."""
     w_NK = w_NK.float()
     if not target.channel_outer_scale:
-        return power_of_two_at_least((w_NK.abs().amax() / target.fp8.max).clamp(min=2.0**-100).reshape(1))
-    least_N = (w_NK.abs().amax(-1) / target.fp8.max).clamp(min=2.0**-100)
+        return power_of_two_at_least(divided(w_NK.abs().amax(), target.fp8.max).clamp(min=2.0**-100).reshape(1))
+    least_N = divided(w_NK.abs().amax(-1), target.fp8.max).clamp(min=2.0**-100)
     best_N, scale_N = torch.full_like(least_N, torch.inf), least_N
     for trial in range(_TRIALS):
         tried_N = (least_N * 2 ** (trial / _TRIALS)).to(torch.bfloat16).float()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duotone.contract import fp8_product, split_scale, tensor_outer_scale
+from duotone.contract import divided, fp8_product, split_scale, tensor_outer_scale
 from duotone.qweight import expand_groups
 from duotone.scheme import Scheme
 
@@ -149,7 +149,7 @@ def _minmax(w_NGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """
     low, high = w_NGg.amin(-1).clamp(max=0), w_NGg.amax(-1).clamp(min=0)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
-    return span / 15, low
+    return divided(span, 15), low
 
 
 def _zero_point(low_NG: Tensor, step_NG: Tensor, scheme: Scheme) -> Tensor | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duotone.contract import divided
 from duotone.scheme import Scheme
 from duotone.solver.scales import Scales, bf16, fit_scales, grouped, single_level
 from duotone.solver.sweep import Grid, scale_error
@@ -149,7 +150,7 @@ def _best_groups(
 
 def _outer_from_row_max(row_max_N: Tensor, scheme: Scheme) -> Tensor:
     """The outer scale that a reader rebuilds from a row maximum, which the file keeps in BF16."""
-    return (bf16(row_max_N) / scheme.peak_group_scale).clamp(min=scheme.smallest_outer_scale)
+    return divided(bf16(row_max_N), scheme.peak_group_scale).clamp(min=scheme.smallest_outer_scale)
 
 
 def _search_groups(weight: _Weight, start: Scales, scheme: Scheme) -> Scales:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, gist
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Deadline:
         except DuotoneError:
             raise
         except Exception as error:  # whatever a compiler, a driver or another's package may raise: the other rows matter
-            yield facts | {"unmeasured": reason_of(error)}
+            yield facts | {"unmeasured": gist(error)}
             if torch.cuda.is_available():
                 with suppress(RuntimeError):  # after some failures nothing on the device works any more
                     torch.cuda.empty_cache()
@@ -63,8 +63,3 @@ class Budget:
         now = self._now()
         seconds = max(0.0, self._end - now) * self._shares[name] / sum(self._shares[each] for each in to_come)
         return Deadline(now + seconds, seconds, self._now)
-
-
-def reason_of(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

@@ -23,7 +23,8 @@ class Clock:
             return call
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The outer context is for a capture that fails: torch leaves its stream the current one then.
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph):
             call()
         return graph.replay
 

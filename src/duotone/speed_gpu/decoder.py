@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
-from duotone.speed_gpu.budget import reason_of
+from duotone.errors import gist
 from duotone.speed_gpu.forms import Form, Linear, compiled, random_weight
 from duotone.speed_gpu.sizes import Sizes
 
@@ -72,7 +72,7 @@ class Between:
             with torch.no_grad():
                 differs = any(_differs(between, batch, tokens, device) for batch, tokens in ((1, 1), (2, 1), (1, 3)))
         except Exception as error:  # a compiler that is missing, or fails
-            return cls(how=f"torch's ops one by one, since compiling failed: {reason_of(error)}")
+            return cls(how=f"torch's ops one by one, since compiling failed: {gist(error)}")
         return cls(how="torch's ops one by one, since what was compiled differs from them") if differs else between
 
 

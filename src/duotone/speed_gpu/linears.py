@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from duotone.contract import quantize_activations
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, gist
 from duotone.kernels.gpu import backend
 from duotone.qweight import QuantizedWeight, fp8_values
 from duotone.scheme import HOPPER
 from duotone.speed import figures, ratios
-from duotone.speed_gpu.budget import Deadline, Row, reason_of
+from duotone.speed_gpu.budget import Deadline, Row
 from duotone.speed_gpu.clock import Ceilings, Clock
 from duotone.speed_gpu.forms import ALONE, BF16, OURS, PEERS, Form, Linear, random_weight
 from duotone.speed_gpu.sizes import Plan
@@ -126,7 +126,7 @@ class _Prepared:
         try:
             call()
         except Exception as error:  # of another's kernel: the others can still be compared
-            self.failed[form] = reason_of(error)
+            self.failed[form] = gist(error)
 
     def refusals(self) -> Iterator[Row]:
         """A row for each candidate that could not be prepared."""

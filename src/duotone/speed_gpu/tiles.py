@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from duotone.contract import quantize_activations
-from duotone.errors import DuotoneError
+from duotone.errors import DuotoneError, gist
 from duotone.kernels.gpu import backend
 from duotone.kernels.gpu.layout import BLOCK_ROWS, CHUNK, Layout
 from duotone.qweight import fp8_values
 from duotone.scheme import HOPPER
 from duotone.speed import figures
-from duotone.speed_gpu.budget import Deadline, Row, reason_of
+from duotone.speed_gpu.budget import Deadline, Row
 from duotone.speed_gpu.forms import OURS
 from duotone.speed_gpu.linears import Bench, Shapes
 
@@ -83,7 +83,7 @@ def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]
                 y = call()
                 calls[way] = bench.clock.prepared(call)
             except Exception as error:  # a tile that does not fit the device
-                yield {"way": way.name, "is_own": way == own, "unmeasured": reason_of(error)}
+                yield {"way": way.name, "is_own": way == own, "unmeasured": gist(error)}
                 continue
             if not trial.is_near(y, x8.to(x.device), operand, outer):
                 raise DuotoneError(f"bench gpu: {shape[0]}x{shape[1]}, {way.name}: found other products than the contract's")

@@ -46,7 +46,7 @@ def pack(weight: QuantizedWeight) -> Layout:
     """A weight in this layout. It is signed where no more than 8 magnitudes are in use and nothing shifts them."""
     scheme = weight.scheme
     level_16 = torch.tensor(scheme.levels)
-    is_used = torch.bincount(weight.codes.flatten().cpu().int(), minlength=16) > 0
+    is_used = torch.bincount(weight.codes.flatten(), minlength=16).cpu() > 0
     size_P = level_16[is_used].abs().unique()
     is_signed = weight.zero_point is None and len(size_P) <= 8
     if is_signed:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from duotone.contract import quantize_activations
+from duotone.errors import gist
 from duotone.kernels.gpu import layout
 from duotone.qweight import AnyWeight, Fp8Weight, QuantizedWeight, fp8_values
 from duotone.scheme import HOPPER, Fp8Scheme, Scheme
 
 #: Of each path: one tile of tokens, a wide one, a prompt. Rows and columns leave part of a tile and of a chunk empty; chunks
-#: are an even number, or an odd one.
+#: are an even number, or an odd one, and so many that a GPU splits K.
 _TOKENS = (3, 40, 70)
-_ROWS, _COLUMNS, _ODD_COLUMNS = 144, 1000, 1056
+_ROWS, _COLUMNS, _ODD_COLUMNS = 144, 2000, 2100
 #: Tokens that go to two of so many experts.
 _EXPERTS, _SLOTS = 3, (3, 30, 100)
 _FACTS = HOPPER.fp8.max, HOPPER.smallest_activation_scale
@@ -58,8 +59,7 @@ def told(device: torch.device, difference: Callable[[], str | None]) -> str | No
             if wrong := difference():
                 return f"a trial on {device} gave other {wrong} than plain torch does"
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or ["no message"])[0]
-            return f"a trial on {device} failed ({type(error).__name__}: {first_line})"
+            return f"a trial on {device} failed ({gist(error)})"
     return None
 
 
@@ -68,8 +68,10 @@ def _difference(group_size: int, is_signed: bool, columns: int, device: torch.de
 
     # Plain torch on a CPU has the say: on a GPU it divides by a number by multiplying with its inverse, which is not the same.
     weight = _weight(group_size, is_signed, 0, columns)
-    held = layout.pack(weight)
-    packed = layout.Layout(held.codes.to(device), held.entries.to(device), held.table.to(device), *held[3:])
+    there = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    packed, meant = layout.pack(replace(weight, **there)), layout.pack(weight)
+    if packed[3:] != meant[3:] or not all(torch.equal(x.cpu(), its) for x, its in zip(packed[:3], meant[:3], strict=True)):
+        return "packed codes"
     operand, outer = fp8_values(weight), weight.outer_scale
     w8 = launch.write_values(packed, group_size)
     if not torch.equal(w8[:_ROWS, :columns].float().cpu(), operand):
