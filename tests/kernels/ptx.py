@@ -7,7 +7,6 @@ something else in one of the two. Every access is checked against the buffer tha
 overtake each other here, so a barrier that is missing does not show.
 """
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,10 +91,8 @@ class _Program:
                 self.active = self.held[step.predicate] ^ step.turned
             if step.name[0] == "bra":
                 target = self.labels[step.operands[0]]
-                for begin, goes in ((target, self.active), (place, ~self.active)):
-                    ahead = itertools.takewhile(lambda each: each.name[0] not in {"bra", "ret"}, self.steps[begin:])
-                    if goes.any() and any(each.name[0] == "call" for each in ahead):
-                        raise RuntimeError("device-side assert triggered")
+                if any(goes.any() and self.fails(at) for at, goes in ((target, self.active), (place, ~self.active))):
+                    raise RuntimeError("device-side assert triggered")
                 assert self.active.all() or not self.active.any(), "threads part ways"
                 place = target if self.active.all() else place
             elif step.name[0] == "ret":
@@ -107,6 +104,15 @@ class _Program:
                     raise NotImplementedError(f"{step}: {error!r}") from error
         self.wait(self.copies, 0)
         assert not any(self.products), "products that nobody waits for"
+
+    def fails(self, place: int) -> bool:
+        """Whether what stands there leads to the end of an assertion, by no other branch."""
+        while self.steps[place].name[0] != "ret":
+            step = self.steps[place]
+            if step.name[0] == "call" or (step.name[0] == "bra" and step.predicate):
+                return step.name[0] == "call"
+            place = self.labels[step.operands[0]] if step.name[0] == "bra" else place + 1
+        return False
 
     # ---- registers
 
