@@ -217,7 +217,7 @@ def test_other_ways_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     original = launch.multiply_codes
 
     def fails_with_8_warps(*facts: Any) -> None:
-        if facts[-1][0].warps == 8 and facts[-1][0].tokens == 16:
+        if facts[-2].tile.warps == 8 and facts[-2].tile.tokens == 16:
             raise RuntimeError("out of resource: shared memory")
         original(*facts)
 
@@ -238,7 +238,7 @@ def test_other_ways_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(*facts: Any) -> None:
         original(*facts)
-        facts[5].neg_()
+        facts[3][2].neg_()
 
     monkeypatch.setattr(launch, "multiply_codes", wrong)
     with pytest.raises(DuotoneError, match=r"^bench gpu: 48x1024, 128 rows x 16 tokens.*: found other products than"):

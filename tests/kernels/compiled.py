@@ -24,7 +24,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "x": "*i16", "x8": "*fp8e4nv", "codes": "*i32", "words": "*i16", "index": "*i32", "table": "*i32", "scales": "*fp32",
     "outer_scale": "*fp32", "bias": "*i16", "y": "*i16", "partial": "*fp32", "values": "*fp8e4nv", "static_scale": "*fp32",
-    "expert": "*i32", "order": "*i32", "starts": "*i32", "blocks": "*i32", "fp8_max": "fp32", "smallest_scale": "fp32",
+    "arrived": "*i32", "order": "*i32", "starts": "*i32", "blocks": "*i32", "fp8_max": "fp32", "smallest_scale": "fp32",
 }  # fmt: skip
 #: Of the solver's programs: everything but these is float32.
 SOLVER_POINTERS = {"codes": "*u8", "moves": "*i32", "group": "*i32"}
@@ -44,7 +44,7 @@ ENDING = {"HAS_BIAS": True, "IS_BF16": True, "IS_FP16": False}
 
 def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> dict[str, Any]:
     """Facts of a program for an architecture, 90 for Hopper: instructions, registers, what was spilled, and its text."""
-    types = POINTERS | (ROWS if program in (kernels.quantize_rows, *ROW_PROGRAMS) else {})
+    types = POINTERS | (ROWS if program in (row_kernels.quantize_rows, *ROW_PROGRAMS) else {})
     if constants.get("IS_FP8"):
         types |= dict.fromkeys(("codes", "words", "index", "table"), "*fp8e4nv")
     if program.fn.__module__ == solver_kernels.__name__:
@@ -80,10 +80,10 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
 
 
 def main_loop(code: str) -> dict[str, int]:
-    """How often each instruction stands in the longest loop that multiplies."""
+    """How often each instruction stands in the loop that multiplies most, and in nothing around it."""
     places: dict[str, int] = {}
     found: list[str] = []
-    longest: list[str] = []
+    chosen: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             places[label[1]] = len(found)
@@ -91,9 +91,8 @@ def main_loop(code: str) -> dict[str, int]:
             found.append(text[1])
             back = re.search(r"`\((\.L_x_\d+)\)", text[2]) if text[1] == "BRA" else None
             loop = found[places[back[1]] :] if back and back[1] in places else []
-            if any(name.endswith("MMA") for name in loop) and len(loop) > len(longest):
-                longest = loop
-    return dict(Counter(longest))
+            chosen = max(chosen, loop, key=lambda each: (sum(name.endswith("MMA") for name in each), -len(each)))
+    return dict(Counter(chosen))
 
 
 def lookups(text: str) -> list[str]:
@@ -127,11 +126,11 @@ def product(
 
 def row_programs() -> dict[str, dict[str, Any]]:
     """The programs of `row_kernels` as `rows` lays them out, for heads of 128 and rows of up to 16384."""
-    normed, bf16 = {"BLOCK": 4096, "IS_STATIC": False}, {"IS_BF16": True, "IS_FP16": False}
+    normed, bf16 = {"BLOCK": 4096, "IS_STATIC": False, "COUNTS": True}, {"IS_BF16": True, "IS_FP16": False}
     tile, kept = {"BLOCK_T": 16, "BLOCK_D": 128}, {"HAS_POSITIONS": True, "IS_BF16": True}
     norm, write, read = ROW_PROGRAMS
     facts = {
-        "sm_90 norm 16384": compiled(norm, 90, {"BLOCK": 16384, "IS_STATIC": True} | bf16, 16),
+        "sm_90 norm 16384": compiled(norm, 90, {"BLOCK": 16384, "IS_STATIC": True, "COUNTS": False} | bf16, 16),
         "sm_90 write_cache 1": compiled(write, 90, tile | kept | {"BLOCK_T": 1}, 1),
     }
     for arch in (89, 90, 100):
@@ -151,6 +150,7 @@ def grouped(arch: int, tokens: int, is_split: bool = False, is_fp8: bool = False
 
 def main() -> None:
     """Hopper in full, Ada and Blackwell once."""
+    whole = {"BLOCK": 16384, "IS_WHOLE": True, "COUNTS": True, "IS_BF16": True, "IS_STATIC": False}
     facts = {
         "sm_90 multiply 1": product(90, 1, is_split=False),  # Triton compiles for 1 anew
         "sm_90 multiply 16": product(90, 16),
@@ -163,12 +163,10 @@ def main() -> None:
         "sm_90 write_values": compiled(
             kernels.write_values, 90, {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True}
         ),
-        "sm_90 quantize_rows": compiled(kernels.quantize_rows, 90, {"BLOCK": 4096, "IS_BF16": True, "IS_STATIC": False}, 8),
-        "sm_90 add_up": compiled(kernels.add_up, 90, {"BLOCK": launch.BLOCK} | ENDING),
+        "sm_90 quantize_rows": compiled(row_kernels.quantize_rows, 90, whole, 32),
         "sm_90 multiply_grouped 16": grouped(90, 16),
         "sm_90 multiply_grouped 16 split": grouped(90, 16, is_split=True),
         "sm_90 multiply_grouped 64": grouped(90, 64),
-        "sm_90 add_up_grouped": compiled(grouped_kernels.add_up_grouped, 90, {"BLOCK": launch.BLOCK} | ENDING),
         "sm_90 find_blocks": compiled(grouped_kernels.find_blocks, 90, {"EXPERTS": 256, "BLOCK_M": 16}),
         "sm_89 multiply_grouped 16": grouped(89, 16),
         "sm_100 multiply_grouped 16": grouped(100, 16),

@@ -55,7 +55,7 @@ def _parsed(text: str) -> tuple[list[_Step], dict[str, int], int]:
 
 
 def run(text: str, shared: int, grid: tuple[int, int, int], arguments: Sequence[np.ndarray | int | float], late: bool) -> None:
-    """All programs of a grid, one after the other. arguments: of the text's parameters, buffers of bytes, which are written."""
+    """All programs of a grid, one after the other, the last first if late. arguments: buffers of bytes, which are written."""
     steps, labels, threads = _parsed(text)
     buffers = [each for each in arguments if isinstance(each, np.ndarray)]
     head = text[text.index(".entry") : text.index(".reqntid")]
@@ -64,10 +64,10 @@ def run(text: str, shared: int, grid: tuple[int, int, int], arguments: Sequence[
     for name, value in zip(names, arguments, strict=False):
         at = next((i for i, buffer in enumerate(buffers) if buffer is value), None)
         places[name] = (at + 1) * _APART + value.ctypes.data % 16 if at is not None else value
-    for z in range(grid[2]):
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                _Program(steps, labels, threads, shared, buffers, places, late).run({"x": x, "y": y, "z": z})
+    programs = [{"x": x, "y": y, "z": z} for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    size = dict(zip(("of x", "of y", "of z"), grid, strict=True))
+    for program in reversed(programs) if late else programs:
+        _Program(steps, labels, threads, shared, buffers, places, late).run(program | size)
 
 
 class _Program:
@@ -124,7 +124,8 @@ class _Program:
             return found.astype(dtype) if found.dtype != bool else found
         if operand.startswith("%"):
             base, _, axis = operand.partition(".")
-            numbers = {"%tid": np.arange(self.threads) if axis == "x" else 0, "%ctaid": self.program.get(axis, 0)}
+            numbers = {"%tid": np.arange(self.threads) if axis == "x" else 0, "%ctaid": self.program[axis]}
+            numbers["%nctaid"] = self.program["of " + axis]
             return np.broadcast_to(np.asarray(numbers[base]), self.threads).astype(dtype)
         if operand == "global_smem":
             return np.zeros(self.threads, dtype)
@@ -230,6 +231,20 @@ class _Program:
         self.copies[-1].append(copy)
         if not self.late:
             self.copies[-1].pop()()
+
+    def do_atom(self, name: Sequence[str], operands: Sequence[str]) -> None:
+        """Additions, thread after thread."""
+        assert {"global", "add"} <= set(name)
+        found = np.zeros(self.threads, np.uint32)
+        if self.active.any():
+            buffer, places = self.memory("global", self.address(operands[1]), 4)
+            for thread, place, more in zip(
+                np.flatnonzero(self.active), places, self.get(operands[2])[self.active], strict=True
+            ):
+                word = buffer[place].view(np.uint32)
+                found[thread] = word[0]
+                buffer[place] = (word + more).view(np.uint8)
+        self.put(operands[0], found)
 
     def wait(self, groups: list[list[Callable[[], None]]], left: int) -> None:
         """For all groups that were closed but the last `left` of them."""

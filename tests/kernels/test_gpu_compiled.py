@@ -139,8 +139,8 @@ def test_rows_are_read_and_written_in_words_of_128_bits(facts: dict[str, dict[st
 def test_what_is_launched_compiles(tmp_path: Path) -> None:
     """Every program with all that launches hand over, in grids and shared memory that a Hopper GPU has."""
     launched = told_by("tests.kernels.launched", tmp_path)
-    programs = {"multiply", "add_up", "write_values", "quantize_rows", "norm_and_quantize_rows", "write_cache", "read_cache"}
-    programs |= {"find_blocks", "multiply_grouped", "add_up_grouped", "sweep", "open_columns", "local_search", "scale_error"}
+    programs = {"multiply", "write_values", "quantize_rows", "norm_and_quantize_rows", "write_cache", "read_cache"}
+    programs |= {"find_blocks", "multiply_grouped", "sweep", "open_columns", "local_search", "scale_error"}
     assert {launch["name"] for launch in launched} == programs
     for launch in launched:
         across, down, deep = launch["grid"]

@@ -72,6 +72,6 @@ def _difference(norm: nn.Module, weight: Tensor, epsilon: float, reader: Quantiz
     static = None if packed.input_scale is None else packed.input_scale.cpu()
     meant, scale = quantize_activations(copy.deepcopy(norm).cpu()(x), target, static)
     facts = packed.input_scale, packed.fp8_max, packed.smallest_scale
-    x8, scales = launch.activations(x.to(weight.device), -(-len(weight) // CHUNK), *facts, weight, epsilon)
+    x8, scales = launch.activations(x.to(weight.device), -(-len(weight) // CHUNK), *facts, (weight, epsilon))
     same = torch.equal(x8[:, : len(weight)].float().cpu(), meant) and torch.equal(scales.cpu()[:, None], scale.expand(3, 1))
     return None if same else "FP8 activations"

@@ -15,7 +15,7 @@ from torch import Tensor
 from duotone.contract import quantize_activations
 from duotone.errors import DuotoneError, gist
 from duotone.kernels.gpu import backend
-from duotone.kernels.gpu.layout import BLOCK_ROWS, CHUNK, Layout
+from duotone.kernels.gpu.layout import CHUNK, Layout
 from duotone.qweight import fp8_values
 from duotone.scheme import HOPPER
 from duotone.speed import figures
@@ -44,12 +44,12 @@ class Way(NamedTuple):
         return f"{rows} rows x {tokens} tokens, {warps} warps, {stages} stages, splits of {self.each} chunks"
 
 
-def ways(count: int, shape: tuple[int, int], device: torch.device) -> list[Way]:
+def ways(count: int, weight: Layout) -> list[Way]:
     """What is tried for so many tokens, what `launch` does with codes first; for more than a tile has, no other tiles."""
     from duotone.kernels.gpu import launch
 
-    rows, chunks = -(-shape[0] // BLOCK_ROWS) * BLOCK_ROWS, -(-shape[1] // CHUNK)
-    own, pair = Way(*launch.own_way(count, rows, chunks, device)), 2 - chunks % 2
+    chunks = weight.codes.shape[1]
+    own, pair = Way(*launch.own_way(count, weight)), 2 - chunks % 2
     found = [
         Way(launch.Tile(height, own.tile.tokens, warps, stages), each)
         for stages in _STAGES
@@ -75,7 +75,7 @@ def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]
     x8, scale = quantize_activations(x.cpu(), HOPPER)
     operand, outer = fp8_values(weight), weight.outer_scale * scale.to(x.device)
     calls: dict[Way, Callable[[], object]] = {}
-    own, *_ = tried = ways(count, shape, bench.device)
+    own, *_ = tried = ways(count, _layout(packed))
     with torch.no_grad():
         for way in tried:
             call = _call(packed, x, way)
@@ -102,19 +102,25 @@ def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]
         }
 
 
+def _layout(packed: backend.Packed) -> Layout:
+    return Layout(packed.codes, packed.index, packed.table, packed.to_a_word, packed.is_signed)
+
+
 def _call(packed: backend.Packed, x: Tensor, way: Way) -> Callable[[], Tensor]:
     """A product all of whose parts are launched again with each call."""
     from duotone.kernels.gpu import launch
 
-    weight = Layout(packed.codes, packed.index, packed.table, packed.to_a_word, packed.is_signed)
+    weight = _layout(packed)
     chunks, facts = -(-x.shape[1] // CHUNK), (None, packed.fp8_max, packed.smallest_scale)
 
     def call() -> Tensor:
-        x8, scales = launch.quantize(x, chunks, *facts)
         if way.tile is None:
+            x8, scales = launch.quantize(x, chunks, *facts)
             return launch.multiply_written(x8, scales, weight, packed.outer_scale, packed.group_size)
+        arrived = launch.counters(launch.Way(*way), len(x), weight)
+        x8, scales = launch.quantize(x, chunks, *facts, arrived)
         y = torch.empty(len(x), len(packed.outer_scale), dtype=x.dtype, device=x.device)
-        launch.multiply_codes(x8, scales, weight, packed.outer_scale, None, y, packed.group_size, way)
+        launch.multiply_codes(x8, scales, weight, (packed.outer_scale, None, y), packed.group_size, launch.Way(*way), arrived)
         return y
 
     return call

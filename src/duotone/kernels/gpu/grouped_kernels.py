@@ -12,7 +12,7 @@ block is whose only the device knows, so there are as many programs as there cou
 import triton
 import triton.language as tl
 
-from duotone.kernels.gpu.kernels import add_product, finished, sum_of_splits, sums
+from duotone.kernels.gpu.kernels import add_product, arrive, finished, sum_of_splits, sums
 
 
 @triton.jit
@@ -49,19 +49,18 @@ def sums_of_values(
 
 @triton.jit
 def multiply_grouped(
-    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, order, starts, blocks,
+    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, arrived, order, starts, blocks,
     N, rows, chunks, chunks_each, slots, sharers, experts, part_rows, table_rows, IS_FP8: tl.constexpr,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, PROMOTES: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """y [S, N], or sums [splits, S, N]; a program has BLOCK_N rows of an expert and one block of its slots.
-
-    Slots of no expert get zeros.
+    """y [S, N]; a program has BLOCK_N rows of an expert, one block of its slots and a split of K. Slots of no expert get zeros.
 
     x8 fp8 [S / sharers, 128 C] and scales as long: `sharers` slots in a row read the same token. codes, words and index as in
     `kernels.sums`, with the rows of all experts, `rows` of them; so are outer_scale and bias. Each `part_rows` of them begin
-    `table_rows` further down the table. IS_FP8: codes are FP8 weights, all else that is about codes has no meaning.
+    `table_rows` further down the table. IS_FP8: codes are FP8 weights, all else that is about codes has no meaning. Splits are
+    added up as in `kernels.multiply`, partial is float32 [splits, S, N].
     """
     expert, first = tl.load(blocks + tl.program_id(1) * 2), tl.load(blocks + tl.program_id(1) * 2 + 1)
     place, end = first + tl.arange(0, BLOCK_M), tl.load(starts + expert + 1)
@@ -83,24 +82,10 @@ def multiply_grouped(
     at, inside = slot.to(tl.int64)[None, :] * N + (tl.program_id(0) * BLOCK_N + row)[:, None], (place < end)[None, :]
     if IS_SPLIT:
         tl.store(partial + tl.program_id(2).to(tl.int64) * slots * N + at, total, mask=inside)
-    else:
-        outer = tl.load(outer_scale + first_row + row, mask=is_of_one, other=0)[:, None]
-        scale = tl.load(scales + token, mask=tl.zeros((BLOCK_M,), tl.int32) + expert < experts, other=0)[None, :]
-        added = tl.load(bias + first_row + row, mask=is_of_one, other=0)[:, None] if HAS_BIAS else 0
-        tl.store(y + at, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
-
-
-@triton.jit
-def add_up_grouped(
-    partial, expert, scales, outer_scale, bias, y, slots, N, splits, sharers, experts,
-    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
-):  # fmt: skip
-    """Sums [splits, S, N] -> y [S, N], as `kernels.add_up`; a program has BLOCK rows of a slot. expert int32 [S]."""
-    slot, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    own, place = tl.load(expert + slot), slot.to(tl.int64) * N + row
-    total = sum_of_splits(partial + place, row < N, slots * N, splits, BLOCK)
-    is_of_one = row < tl.where(own < experts, N, 0)
-    outer = tl.load(outer_scale + own * N + row, mask=is_of_one, other=0)
-    added = tl.load(bias + own * N + row, mask=is_of_one, other=0) if HAS_BIAS else 0
-    scale = tl.where(own < experts, tl.load(scales + slot // sharers), 0)
-    tl.store(y + place, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=row < N)
+        splits, before = tl.num_programs(2), arrive(arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+        total = sum_of_splits(partial + at, inside, slots * N, tl.where(before == splits - 1, splits, 0))
+        inside = inside & (tl.zeros(inside.shape, tl.int32) + before == splits - 1)
+    outer = tl.load(outer_scale + first_row + row, mask=is_of_one, other=0)[:, None]
+    scale = tl.load(scales + token, mask=tl.zeros((BLOCK_M,), tl.int32) + expert < experts, other=0)[None, :]
+    added = tl.load(bias + first_row + row, mask=is_of_one, other=0)[:, None] if HAS_BIAS else 0
+    tl.store(y + at, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)

@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
 # pyright: reportReturnType=false, reportRedeclaration=false
-"""The Triton programs of the W4A8 linear: quantize activations, multiply 4-bit codes, write FP8 weights, add up.
+"""The Triton programs of the W4A8 linear: multiply 4-bit codes, write FP8 weights.
 
 Only `launch` calls them. Whatever rounds is written in integers: what Triton's interpreter makes of a cast to FP8 or BF16 is
 not what hardware makes of it, and one text has to serve as proof for both.
@@ -80,42 +80,6 @@ def to_e4m3(value, largest):
     subnormal = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF
     byte = tl.where(size < 0.015625, subnormal, normal)
     return (sign | tl.where(magnitude > _INFINITY, 0x7F, byte)).to(tl.uint8)
-
-
-@triton.jit
-def _bits_of_row(x, K, BLOCK: tl.constexpr, IS_BF16: tl.constexpr):
-    """The largest float32 bits without sign of a row: of its largest value, or of a NaN."""
-    largest = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        value = wide(tl.load(x + k, mask=k < K, other=0), IS_BF16)
-        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def quantize_rows(
-    x, x8, scales, static_scale, static_stride, K, padded,
-    fp8_max, smallest_scale, BLOCK: tl.constexpr, IS_BF16: tl.constexpr, IS_STATIC: tl.constexpr,
-):  # fmt: skip
-    """x [M, K] -> x8 uint8 [M, padded], zeros after K, and s_x float32 [M]; one program a token. `quantize_activations`.
-
-    static_scale: of all tokens, with a static_stride of 0, or one of each, with a stride of 1.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x += row * K
-    if IS_STATIC:
-        scale = tl.load(static_scale + row * static_stride)
-    else:
-        largest = _bits_of_row(x, K, BLOCK, IS_BF16).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(largest, fp8_max)
-        scale = tl.where(scale < smallest_scale, smallest_scale, scale)  # as torch's clamp: a NaN stays
-    tl.store(scales + row, scale)
-    for start in range(0, padded, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        value = wide(tl.load(x + k, mask=k < K, other=0), IS_BF16)
-        byte = to_e4m3(tl.div_rn(value, scale), fp8_max)
-        tl.store(x8 + row * padded + k, tl.where(k < K, byte, 0), mask=k < padded)
 
 
 @triton.jit
@@ -251,15 +215,33 @@ def sums(
 
 
 @triton.jit
+def arrive(arrived):
+    """How many programs have been here before, all of whose stores this one sees from now on."""
+    tl.debug_barrier()  # so that those of all its own threads come before
+    return tl.atomic_add(arrived, 1)
+
+
+@triton.jit
+def sum_of_splits(partial, inside, size, splits):
+    """Float32 sums of each split, `size` apart, added up from the first to the last; read where other programs wrote them."""
+    total = tl.zeros(partial.shape, tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial, mask=inside, other=0, cache_modifier=".cg")
+        partial += size
+    return total
+
+
+@triton.jit
 def multiply(
-    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, M, N, rows, chunks, chunks_each,
+    x8, codes, words, index, table, scales, outer_scale, bias, y, partial, arrived, M, N, rows, chunks, chunks_each,
     GROUP: tl.constexpr, TO_A_WORD: tl.constexpr, SIGNED: tl.constexpr, USES_PTX: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, PROMOTES: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N], or sums [S, M, N] of each split; a program has BLOCK_N rows (the instruction's long side), BLOCK_M tokens.
+    """y [M, N]; a program has BLOCK_N rows (the instruction's long side), BLOCK_M tokens and one of the splits of K.
 
-    x8 fp8 [M, 128 C], outer_scale [N], scales [M]; codes, words and index as in `sums`.
+    x8 fp8 [M, 128 C], outer_scale [N], scales [M]; codes, words and index as in `sums`. Splits leave their sums in partial,
+    float32 [S, M, N]; which is the last of them, `arrived` int32 tells, and that adds all up, always in the same order.
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -271,39 +253,16 @@ def multiply(
         GROUP, TO_A_WORD, SIGNED, USES_PTX, BLOCK_N, BLOCK_M, PAIRS, PROMOTES,
     )  # fmt: skip
     inside = (row < N)[:, None] & (token < M)[None, :]
-    place = token.to(tl.int64)[None, :] * N + row[:, None]
+    place, splits = token.to(tl.int64)[None, :] * N + row[:, None], tl.num_programs(1)
     if IS_SPLIT:
         tl.store(partial + tl.program_id(1).to(tl.int64) * M * N + place, total, mask=inside)
-    else:
-        outer = tl.load(outer_scale + row, mask=row < N, other=0)[:, None]
-        scale = tl.load(scales + token, mask=token < M, other=0)[None, :]
-        added = tl.load(bias + row, mask=row < N, other=0)[:, None] if HAS_BIAS else 0
-        tl.store(y + place, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
-
-
-@triton.jit
-def sum_of_splits(partial, is_inside, size, splits, BLOCK: tl.constexpr):
-    """Float32 [BLOCK] of the sums of each split, `size` apart, from the first to the last."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial, mask=is_inside, other=0)
-        partial += size
-    return total
-
-
-@triton.jit
-def add_up(
-    partial, scales, outer_scale, bias, y, M, N, splits, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr,
-):  # fmt: skip
-    """Sums [S, M, N] -> y [M, N], always in the same order."""
-    token, row = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = token.to(tl.int64) * N + row
-    total = sum_of_splits(partial + place, row < N, M * N, splits, BLOCK)
-    outer = tl.load(outer_scale + row, mask=row < N, other=0)
-    added = tl.load(bias + row, mask=row < N, other=0) if HAS_BIAS else 0
-    rounded = finished(total, outer, tl.load(scales + token), added, HAS_BIAS, IS_BF16, IS_FP16)
-    tl.store(y + place, rounded, mask=row < N)
+        before = arrive(arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0))
+        total = sum_of_splits(partial + place, inside, M * N, tl.where(before == splits - 1, splits, 0))
+        inside = inside & (tl.zeros(inside.shape, tl.int32) + before == splits - 1)
+    outer = tl.load(outer_scale + row, mask=row < N, other=0)[:, None]
+    scale = tl.load(scales + token, mask=token < M, other=0)[None, :]
+    added = tl.load(bias + row, mask=row < N, other=0)[:, None] if HAS_BIAS else 0
+    tl.store(y + place, finished(total, outer, scale, added, HAS_BIAS, IS_BF16, IS_FP16), mask=inside)
 
 
 @triton.jit

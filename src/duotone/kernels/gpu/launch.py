@@ -5,6 +5,7 @@ Up to DECODE_TOKENS tokens the 4-bit codes are multiplied as they are, since rea
 weights are written out once a call and torch's own FP8 product does the rest: its values are the same, decoding does not show.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,19 +15,17 @@ from torch import Tensor
 
 from duotone.kernels.gpu import kernels
 from duotone.kernels.gpu.layout import Layout
-from duotone.kernels.gpu.rows import norm_and_quantize, raw
+from duotone.kernels.gpu.rows import norm_and_quantize, quantize, raw
 
 #: More tokens than this are a prompt's.
 DECODE_TOKENS = 64
 #: Splits of K are no shorter. In times of a chunk, a quarter of a microsecond: what one takes where a multiprocessor has one
-#: program only, so that no other fills its waits; what a launch takes to add up; what it takes for each program's sums of 16
-#: tokens, which are written and read again in a cache twice as fast as memory.
-_LEAST_CHUNKS, _ALONE, _ADDING, _SUMS = 4, 1.5, 6.0, 1.0
+#: program only, so that no other fills its waits; what it takes to wait for the last of the splits; and for each program's sums
+#: of 16 tokens, which are written and read again in a cache twice as fast as memory.
+_LEAST_CHUNKS, _ALONE, _ADDING, _SUMS = 4, 1.5, 4.0, 1.0
 #: Tokens of a tile whose sums leave no registers for two chunks at a time.
 _UNPAIRED = 64
 _BLACKWELL = 10
-#: Rows of a program that adds splits up.
-BLOCK = 512
 _programs: Any = kernels
 #: Kernels are compiled; otherwise Triton interprets them, slowly and on a CPU, and there is no PTX.
 IS_COMPILED = isinstance(kernels.multiply, triton.JITFunction)
@@ -70,10 +69,25 @@ def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
     return best
 
 
-def own_way(tokens: int, rows: int, chunks: int, device: torch.device) -> tuple[Tile, int]:
-    """Tile and chunks of a split for so many tokens and padded rows."""
+class Way(NamedTuple):
+    """How codes are multiplied: a tile, and chunks of a split of K."""
+
+    tile: Tile
+    each: int
+
+
+def own_way(tokens: int, weight: Layout) -> Way:
+    """For so many tokens."""
     tile = tile_for(tokens)
-    return tile, chunks_each(rows, chunks, tile, processors(device))
+    return Way(tile, chunks_each(weight.entries.shape[1], weight.codes.shape[1], tile, processors(weight.codes.device)))
+
+
+def counters(way: Way, tokens: int, weight: Layout) -> Tensor | None:
+    """What tells splits which of them is the last, int32, not yet zero; None: there are none."""
+    if way.each >= weight.codes.shape[1]:
+        return None
+    tiles = weight.entries.shape[1] // way.tile.rows * triton.cdiv(tokens, way.tile.tokens)
+    return torch.empty(tiles, dtype=torch.int32, device=weight.codes.device)
 
 
 @cache
@@ -96,32 +110,15 @@ def steps(chunks: int, tokens: int, device: torch.device) -> dict[str, bool]:
     return {"PAIRS": chunks % 2 == 0 and tokens < _UNPAIRED, "PROMOTES": IS_COMPILED and _generation(device) != _BLACKWELL}
 
 
-def quantize(x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit.
-
-    input_scale: static, of all tokens, or of each [M]; None: dynamic.
-    """
-    tokens, columns = x.shape
-    padded = chunks * 128
-    x8 = torch.empty(tokens, padded, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    _programs.quantize_rows[(tokens,)](
-        raw(x), x8, scales, scales if input_scale is None else input_scale, 0 if input_scale is None else input_scale.dim(),
-        columns, padded, fp8_max, smallest,
-        BLOCK=min(4096, triton.next_power_of_2(padded)), IS_BF16=x.dtype == torch.bfloat16, IS_STATIC=input_scale is not None,
-        num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
-    return x8.view(torch.float8_e4m3fn), scales
-
-
 def activations(
-    x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float, *norm: Any
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float, norm: Sequence[Any],
+    arrived: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`quantize`, after a norm where its weight and its epsilon are given."""
     if not norm:
-        return quantize(x, chunks, input_scale, fp8_max, smallest)
+        return quantize(x, chunks, input_scale, fp8_max, smallest, arrived)
     weight, epsilon = norm
-    return norm_and_quantize(x, weight, epsilon, chunks, input_scale, fp8_max, smallest)
+    return norm_and_quantize(x, weight, epsilon, chunks, input_scale, fp8_max, smallest, arrived)
 
 
 def write_values(weight: Layout, group_size: int) -> Tensor:
@@ -154,13 +151,17 @@ def _linear(
     weight = Layout(codes, index, table, to_a_word, is_signed)
     if not y.numel():
         return y.view(*x.shape[:-1], rows)
+    is_written = len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16
+    way = None if is_written else own_way(len(flat), weight)
+    facts = codes.shape[1], input_scale, fp8_max, smallest, norm
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        x8, scales = activations(flat, codes.shape[1], input_scale, fp8_max, smallest, *norm)
-        if len(flat) > DECODE_TOKENS and x.dtype == torch.bfloat16:
+        arrived = None if way is None else counters(way, len(flat), weight)
+        x8, scales = activations(flat, *facts, arrived=arrived)
+        if way is None:
             y = multiply_written(x8, scales, weight, outer_scale, group_size)
             y = y if bias is None else y + bias
         else:
-            multiply_codes(x8, scales, weight, outer_scale, bias, y, group_size)
+            multiply_codes(x8, scales, weight, (outer_scale, bias, y), group_size, way, arrived)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -193,34 +194,30 @@ def _linear_fp8(
     if not len(flat):
         return x.new_empty(*x.shape[:-1], rows)
     with torch.cuda.device_of(x):
-        x8, scales = activations(flat, values.shape[1] // 128, input_scale, fp8_max, smallest, *norm)
+        x8, scales = activations(flat, values.shape[1] // 128, input_scale, fp8_max, smallest, norm)
         y = _scaled_product(x8, scales, values.view(torch.float8_e4m3fn), outer_scale, x.dtype)
     return y.view(*x.shape[:-1], rows)
 
 
 def multiply_codes(
-    x8: Tensor, scales: Tensor, weight: Layout, outer_scale: Tensor, bias: Tensor | None, y: Tensor, group_size: int,
-    way: tuple[Tile, int] | None = None,
+    x8: Tensor, scales: Tensor, weight: Layout, ends: tuple[Tensor, Tensor | None, Tensor], group_size: int, way: Way,
+    arrived: Tensor | None,
 ) -> None:  # fmt: skip
-    """Into y [M, N]. way: another tile than its tokens ask for, and chunks of a split; for benchmarks."""
+    """ends: outer_scale, bias, and y [M, N], which is written. arrived: `counters`, zero."""
     codes, index, table, to_a_word, is_signed = weight
+    outer_scale, bias, y = ends
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
-    tile, each = way or own_way(tokens, padded_rows, chunks, y.device)
-    splits = -(-chunks // each)
-    partial = torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device) if splits > 1 else scales
-    bits, added = raw(y), y if bias is None else raw(bias)
-    ending = {"HAS_BIAS": bias is not None, "IS_BF16": y.dtype == torch.bfloat16, "IS_FP16": y.dtype == torch.float16}
+    tile, splits, bits = way.tile, -(-chunks // way.each), raw(y)
+    added = bits if bias is None else raw(bias)
+    partial = scales if arrived is None else torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device)
     _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
         x8, codes, codes.view(torch.int16), index, entries(table), scales, outer_scale, added, bits, partial,
-        tokens, rows, padded_rows, chunks, each, GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed,
-        USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens, **steps(chunks, tile.tokens, y.device),
-        IS_SPLIT=splits > 1, **ending,
+        scales if arrived is None else arrived, tokens, rows, padded_rows, chunks, way.each,
+        GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens,
+        **steps(chunks, tile.tokens, y.device), IS_SPLIT=splits > 1, HAS_BIAS=bias is not None,
+        IS_BF16=y.dtype == torch.bfloat16, IS_FP16=y.dtype == torch.float16,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
-    if splits > 1:
-        _programs.add_up[(tokens, triton.cdiv(rows, BLOCK))](
-            partial, scales, outer_scale, added, bits, tokens, rows, splits, BLOCK=BLOCK, **ending, enable_fp_fusion=False
-        )
 
 
 def entries(table: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
 # pyright: reportReturnType=false, reportRedeclaration=false
-"""The Triton programs that go once over rows: an RMS norm with the quantization after it, and an FP8 cache's two ways.
+"""The Triton programs that go once over rows: quantization, also after an RMS norm, and an FP8 cache's two ways.
 
 Only `rows` calls them. What rounds is written in integers, as in `kernels`.
 """
@@ -15,14 +15,71 @@ from duotone.kernels.gpu.kernels import narrow, to_e4m3, wide
 
 
 @triton.jit
+def forget(arrived, places):
+    """int32 [places] become zero; the first program does it."""
+    if tl.program_id(0) == 0:
+        for start in range(0, places, 128):
+            place = start + tl.arange(0, 128)
+            tl.store(arrived + place, tl.zeros((128,), tl.int32), mask=place < places)
+
+
+@triton.jit
+def _without_sign(value):
+    """The bits of float32 values without their signs: in the values' order, NaNs last."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def quantize_rows(
+    x, x8, scales, static_scale, static_stride, arrived, places, K, padded,
+    fp8_max, smallest_scale, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr, IS_BF16: tl.constexpr, IS_STATIC: tl.constexpr,
+    COUNTS: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> x8 uint8 [M, padded], zeros after K, and s_x float32 [M]; one program a token. `quantize_activations`.
+
+    static_scale: of all tokens, with a static_stride of 0, or one of each, with a stride of 1. IS_WHOLE: BLOCK >= padded, so
+    that a row is read once and stays in registers. COUNTS: int32 [places] of `arrived` become zero, for `kernels.multiply`.
+    """
+    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x += row * K
+    if COUNTS:
+        forget(arrived, places)
+    if IS_WHOLE:
+        value = wide(tl.load(x + k, mask=k < K, other=0), IS_BF16)
+    if IS_STATIC:
+        scale = tl.load(static_scale + row * static_stride)
+    else:
+        if IS_WHOLE:
+            largest = tl.max(_without_sign(value), 0)
+        else:
+            each = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, K, BLOCK):
+                value = wide(tl.load(x + start + k, mask=start + k < K, other=0), IS_BF16)
+                each = tl.maximum(each, _without_sign(value))
+            largest = tl.max(each, 0)
+        scale = tl.div_rn(largest.to(tl.float32, bitcast=True), fp8_max)
+        scale = tl.where(scale < smallest_scale, smallest_scale, scale)  # as torch's clamp: a NaN stays
+    tl.store(scales + row, scale)
+    for start in range(0, padded, BLOCK):
+        if not IS_WHOLE:
+            value = wide(tl.load(x + start + k, mask=start + k < K, other=0), IS_BF16)
+        byte = to_e4m3(tl.div_rn(value, scale), fp8_max)
+        tl.store(x8 + row * padded + start + k, tl.where(start + k < K, byte, 0), mask=start + k < padded)
+
+
+@triton.jit
 def norm_and_quantize_rows(
-    x, weight, x8, scales, static_scale, K, padded, count, epsilon, fp8_max, smallest_scale,
+    x, weight, x8, scales, static_scale, arrived, places, K, padded, count, epsilon, fp8_max, smallest_scale,
     BLOCK: tl.constexpr, IS_BF16: tl.constexpr, IS_FP16: tl.constexpr, IS_STATIC: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], weight [K] of its dtype -> x8 uint8 [M, padded], zeros after K, and s_x float32 [M]; a token is a program.
 
     LlamaRMSNorm, rounded where that rounds, then `quantize_activations`. A row stays in registers: BLOCK >= padded. count: K.
+    COUNTS: as in `quantize_rows`.
     """
+    if COUNTS:
+        forget(arrived, places)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     value = wide(tl.load(x + row * K + k, mask=k < K, other=0), IS_BF16)
@@ -35,7 +92,7 @@ def norm_and_quantize_rows(
         scale = tl.load(static_scale)
     else:
         # By bits, without the sign, so that a NaN is the largest; after K there may be one, of zero times the inverse of zero.
-        largest = tl.max(tl.where(k < K, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), 0)
+        largest = tl.max(tl.where(k < K, _without_sign(y), 0), 0)
         scale = tl.div_rn(largest.to(tl.float32, bitcast=True), fp8_max)
         scale = tl.where(scale < smallest_scale, smallest_scale, scale)
     tl.store(scales + row, scale)

@@ -14,27 +14,56 @@ from duotone.kernels.gpu import row_kernels
 
 #: Tokens of a tile of the cache, in 4 warps; a single new token has a warp to itself.
 _TILE_TOKENS = 16
+#: Columns of a row that stays in registers while it is quantized, by 32 warps.
+_WHOLE_ROW = 16384
 _programs: Any = row_kernels
 
 
-def norm_and_quantize(
-    x: Tensor, weight: Tensor, epsilon: float, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float
+def quantize(
+    x: Tensor, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float, arrived: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M]: `contract.quantize_activations`, bit for bit.
+
+    input_scale: static, of all tokens, or of each [M]; None: dynamic. arrived: becomes zero (`kernels.multiply`).
+    """
+    tokens, columns = x.shape
+    padded = chunks * 128
+    x8 = torch.empty(tokens, padded, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    static, stride = (scales, 0) if input_scale is None else (input_scale, input_scale.dim())
+    block = min(_WHOLE_ROW, _power_of_two(padded))
+    _programs.quantize_rows[(tokens,)](
+        raw(x), x8, scales, static, stride, *counted(arrived, scales), columns, padded, fp8_max, smallest,
+        BLOCK=block, IS_WHOLE=padded <= block, IS_BF16=x.dtype == torch.bfloat16, IS_STATIC=input_scale is not None,
+        COUNTS=arrived is not None, num_warps=max(4, block // 512), enable_fp_fusion=False,
+    )  # fmt: skip
+    return x8.view(torch.float8_e4m3fn), scales
+
+
+def norm_and_quantize(
+    x: Tensor, weight: Tensor, epsilon: float, chunks: int, input_scale: Tensor | None, fp8_max: float, smallest: float,
+    arrived: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x [M, K] and a norm's weight [K] of its dtype -> FP8 [M, 128 C] with zeros after K, and s_x float32 [M].
 
     What `contract.quantize_activations` makes of an RMS norm as transformers' Llama has it, the mean of squares being a float32
-    sum in an order of its own: exact, given the root that comes of it.
+    sum in an order of its own: exact, given the root that comes of it. arrived: becomes zero (`kernels.multiply`).
     """
     (tokens, columns), padded = x.shape, chunks * 128
     x8 = torch.empty(tokens, padded, dtype=torch.uint8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     static, block = scales if input_scale is None else input_scale, _power_of_two(padded)
     _programs.norm_and_quantize_rows[(tokens,)](
-        raw(x), raw(weight), x8, scales, static, columns, padded, float(columns), epsilon, fp8_max, smallest,
-        BLOCK=block, IS_STATIC=input_scale is not None, **_kind(x.dtype), num_warps=max(4, min(16, block // 512)),
-        enable_fp_fusion=False,
+        raw(x), raw(weight), x8, scales, static, *counted(arrived, scales), columns, padded, float(columns), epsilon, fp8_max,
+        smallest, BLOCK=block, IS_STATIC=input_scale is not None, COUNTS=arrived is not None, **_kind(x.dtype),
+        num_warps=max(4, min(16, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return x8.view(torch.float8_e4m3fn), scales
+
+
+def counted(arrived: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """What a program is handed of counters that it is to make zero, if there are any."""
+    return (other, 0) if arrived is None else (arrived, len(arrived))
 
 
 def _write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor, v_scale: Tensor, *facts: Any) -> None:
