@@ -77,9 +77,9 @@ class Way(NamedTuple):
 
 
 def own_way(tokens: int, weight: Layout) -> Way:
-    """For so many tokens."""
-    tile = tile_for(tokens)
-    return Way(tile, chunks_each(weight.entries.shape[1], weight.codes.shape[1], tile, processors(weight.codes.device)))
+    """For so many tokens; prompts are not split, they are programs enough."""
+    tile, rows, chunks = tile_for(tokens), weight.entries.shape[1], weight.codes.shape[1]
+    return Way(tile, chunks if tokens > DECODE_TOKENS else chunks_each(rows, chunks, tile, processors(weight.codes.device)))
 
 
 def counters(way: Way, tokens: int, weight: Layout) -> Tensor | None:
