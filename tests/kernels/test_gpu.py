@@ -10,11 +10,13 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 import duotone
 from duotone.contract import quantize_activations
@@ -368,3 +370,29 @@ def test_a_whole_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[...
         with torch.no_grad():
             logits.append(model(torch.arange(5, device=DEVICE)[None]).logits.float())
     assert torch.allclose(*logits, atol=0.02 * float(logits[1].abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("llama", {}), ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128})],
+)
+def test_a_whole_model_compiles(
+    model_type: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """torch's own compiler takes prompt and steps of a model with a static cache as one graph each, and says the same."""
+    folder = tiny_model(model_type, num_hidden_layers=1, num_key_value_heads=4, **sizes)
+    duotone.quantize(folder, tmp_path / "out", method="rtn", device="cpu")
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
+    # Experts as one; but for a decoder that has ops of the CPU's on one.
+    model = load(tmp_path / "out", device=DEVICE.type, shortcuts=model_type != "llama")
+
+    def told(forward: Any) -> list[Tensor]:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        tokens = torch.arange(7, device=DEVICE)[None]
+        with torch.no_grad():
+            return [forward(part, past_key_values=cache).logits.float() for part in tokens.split((5, 1, 1), 1)]
+
+    for found, meant in zip(told(torch.compile(model, fullgraph=True)), told(model), strict=True):
+        assert torch.allclose(found, meant, atol=0.05 * float(meant.abs().max()))
