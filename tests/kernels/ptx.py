@@ -3,8 +3,8 @@
 
 For what Triton makes of our programs: enough instructions for those, not for any. Whatever happens later than where it stands
 (copies to shared memory, Hopper's products) happens as late as it may, or at once, never both of them so: a text that waits for
-too little, or copies over what a product still reads, gives something else in one of the two. Every access is checked against the buffer that it is of. Threads of different warps do not
-overtake each other here, so a barrier that is missing does not show.
+too little, or copies over what a product still reads, gives something else in one of the two. Every access is checked against
+the buffer that it is of. Threads of different warps do not overtake each other here: a barrier that is missing does not show.
 """
 
 import re
