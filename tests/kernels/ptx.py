@@ -2,9 +2,9 @@
 """Runs compiled PTX on a CPU, instruction by instruction for all threads of a program at once, as its manual describes it.
 
 For what Triton makes of our programs: enough instructions for those, not for any. Whatever happens later than where it stands
-(copies to shared memory, Hopper's products) happens as late as it may, or at once: a text that waits for too little gives
-something else in one of the two. Every access is checked against the buffer that it is of. Threads of different warps do not
-overtake each other here, so a barrier that is missing does not show.
+(copies to shared memory, Hopper's products) happens as late as it may, or at once, never both of them so: a text that waits for
+too little, or copies over what a product still reads, gives something else in one of the two. Every access is checked against
+the buffer that it is of. Threads of different warps do not overtake each other here: a barrier that is missing does not show.
 """
 
 import re
@@ -20,6 +20,8 @@ _BITS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 #: Barriers and fences: threads go in step, and what is late has its own waits.
 _NOTHING = ("bar.", "fence.", "wgmma.fence", "membar", "ret", "exit")
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+#: What gives an instruction a meaning that none has here.
+_OTHERWISE = {"hi", "sat", "ftz", "approx", "full", "NaN"}
 #: Buffers begin so far from each other that no wrong address of one is in another.
 _APART = 1 << 40
 
@@ -234,7 +236,7 @@ class _Program:
 
     def do_atom(self, name: Sequence[str], operands: Sequence[str]) -> None:
         """Additions, thread after thread."""
-        assert {"global", "add"} <= set(name)
+        assert {"global", "gpu", "acq_rel", "add"} <= set(name)
         found = np.zeros(self.threads, np.uint32)
         if self.active.any():
             buffer, places = self.memory("global", self.address(operands[1]), 4)
@@ -315,7 +317,7 @@ class _Program:
                     before[own] = total.astype(np.float32).view(np.uint32)
 
         self.products[-1].append(multiply)
-        if not self.late:
+        if self.late:
             self.products[-1].pop()()
 
     def _described(self, descriptor: int, columns: int) -> np.ndarray:
@@ -441,6 +443,7 @@ class _Program:
 
         def compute(parts: Sequence[str], operands: Sequence[str]) -> None:
             kind = parts[-1]
+            assert not _OTHERWISE & set(parts), f"{name} {parts}"
             if kind == "pred":
                 self.put(operands[0], operation(*(self.truth(each) for each in operands[1:])))
                 return

@@ -77,7 +77,7 @@ def test_everything_is_read_ahead(facts: dict[str, dict[str, Any]]) -> None:
 
 
 def test_a_lookup_gets_four_neighbors(facts: dict[str, dict[str, Any]]) -> None:
-    """What `kernels._decode` asks of the compiler: the 4 elements of an instance are neighbors along K, in order."""
+    """What `kernels._look_up` asks of the compiler: the 4 elements of an instance are neighbors along K, in order."""
     seen = 0
     for name, fact in facts.items():
         for layout in fact["lookups"]:

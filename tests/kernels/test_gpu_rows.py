@@ -34,7 +34,7 @@ from tests.kernels.test_gpu import CUDA, DEVICE, quantized, same_bits, weight_of
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
 
-from duotone.kernels.gpu import rows
+from duotone.kernels.gpu import launch, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -122,18 +122,34 @@ def test_static_activations_of_every_value(columns: int) -> None:
         assert torch.equal(x8[:, :columns].float().isnan(), x.isnan()) and float(meant.nan_to_num().abs().max()) <= 240
 
 
+@pytest.mark.parametrize("target", [HOPPER, GAUDI], ids=lambda target: target.name)
+def test_rows_that_no_program_holds(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read twice, piece by piece; the largest value may be in any piece, and so may NaN and infinity."""
+    monkeypatch.setattr(rows, "_WHOLE_ROW", 128)
+    x = draw(8, 6, 300).bfloat16()
+    x[0, 299], x[1, 130], x[2, 0], x[3, 128], x[4, 299] = 100, -100, 100, torch.nan, -torch.inf
+    static = static_of(target)
+    x8, scales = quantized(x, target, static)
+    meant, scale = quantize_activations(x, target, static)
+    assert same_bits(x8[:, :300].float(), meant) and same_bits(scales[:, None], scale.expand(6, 1))
+    assert not x8[:, 300:].float().any()
+
+
 def fp8_weight(rows: int, columns: int) -> Fp8Weight:
     values, outer = draw(6, rows, columns).clamp(-4, 4).to(torch.float8_e4m3fn), draw(7, rows).abs() + 0.1
     return Fp8Weight(values.to(DEVICE), outer.bfloat16().float().to(DEVICE), Fp8Scheme(HOPPER))
 
 
-@pytest.mark.parametrize("kind", ["hopper", "gaudi", "FP8 weights"])
-def test_a_linear_that_norms(kind: str) -> None:
-    """The bits of norm and linear apart; in the dtype that a model is cast to; without tokens."""
-    place, weight = backend, weight_of(24, 100, Scheme(GAUDI if kind == "gaudi" else HOPPER, 32))
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("hopper", 100), ("gaudi", 100), ("FP8 weights", 100), ("hopper", 1100), ("gaudi", 1100)]
+)
+def test_a_linear_that_norms(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of norm and linear apart; in the dtype that a model is cast to; without tokens; K split where it is long."""
+    monkeypatch.setattr(launch, "_ADDING", 0.0)
+    place, weight = backend, weight_of(24, columns, Scheme(GAUDI if kind == "gaudi" else HOPPER, 32))
     if kind == "FP8 weights":
-        place, weight = fp8, fp8_weight(24, 100)
-    packed, norm, x = place.prepack(weight), norm_of(100, torch.bfloat16), integers(2, 3, 100)
+        place, weight = fp8, fp8_weight(24, columns)
+    packed, norm, x = place.prepack(weight), norm_of(columns, torch.bfloat16), integers(2, 3, columns)
     both = place.with_norm(packed, norm.weight.to(DEVICE), EPSILON)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -293,8 +309,6 @@ def test_a_position_outside_writes_nothing(position: int) -> None:
     memory = [torch.zeros(1, 1, 6, 16, dtype=torch.uint8) for _ in range(2)]
     kept = [bytes_[:, :, 1:5].view(torch.float8_e4m3fn) for bytes_ in memory]
     new = [torch.ones(1, 1, 2, 16) for _ in range(2)]
-    from duotone.kernels.gpu import launch
-
     if launch.IS_COMPILED:
         with pytest.raises(RuntimeError, match="assert"):
             cache.write(new, kept, scales_of(1), 448.0, torch.tensor([position, 0]))

@@ -51,7 +51,7 @@ def tile_for(tokens: int) -> Tile:
 
 
 def chunks_each(rows: int, chunks: int, tile: Tile, processors: int) -> int:
-    """Chunks of a split, pairs where all are: such that all multiprocessors end about together, for any number of tokens.
+    """Chunks of a split, pairs where all are: such that all multiprocessors end about together, whatever the number of tokens.
 
     By counting chunks that the busiest of them goes through, which it does slower while it has one program only, and what the
     sums of splits cost.

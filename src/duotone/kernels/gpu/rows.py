@@ -1,5 +1,5 @@
 # Shapes: M tokens, K columns, C chunks of 128 columns; B sequences, H key heads, T tokens, D head size.
-"""How the programs of `row_kernels` are laid out: a norm with the quantization after it, and an FP8 cache as two torch ops.
+"""How the programs of `row_kernels` are laid out: quantization, also after a norm, and an FP8 cache as two torch ops.
 
 Keys and values of a layer are one launch. `duotone::gpu_write_cache` and `duotone::gpu_read_cache` have shapes for
 torch.compile, and wait for nothing, so that CUDA graphs can hold them.
