@@ -66,6 +66,7 @@ def compiled(program: Any, arch: int, constants: dict[str, Any], warps: int = 4,
         "products": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", built.asm["ptx"]))),
         "instructions": {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS},
         "loop": main_loop(code),
+        "arrives": arrives(built.asm["ptx"]),
         "accesses": sorted(set(re.findall(r"(?:ld|st)\.global\S*", built.asm["ptx"]))),
         "stops": "__assertfail" in built.asm["ptx"],
         "inexact": len(re.findall(r"\.approx|\.ftz|\bfma\.|\.full\.", built.asm["ptx"])),
@@ -93,6 +94,19 @@ def main_loop(code: str) -> dict[str, int]:
             loop = found[places[back[1]] :] if back and back[1] in places else []
             chosen = max(chosen, loop, key=lambda each: (sum(name.endswith("MMA") for name in each), -len(each)))
     return dict(Counter(chosen))
+
+
+def arrives(text: str) -> str | None:
+    """What stands around the only atomic addition of a program, in order; None: it has none."""
+    before, name, after = text.partition("atom.")
+    if not name:
+        return None
+    kind = name + after.split()[0]
+    steps = {"st.global": "stores", "bar.sync": "barrier", "ld.global.cg": "reads", "cp.async.cg": "reads"}
+    words = re.compile("|".join(map(re.escape, steps)))
+    first = [steps[word] for word in words.findall(before.rpartition("st.global")[2])]
+    later = [steps[word] for word in words.findall(after)]
+    return ", ".join(["stores", *dict.fromkeys(first), kind, *list(dict.fromkeys(later))[:2]])
 
 
 def lookups(text: str) -> list[str]:
@@ -164,6 +178,7 @@ def main() -> None:
             kernels.write_values, 90, {"GROUP": 128, "TO_A_WORD": 4, "SIGNED": False, "USES_PTX": True}
         ),
         "sm_90 quantize_rows": compiled(row_kernels.quantize_rows, 90, whole, 32),
+        "sm_90 quantize_rows of longer rows": compiled(row_kernels.quantize_rows, 90, whole | {"IS_WHOLE": False}, 32),
         "sm_90 multiply_grouped 16": grouped(90, 16),
         "sm_90 multiply_grouped 16 split": grouped(90, 16, is_split=True),
         "sm_90 multiply_grouped 64": grouped(90, 64),

@@ -89,6 +89,14 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fences | None]:
     yield around
 
 
+@pytest.fixture(autouse=True)
+def unwritten() -> Iterator[None]:
+    """What nobody has written yet is NaN or the largest number, so that nothing goes well by what memory happens to hold."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def _has_triton() -> bool:
     try:
         import triton  # noqa: F401

@@ -18,7 +18,7 @@ import torch
 _STATEMENT = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z]\w*(?:[.:]+\w+)*)\s*(.*)$", re.S)
 _BITS = {"8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 #: Barriers and fences: threads go in step, and what is late has its own waits.
-_NOTHING = ("bar.", "fence.", "wgmma.fence", "membar", "ret", "exit")
+_NOTHING = ("bar.", "fence.", "wgmma.fence", "membar")
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 #: What gives an instruction a meaning that none has here.
 _OTHERWISE = {"hi", "sat", "ftz", "approx", "full", "NaN"}
@@ -98,6 +98,7 @@ class _Program:
                 assert self.active.all() or not self.active.any(), "threads part ways"
                 place = target if self.active.all() else place
             elif step.name[0] == "ret":
+                assert not step.predicate, "some threads end"
                 break
             elif not ".".join(step.name).startswith(_NOTHING):
                 try:
@@ -288,7 +289,7 @@ class _Program:
             self.wait(self.products, int(operands[0], 0))
             return
         outs, from_registers = self.many(operands[0]), operands[1].startswith("{")
-        given = [self.get(each, "b32" if from_registers else "b64") for each in self.many(operands[1])]
+        kind = "b32" if from_registers else "b64"
         columns, descriptor = int(re.findall(r"n(\d+)k32", name[3])[0]), self.get(operands[2], "b64")
         adds = (
             self.get(operands[3]).astype(bool) if operands[3] not in {"0", "1"} else np.full(self.threads, operands[3] == "1")
@@ -296,6 +297,7 @@ class _Program:
         assert name[-2:] == ("e4m3", "e4m3") and operands[4:] == ("1", "1"), operands
 
         def multiply() -> None:
+            given = [self.get(each, kind) for each in self.many(operands[1])]  # what registers hold by now
             for group in range(self.threads // 128):
                 own = slice(128 * group, 128 * group + 128)
                 assert len(set(descriptor[own].tolist())) == 1

@@ -1,7 +1,7 @@
 """The Triton kernels against the contract: on a GPU where there is one, through Triton's interpreter elsewhere (conftest.py).
 
-What the interpreter cannot run, PTX, is emulated here instruction by instruction from the very text that the compiler gets;
-what only a compiler can tell is in test_gpu_compiled.py.
+What the interpreter cannot run, PTX, test_gpu_executed.py runs, with these tests; what only a compiler can tell is in
+test_gpu_compiled.py.
 """
 
 import ast
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from tests.kernels.test_reference import make_weight
 
 pytest.importorskip("triton", reason="needs the package triton (the dev extra brings it on Linux)")
 
-from duotone.kernels.gpu import kernels, launch, trial
+from duotone.kernels.gpu import launch, trial
 
 #: The interpreter computes with numpy, which warns of NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -204,58 +203,6 @@ def test_splits_fill_a_gpu() -> None:
             chunks = -(-columns // layout.CHUNK)
             assert launch.chunks_each(2 * layout.BLOCK_ROWS, chunks, launch.tile_for(tokens), processors) < chunks
     assert {launch.tile_for(tokens).rows for tokens in range(1, 65)} == {128}, "splits depend on rows, never on tokens"
-
-
-def emulate(text: str, registers: dict[str, np.ndarray]) -> np.ndarray:
-    """What a block of PTX of mov, and, or, shl, shr, lop3 and prmt leaves in $0."""
-    held = dict(registers)
-    body = text.strip().removeprefix("{").removesuffix("}")
-    for line in filter(None, (part.strip() for part in body.split(";"))):
-        if line.startswith(".reg"):
-            continue
-        name, _, rest = line.partition(" ")
-        out, *names = [word.strip() for word in rest.split(",")]
-        given = [held[word] if word in held else np.uint32(int(word, 0)) for word in names]
-        if name == "mov.b32":
-            held[out] = given[0]
-        elif name == "lop3.b32":
-            terms = [[x if i >> 2 - n & 1 else ~x for n, x in enumerate(given[:3])] for i in range(8) if int(given[3]) >> i & 1]
-            held[out] = np.bitwise_or.reduce([np.bitwise_and.reduce(each) for each in terms])
-        elif name == "prmt.b32":
-            pair = given[0].astype(np.uint64) | given[1].astype(np.uint64) << np.uint64(32)
-            held[out] = np.zeros_like(given[0] | given[2])
-            for i in range(4):
-                nibble = given[2] >> np.uint32(4 * i) & np.uint32(15)
-                byte = (pair >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(255)
-                sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
-                held[out] |= np.where(nibble & np.uint32(8), sign, byte) << np.uint32(8 * i)
-        else:
-            operation = {
-                "and.b32": np.bitwise_and,
-                "or.b32": np.bitwise_or,
-                "shl.b32": np.left_shift,
-                "shr.b32": np.right_shift,
-            }
-            held[out] = operation[name](*given)
-    return held["$0"]
-
-
-@pytest.mark.parametrize("is_signed", [False, True])
-def test_the_ptx_looks_up_what_plain_torch_does(is_signed: bool) -> None:
-    """Every quarter of a chunk, random codes and bytes of tables: the text that is compiled, emulated."""
-    generator = torch.Generator().manual_seed(int(is_signed))
-    table = torch.randint(0, 128 if is_signed else 256, (256, 16), generator=generator, dtype=torch.uint8)
-    words = layout.pack_words(torch.randint(0, 16, (128, 128), generator=generator, dtype=torch.uint8))
-    entry = torch.randint(0, 256, (1, 128), generator=generator, dtype=torch.int32)
-    meant = layout.values(layout.Layout(words, entry, table, 1, is_signed), 128)
-    pairs = words.view(128, 8, 2).numpy().view(np.uint32)  # of a quad: quarters 0 and 1, quarters 2 and 3
-    rows = table[entry[0].long()].contiguous().view(torch.int32).numpy().view(np.uint32)
-    registers = {"$1": pairs[..., 0], "$2": pairs[..., 1]}
-    registers |= {f"${3 + 4 * i}": np.broadcast_to(rows[:, i, None], (128, 8)) for i in range(4)}
-    for quarter in range(4):
-        found = emulate(kernels.table_text(quarter, is_signed), registers)
-        bytes_ = np.ascontiguousarray(found.astype(np.uint32)).view(np.uint8).reshape(128, 32)
-        assert np.array_equal(bytes_, meant[:, 32 * quarter : 32 * (quarter + 1)].numpy())
 
 
 def test_the_op_keeps_its_word() -> None:

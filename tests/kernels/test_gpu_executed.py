@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = [f"tests/kernels/{name}.py" for name in (
     "test_gpu", "test_gpu_rows", "test_gpu_fp8", "test_gpu_grouped", "test_gpu_grouped_fp8", "test_gpu_solver",
 )]  # fmt: skip
-#: By default: products of each kind, weights, activations, a cache; experts that split K; both of the solver's loops.
+#: By default: products of each kind, weights, activations, a cache; experts that split K; a norm before them;
+#: both of the solver's loops.
 SOME = (
     "test_products or on_exact_sums or weights_bit_for_bit and 64 or cache_bit_for_bit and 48 or splits_of_k "
-    "or trial_finds_nothing"
+    "or trial_finds_nothing or linear_that_norms and 1100"
 )
 
 

@@ -7,7 +7,7 @@ tile for how many tokens, and from how many tokens on FP8 weights are worth writ
 
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,34 +29,31 @@ _ROWS_AND_WARPS, _STAGES, _SPLITS = ((128, 4), (128, 8), (64, 4)), (6, 4, 8), (1
 WRITTEN = "FP8 weights written"
 
 
-class Way(NamedTuple):
-    """A tile of `launch` and chunks of a split; None: FP8 weights are written, and torch multiplies."""
+#: One of `launch`; None: FP8 weights are written, and torch multiplies.
+Way = Any
 
-    tile: Any
-    each: int
 
-    @property
-    def name(self) -> str:
-        """In words."""
-        if self.tile is None:
-            return WRITTEN
-        rows, tokens, warps, stages = self.tile
-        return f"{rows} rows x {tokens} tokens, {warps} warps, {stages} stages, splits of {self.each} chunks"
+def name_of(way: Way) -> str:
+    """In words."""
+    if way is None:
+        return WRITTEN
+    rows, tokens, warps, stages = way.tile
+    return f"{rows} rows x {tokens} tokens, {warps} warps, {stages} stages, splits of {way.each} chunks"
 
 
 def ways(count: int, weight: Layout) -> list[Way]:
     """What is tried for so many tokens, what `launch` does with codes first; for more than a tile has, no other tiles."""
     from duotone.kernels.gpu import launch
 
-    chunks = weight.codes.shape[1]
-    own, pair = Way(*launch.own_way(count, weight)), 2 - chunks % 2
+    chunks, own = weight.codes.shape[1], launch.own_way(count, weight)
+    pair = 2 - chunks % 2
     found = [
-        Way(launch.Tile(height, own.tile.tokens, warps, stages), each)
+        launch.Way(launch.Tile(height, own.tile.tokens, warps, stages), each)
         for stages in _STAGES
         for each in {own.each, *(-(-chunks // (splits * pair)) * pair for splits in _SPLITS)}
         for height, warps in _ROWS_AND_WARPS
     ]
-    return [own, Way(None, 0), *(way for way in found if way != own and count <= own.tile.tokens)]
+    return [own, None, *(way for way in found if way != own and count <= own.tile.tokens)]
 
 
 def tile_rows(bench: Bench, shapes: Shapes, deadline: Deadline) -> Iterator[Row]:
@@ -83,10 +80,12 @@ def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]
                 y = call()
                 calls[way] = bench.clock.prepared(call)
             except Exception as error:  # a tile that does not fit the device
-                yield {"way": way.name, "is_own": way == own, "unmeasured": gist(error)}
+                yield {"way": name_of(way), "is_own": way == own, "unmeasured": gist(error)}
                 continue
             if not trial.is_near(y, x8.to(x.device), operand, outer):
-                raise DuotoneError(f"bench gpu: {shape[0]}x{shape[1]}, {way.name}: found other products than the contract's")
+                raise DuotoneError(
+                    f"bench gpu: {shape[0]}x{shape[1]}, {name_of(way)}: found other products than the contract's"
+                )
         seconds: dict[Way, list[float]] = {way: [] for way in calls}
         for _ in range(bench.plan.rounds):
             for way, call in calls.items():
@@ -95,10 +94,10 @@ def _measured(bench: Bench, shape: tuple[int, int], count: int) -> Iterator[Row]
     for way, taken in seconds.items():
         pairs = zip(seconds.get(own, []), taken, strict=False)
         yield {
-            "way": way.name,
+            "way": name_of(way),
             "is_own": way == own,
             **figures(taken, nbytes, 2 * count * shape[0] * shape[1], bench.ceilings.bandwidth),
-            "times_as_fast_as_own": median([theirs / ours for theirs, ours in pairs] or [float("nan")]),
+            "times_as_fast_as_own": median([ours / theirs for ours, theirs in pairs] or [float("nan")]),
         }
 
 
@@ -114,13 +113,13 @@ def _call(packed: backend.Packed, x: Tensor, way: Way) -> Callable[[], Tensor]:
     chunks, facts = -(-x.shape[1] // CHUNK), (None, packed.fp8_max, packed.smallest_scale)
 
     def call() -> Tensor:
-        if way.tile is None:
+        if way is None:
             x8, scales = launch.quantize(x, chunks, *facts)
             return launch.multiply_written(x8, scales, weight, packed.outer_scale, packed.group_size)
-        arrived = launch.counters(launch.Way(*way), len(x), weight)
+        arrived = launch.counters(way, len(x), weight)
         x8, scales = launch.quantize(x, chunks, *facts, arrived)
         y = torch.empty(len(x), len(packed.outer_scale), dtype=x.dtype, device=x.device)
-        launch.multiply_codes(x8, scales, weight, (packed.outer_scale, None, y), packed.group_size, launch.Way(*way), arrived)
+        launch.multiply_codes(x8, scales, weight, (packed.outer_scale, None, y), packed.group_size, way, arrived)
         return y
 
     return call

@@ -42,7 +42,8 @@ def fp8_fault(device: torch.device) -> str | None:
 @cache
 def grouped_fault(group_size: int, device: torch.device) -> str | None:
     """The same of the product with many experts' weights."""
-    weights = ([_weight(group_size, is_signed, seed) for seed in range(_EXPERTS)] for is_signed in (False, True))
+    cases = ((False, _COLUMNS), (True, _ODD_COLUMNS))
+    weights = ([_weight(group_size, is_signed, seed, columns) for seed in range(_EXPERTS)] for is_signed, columns in cases)
     return told(device, lambda: next(filter(None, (_grouped_difference(some, device) for some in weights)), None))
 
 
@@ -111,7 +112,7 @@ def _grouped_difference(weights: Sequence[AnyWeight], device: torch.device) -> s
     held: Any = banks.stack([[kind.prepack(weight)] for weight in weights])
     moved = {name: value.to(device) for name, value in vars(held).items() if isinstance(value, Tensor)}
     for tokens in _SLOTS:
-        x, x8, scale = _activations(tokens)
+        x, x8, scale = _activations(tokens, weights[0].shape[1])
         chosen = torch.randint(1, _EXPERTS + 1, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
         y = grouped.linear(x.to(device), grouped.routes(chosen.to(device), _EXPERTS), replace(held, **moved)).cpu()
         for number in range(1, _EXPERTS + 1):
