@@ -20,8 +20,8 @@ from duotone.kernels.gpu.rows import norm_and_quantize, quantize, raw
 #: More tokens than this are a prompt's.
 DECODE_TOKENS = 64
 #: Splits of K but the last are no shorter. In times of a chunk, a quarter of a microsecond: what one takes where a
-#: multiprocessor has one program only, so that no other fills its waits; what it takes to wait for the last of the splits; and for each
-#: program's sums of 16 tokens, which are written and read again in a cache twice as fast as memory.
+#: multiprocessor has one program only, so that no other fills its waits; what it takes to wait for the last of the splits; and
+#: for each program's sums of 16 tokens, which are written and read again in a cache twice as fast as memory.
 _LEAST_CHUNKS, _ALONE, _ADDING, _SUMS = 4, 1.5, 4.0, 1.0
 #: Tokens of a tile whose sums leave no registers for two chunks at a time.
 _UNPAIRED = 64
