@@ -148,13 +148,18 @@ def test_runs_what_was_written(
 
 
 def test_eight_bits_are_nearer(tmp_path: Path, tiny_model: ModelMaker, text_file: Path) -> None:
-    """All linears in FP8: logits much nearer; some: no farther but by chance. Sidecar, `inspect`, `explain`, report know."""
+    """All linears in FP8: logits much nearer; some: their weights are. Sidecar, `inspect`, `explain`, report know which."""
     folder = tiny_model("llama")
-    original, errors = logits(duotone.load(folder, torch.float32, "cpu")), []
+    exact = duotone.load(folder, torch.float32, "cpu")
+    original, errors, of_down = logits(exact), [], []
     for name, rules in (("four", ()), ("mixed", ("re:.*down_proj=w8a8",)), ("eight", ("re:.*_proj=w8a8",))):
-        out = quantized(folder, tmp_path / name, text_file, *rules)
-        errors.append((logits(duotone.load(out, torch.float32, "cpu")) - original).norm().item())
+        found = duotone.load(quantized(folder, tmp_path / name, text_file, *rules), torch.float32, "cpu")
+        errors.append((logits(found) - original).norm().item())
+        down = {path: module.dequantize() for path, module in found.named_modules() if path.endswith("down_proj")}
+        of_down.append(sum((exact.get_submodule(path).weight - weight).norm().item() for path, weight in down.items()))
     assert 1.1 * errors[0] > errors[1] > 2 * errors[2]
+    # What a linear aims at makes up for the errors of others, so it is nearest where those are in FP8, too.
+    assert of_down[0] > 2 * of_down[1] > 2 * of_down[2] > 0
     facts = json.loads((tmp_path / "mixed" / "duotone.json").read_text())
     schemes = {layer: entry["scheme"] for layer, entry in facts["layers"].items()}
     assert set(schemes.values()) == {"w4a8", "w8a8"}
