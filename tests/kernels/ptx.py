@@ -211,11 +211,7 @@ class _Program:
 
     def do_cp(self, name: Sequence[str], operands: Sequence[str]) -> None:
         """cp.async: each thread's bytes, the first of them from global memory, zeros for the rest."""
-        if name[1] == "commit_group":
-            self.copies.append([])
-            return
-        if name[1] == "wait_group":
-            self.wait(self.copies, int(operands[0], 0))
+        if self.grouped(name[1], operands, self.copies):
             return
         size, given = int(operands[2], 0), self.get(operands[3]) if len(operands) > 3 else None
         target, to = self.memory("shared", self.address(operands[0]), size)
@@ -248,6 +244,14 @@ class _Program:
                 found[thread] = word[0]
                 buffer[place] = (word + more).view(np.uint8)
         self.put(operands[0], found)
+
+    def grouped(self, what: str, operands: Sequence[str], groups: list[list[Callable[[], None]]]) -> bool:
+        """Close a group of what is late, or wait for groups, if that is what is asked for."""
+        if what == "commit_group":
+            groups.append([])
+        elif what == "wait_group":
+            self.wait(groups, int(operands[0], 0))
+        return what in {"commit_group", "wait_group"}
 
     def wait(self, groups: list[list[Callable[[], None]]], left: int) -> None:
         """For all groups that were closed but the last `left` of them."""
@@ -282,11 +286,7 @@ class _Program:
 
     def do_wgmma(self, name: Sequence[str], operands: Sequence[str]) -> None:
         """[64, 32] of four warps' registers times [32, n] of shared memory, FP8, K innermost there."""
-        if name[0] == "commit_group":
-            self.products.append([])
-            return
-        if name[0] == "wait_group":
-            self.wait(self.products, int(operands[0], 0))
+        if self.grouped(name[0], operands, self.products):
             return
         outs, from_registers = self.many(operands[0]), operands[1].startswith("{")
         kind = "b32" if from_registers else "b64"

@@ -116,7 +116,7 @@ def _call(packed: backend.Packed, x: Tensor, way: Way) -> Callable[[], Tensor]:
         if way is None:
             x8, scales = launch.quantize(x, chunks, *facts)
             return launch.multiply_written(x8, scales, weight, packed.outer_scale, packed.group_size)
-        arrived = launch.counters(way, len(x), weight)
+        arrived = way.counters(len(x), weight)
         x8, scales = launch.quantize(x, chunks, *facts, arrived)
         y = torch.empty(len(x), len(packed.outer_scale), dtype=x.dtype, device=x.device)
         launch.multiply_codes(x8, scales, weight, (packed.outer_scale, None, y), packed.group_size, way, arrived)

@@ -139,18 +139,17 @@ def _multiply(
     each = chunks_each(rows, chunks, slots, len(routed.blocks), launch.processors(x.device), tile)
     splits, added = -(-chunks // each), bits if bias is None else launch.raw(bias)
     stages = tile.stages // (2 if decoding["IS_FP8"] else 1)  # no index to read first, and codes of twice the size
-    grid, arrived, partial = (rows // tile.rows, len(routed.blocks), splits), None, bits
+    grid = rows // tile.rows, len(routed.blocks), splits
     with torch.cuda.device_of(x):
-        if splits > 1:
-            arrived = torch.empty(grid[0] * grid[1], dtype=torch.int32, device=y.device)
-            partial = torch.empty(splits, slots, rows, dtype=torch.float32, device=y.device)
+        arrived = launch.counters(splits, grid[0] * grid[1], y.device)
+        partial = bits if arrived is None else torch.empty(splits, slots, rows, dtype=torch.float32, device=y.device)
         x8, scales = launch.quantize(x.contiguous(), chunks, input_scale, *limits, arrived=arrived)
         _programs.multiply_grouped[grid](
             x8, *weight, scales, outer_scale, added, bits, partial, scales if arrived is None else arrived,
             routed.order, routed.starts, routed.blocks,
             rows, len(outer_scale), chunks, each, slots, sharers, experts, *table_facts, **decoding,
             USES_PTX=launch.IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=routed.size,
-            **launch.steps(chunks, routed.size, x.device), IS_SPLIT=splits > 1, HAS_BIAS=bias is not None,
+            **launch.steps(chunks, routed.size, x.device), IS_SPLIT=arrived is not None, HAS_BIAS=bias is not None,
             IS_BF16=y.dtype == torch.bfloat16, IS_FP16=y.dtype == torch.float16,
             num_warps=tile.warps, num_stages=stages, enable_fp_fusion=False,
         )  # fmt: skip

@@ -75,6 +75,16 @@ class Way(NamedTuple):
     tile: Tile
     each: int
 
+    def grid(self, tokens: int, weight: Layout) -> tuple[int, int, int]:
+        """Programs by rows, splits and tokens."""
+        rows, chunks = weight.entries.shape[1], weight.codes.shape[1]
+        return rows // self.tile.rows, -(-chunks // self.each), -(-tokens // self.tile.tokens)
+
+    def counters(self, tokens: int, weight: Layout) -> Tensor | None:
+        """`counters` of its grid."""
+        high, splits, wide = self.grid(tokens, weight)
+        return counters(splits, high * wide, weight.codes.device)
+
 
 def own_way(tokens: int, weight: Layout) -> Way:
     """For so many tokens; prompts are not split, they are programs enough."""
@@ -82,12 +92,9 @@ def own_way(tokens: int, weight: Layout) -> Way:
     return Way(tile, chunks if tokens > DECODE_TOKENS else chunks_each(rows, chunks, tile, processors(weight.codes.device)))
 
 
-def counters(way: Way, tokens: int, weight: Layout) -> Tensor | None:
-    """What tells splits which of them is the last, int32, not yet zero; None: there are none."""
-    if way.each >= weight.codes.shape[1]:
-        return None
-    tiles = weight.entries.shape[1] // way.tile.rows * triton.cdiv(tokens, way.tile.tokens)
-    return torch.empty(tiles, dtype=torch.int32, device=weight.codes.device)
+def counters(splits: int, tiles: int, device: torch.device) -> Tensor | None:
+    """What tells the splits of each tile which of them is the last, int32, not yet zero; None: there are none."""
+    return torch.empty(tiles, dtype=torch.int32, device=device) if splits > 1 else None
 
 
 @cache
@@ -155,7 +162,7 @@ def _linear(
     way = None if is_written else own_way(len(flat), weight)
     facts = codes.shape[1], input_scale, fp8_max, smallest, norm
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        arrived = None if way is None else counters(way, len(flat), weight)
+        arrived = None if way is None else way.counters(len(flat), weight)
         x8, scales = activations(flat, *facts, arrived=arrived)
         if way is None:
             y = multiply_written(x8, scales, weight, outer_scale, group_size)
@@ -207,14 +214,14 @@ def multiply_codes(
     codes, index, table, to_a_word, is_signed = weight
     outer_scale, bias, y = ends
     (tokens, rows), chunks, padded_rows = y.shape, codes.shape[1], index.shape[1]
-    tile, splits, bits = way.tile, -(-chunks // way.each), raw(y)
+    tile, grid, bits = way.tile, way.grid(tokens, weight), raw(y)
     added = bits if bias is None else raw(bias)
-    partial = scales if arrived is None else torch.empty(splits, tokens, rows, dtype=torch.float32, device=y.device)
-    _programs.multiply[(padded_rows // tile.rows, splits, triton.cdiv(tokens, tile.tokens))](
+    partial = scales if arrived is None else torch.empty(grid[1], tokens, rows, dtype=torch.float32, device=y.device)
+    _programs.multiply[grid](
         x8, codes, codes.view(torch.int16), index, entries(table), scales, outer_scale, added, bits, partial,
         scales if arrived is None else arrived, tokens, rows, padded_rows, chunks, way.each,
         GROUP=group_size, TO_A_WORD=to_a_word, SIGNED=is_signed, USES_PTX=IS_COMPILED, BLOCK_N=tile.rows, BLOCK_M=tile.tokens,
-        **steps(chunks, tile.tokens, y.device), IS_SPLIT=splits > 1, HAS_BIAS=bias is not None,
+        **steps(chunks, tile.tokens, y.device), IS_SPLIT=arrived is not None, HAS_BIAS=bias is not None,
         IS_BF16=y.dtype == torch.bfloat16, IS_FP16=y.dtype == torch.float16,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
     )  # fmt: skip
